@@ -1,0 +1,6 @@
+"""python -m lrcompress"""
+
+from lrcompress.cli import main
+
+if __name__ == "__main__":
+    main()

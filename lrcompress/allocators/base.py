@@ -1,0 +1,48 @@
+"""The registry of allocators and what they share."""
+
+import heapq
+from collections.abc import Callable, Sequence
+
+from lrcompress.errors import InputError
+from lrcompress.protocols import Allocator, Curve
+from lrcompress.registry import Registry
+
+ALLOCATORS: Registry[type[Allocator]] = Registry("allocator", "lrcompress.allocators")
+
+
+def check_possible(curves: Sequence[Curve], budget: int) -> None:
+    """InputError where even the cheapest level of every site is above the budget; it names the largest ratio."""
+    least = sum(int(c.bytes[0]) for c in curves)
+    if least > budget:
+        dense = sum(c.dense_bytes for c in curves)
+        raise InputError(f"the asked ratio leaves {budget} bytes, the smallest choice needs {least}: "
+                         f"ask for a ratio of at most {1 - least / dense:.4f}")
+
+
+def level_within(curve: Curve, limit: float) -> int:
+    """The highest level that stores at most `limit` bytes, 0 where none does."""
+    return max(0, int((curve.bytes <= limit).sum()) - 1)
+
+
+def spend(
+    curves: Sequence[Curve], levels: dict[str, int], budget: int, urgency: Callable[[Curve, int], float]
+) -> dict[str, int]:
+    """Raise levels one at a time while they fit, always the site with the smallest `urgency(curve, level)`.
+
+    A site whose next level no longer fits is left where it is.
+    """
+    levels = dict(levels)
+    left = budget - sum(int(c.bytes[levels[c.name]]) for c in curves)
+    queue = [(urgency(c, levels[c.name]), i) for i, c in enumerate(curves)]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        curve = curves[i]
+        level = levels[curve.name]
+        if level + 1 >= len(curve.bytes):
+            continue
+        step = int(curve.bytes[level + 1] - curve.bytes[level])
+        if step <= left:
+            levels[curve.name], left = level + 1, left - step
+            heapq.heappush(queue, (urgency(curve, level + 1), i))
+    return levels

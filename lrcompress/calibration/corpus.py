@@ -1,0 +1,203 @@
+"""Calibration and evaluation text: where it comes from and how it becomes blocks of tokens."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import InputError
+
+HELD_OUT = 10
+"""One part in this many of a source is held out: its end, never calibrated on."""
+BUILT_IN = ("wikitext2", "c4", "python-docs", "self")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One calibration SPEC: a built-in name or a path, the field of its records, its share of the samples."""
+
+    name: str
+    field: str = "text"
+    weight: float = 1.0
+
+    @property
+    def path(self) -> Path | None:
+        """The file, None for a built-in source."""
+        return None if self.name in BUILT_IN else Path(self.name)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """ids: (samples, seqlen) int64 to gather statistics on; held_out: (windows, seqlen), at most two a source."""
+
+    ids: Tensor
+    held_out: Tensor
+
+    def digest(self) -> str:
+        """sha256 of the calibration tokens."""
+        return hashlib.sha256(self.ids.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+def parse_source(spec: str) -> Source:
+    """`NAME`, `PATH`, `PATH.jsonl:field`, each with `*WEIGHT`; a file that does not exist is an InputError."""
+    text, star, share = spec.rpartition("*")
+    weight = 1.0
+    if star:
+        try:
+            weight = float(share)
+        except ValueError:
+            text = spec
+        if not weight > 0:
+            raise InputError(f"calibration {spec!r}: the weight after * must be above zero")
+    else:
+        text = spec
+    name, field = text, "text"
+    head, colon, tail = text.rpartition(":")
+    if colon and head.endswith((".jsonl", ".parquet")):
+        name, field = head, tail
+    if name not in BUILT_IN and not Path(name).is_file():
+        raise InputError(f"calibration text {name} does not exist: give a file or one of {', '.join(BUILT_IN)}")
+    return Source(name, field, weight)
+
+
+def documents(source: Source) -> list[str]:
+    """The texts of a source; a plain file is one document, taken as it is."""
+    if source.name == "python-docs":
+        from pydoc_data.topics import topics
+
+        return [topics[key] for key in sorted(topics)]
+    if source.name == "wikitext2":
+        return ["\n\n".join(_hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "train"))]
+    if source.name == "c4":
+        return _hub_rows("allenai/c4", "en", "train", limit=4000)
+    if source.path is None:
+        raise InputError(f"source {source.name!r} is sampled from a model and has no documents")
+    return _file_documents(source.path, source.field)
+
+
+def _file_documents(path: Path, field: str) -> list[str]:
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf8").splitlines()
+            return [_field(json.loads(line), field, path) for line in lines if line.strip()]
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path)
+            if field not in table.column_names:
+                raise InputError(f"{path} has no column {field!r}: it has {', '.join(table.column_names)}")
+            return [str(value) for value in table.column(field).to_pylist()]
+        with path.open(encoding="utf8", newline="") as file:
+            return [file.read()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (json.JSONDecodeError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _field(record: Any, field: str, path: Path) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise InputError(f"{path} has a record without the text field {field!r} (it has: {known}): write {path}:FIELD")
+    return str(record[field])
+
+
+def _hub_rows(path: str, config: str, split: str, limit: int | None = None) -> list[str]:
+    """The `text` column of a hub data set; InputError where the hub cannot be reached."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(path, config, split=split, streaming=limit is not None)
+        rows = data if limit is None else data.take(limit)
+        return [row["text"] for row in rows]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"data set {path} cannot be loaded ({reason}): use a local file or python-docs") from error
+
+
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """[BOS] where the tokenizer begins a text with it, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def tokenise(texts: Sequence[str], tokenizer: Any) -> Tensor:
+    """(n,) int64 tokens of the texts joined by blank lines, without special tokens."""
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def cut_blocks(ids: Tensor, seqlen: int, prefix: Sequence[int]) -> Tensor:
+    """(blocks, seqlen) disjoint blocks, each beginning with `prefix`; a last partial block is dropped."""
+    step = seqlen - len(prefix)
+    count = len(ids) // step
+    body = ids[: count * step].reshape(count, step)
+    head = torch.tensor(list(prefix), dtype=ids.dtype).expand(count, len(prefix))
+    return torch.cat([head, body], dim=1)
+
+
+def split_held_out(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The part to calibrate on and the held-out last tenth."""
+    cut = len(ids) - len(ids) // HELD_OUT
+    return ids[:cut], ids[cut:]
+
+
+def calibration_blocks(
+    sources: Iterable[tuple[Source, int, int]], tokenizer: Any, seed: int, folder: Path
+) -> Calibration:
+    """Blocks of every (source, samples, seqlen), drawn without replacement by `seed`.
+
+    All sources must have one seqlen. `folder` is the dense model's, for the source `self`. A source that is too short
+    is an InputError that says how many tokens there are.
+    """
+    chosen, held_out = [], []
+    prefix = bos_prefix(tokenizer)
+    for source, samples, seqlen in sources:
+        if source.name == "self":
+            blocks = sample_from_model(folder, tokenizer, samples + 2, seqlen, seed)
+            chosen.append(blocks[:samples])
+            held_out.append(blocks[samples:])
+            continue
+        calibrate, held = split_held_out(tokenise(documents(source), tokenizer))
+        blocks = cut_blocks(calibrate, seqlen, prefix)
+        if len(blocks) < samples:
+            raise InputError(f"calibration text {source.name} is too short: {len(calibrate)} tokens after holding out a tenth, "
+                             f"{samples} x {seqlen} asked: use fewer --samples, a shorter --seqlen or more text")
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
+        chosen.append(blocks[order.sort().values])
+        held_out.append(cut_blocks(held, seqlen, prefix)[:2])
+    return Calibration(torch.cat(chosen), torch.cat(held_out))
+
+
+def shares(weights: Sequence[float], samples: int) -> list[int]:
+    """`samples` split in proportion to `weights`: whole numbers that add up, the largest remainders rounded up."""
+    exact = [w / sum(weights) * samples for w in weights]
+    counts = [math.floor(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: samples - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+@torch.no_grad()
+def sample_from_model(folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+    """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    start = tokenizer.bos_token_id
+    start = tokenizer.eos_token_id if start is None else start
+    ids = torch.full((samples, 1), start or 0, dtype=torch.int64)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            min_new_tokens=seqlen - 1, max_new_tokens=seqlen - 1, pad_token_id=start or 0,
+        )
+    return made[:, :seqlen].to(torch.int64)

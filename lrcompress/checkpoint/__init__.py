@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading, writing, the manifest, and how transformers loads ours."""

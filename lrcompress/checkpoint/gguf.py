@@ -1,0 +1,76 @@
+"""A GGUF file as an ordinary folder: dequantised tensor by tensor to float32."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.errors import InputError
+from lrcompress.model.skeleton import empty_model
+
+SHARD_BYTES = 5 * 10**9
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write config, tokenizer and float32 safetensors of `path` into `folder`; does nothing where that is done."""
+    done = folder / "converted"
+    if done.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        config, tokenizer = _read_metadata(path)
+    except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as GGUF ({error}): download it again") from error
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model: Any = empty_model(config)
+    names, processor = _names(model, reader)
+    shapes = {k: v for k, v in model.state_dict().items()}
+    found = [names[t.name] for t in reader.tensors if t.name in names]
+    missing = {n for n in shapes if n not in found} - set(getattr(model, "_tied_weights_keys", None) or {})
+    if missing:
+        raise InputError(f"{path} has no tensor for {min(missing)}: its architecture is not fully known to transformers")
+    writer = ShardedWriter(folder, [(n, torch.empty(shapes[n].shape, device="meta")) for n in found], SHARD_BYTES)
+    writer.write(_tensors(reader, names, processor, config))
+    writer.close()
+    done.touch()
+
+
+def _read_metadata(path: Path) -> tuple[Any, Any]:
+    """Config and tokenizer as transformers reads them from GGUF."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return config, tokenizer
+
+
+def _names(model: Any, reader: Any) -> tuple[dict[str, str], Any]:
+    """GGUF tensor name to model name, and transformers' processor that undoes llama.cpp's permutations."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    field = reader.fields["general.architecture"]
+    architecture = str(bytes(field.parts[field.data[0]]), encoding="utf8")
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    return get_gguf_hf_weights_map(model, processor), processor
+
+
+def _tensors(reader: Any, names: dict[str, str], processor: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
+    from gguf import dequantize
+
+    parsed: dict[str, Any] = {"tensors": {}, "config": config.to_dict()}
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            continue
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        result = processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed)
+        yield names[tensor.name], torch.from_numpy(np.array(result.weights, dtype=np.float32))

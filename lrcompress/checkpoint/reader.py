@@ -1,0 +1,111 @@
+"""Reading a folder of safetensors a tensor at a time; nothing in it is trusted."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import InputError
+
+DTYPE_NAMES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class CheckpointReader:
+    """The tensors of a folder by name, in one or many shards; a file is open only while it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        self._meta: dict[str, Tensor] = {}
+        for path in _shards(folder):
+            for name, meta in _header(path).items():
+                if name in self._files:
+                    raise InputError(f"{path} holds tensor {name}, and so does {self._files[name].name}: "
+                                     "remove the shards that do not belong to this checkpoint")
+                self._files[name], self._meta[name] = path, meta
+        if not self._files:
+            raise InputError(f"{folder} holds no tensors")
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def meta(self, name: str) -> Tensor:
+        """A meta tensor of the stored shape and dtype."""
+        return self._meta[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype that most of the stored bytes have."""
+        sizes: dict[torch.dtype, int] = {}
+        for meta in self._meta.values():
+            if meta.is_floating_point():
+                sizes[meta.dtype] = sizes.get(meta.dtype, 0) + meta.numel() * meta.itemsize
+        if not sizes:
+            raise InputError(f"{self.folder} holds no floating-point tensor")
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(meta.numel() * meta.itemsize for meta in self._meta.values())
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, copied out of the files; a floating one with a non-finite number is an InputError."""
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for path, wanted in by_file.items():
+            with safe_open(path, framework="pt") as shard:
+                for name in wanted:
+                    tensor = shard.get_tensor(name).clone()
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise InputError(f"tensor {name} in {path} has non-finite numbers: the checkpoint is damaged")
+                    yield name, tensor
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error
+        for name in files:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{index} names the file {name!r}: only .safetensors files beside it are allowed")
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is missing, but {index.name} names it: download the checkpoint again")
+        return [folder / name for name in files]
+    single = sorted(folder.glob("*.safetensors"))
+    if not single:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        cure = "pickled weights are not read; convert them to safetensors" if pickled else "is it a checkpoint's folder?"
+        raise InputError(f"{folder} holds no .safetensors file: {cure}")
+    return single
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Meta tensors by name; the library checks that offsets and sizes fit the file."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                piece: Any = shard.get_slice(name)
+                kind = piece.get_dtype()
+                if kind not in DTYPE_NAMES:
+                    raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
+                found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error
+    return found

@@ -1,0 +1,143 @@
+"""Writing safetensors as a stream: headers first, tensors in a planned order, resumable at any tensor.
+
+The library writes a file from tensors that are all in memory; here only one block's are.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from lrcompress.checkpoint.reader import DTYPE_NAMES
+from lrcompress.errors import ResourceError
+
+_NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+INDEX = "model.safetensors.index.json"
+
+
+class ShardedWriter:
+    """Shards of at most `shard_bytes` in `folder`; every name, shape and dtype is known beforehand.
+
+    `done` is how many tensors are safely on disk after `commit`; pass it to continue an interrupted write.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[tuple[str, Tensor]], shard_bytes: int, done: int = 0) -> None:
+        self.folder, self.done = folder, done
+        self._planned = list(planned)
+        self._shards = _split(self._planned, shard_bytes)
+        self._paths = _paths(folder, len(self._shards))
+        self._where = [(s, i) for s, shard in enumerate(self._shards) for i in range(len(shard))]
+        self._file: BinaryIO | None = None
+        self._open_shard = -1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all planned tensors."""
+        return sum(_size(t) for _, t in self._planned)
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Append tensors, which must come in the planned order with the planned shapes and dtypes."""
+        for name, tensor in tensors:
+            expected, meta = self._planned[self.done]
+            if (name, tensor.shape, tensor.dtype) != (expected, meta.shape, meta.dtype):
+                raise ValueError(f"planned {expected} {tuple(meta.shape)} {meta.dtype}, "
+                                 f"got {name} {tuple(tensor.shape)} {tensor.dtype}")
+            with disk_errors(self.folder):
+                self._seek(self.done).write(_raw(tensor))
+            self.done += 1
+
+    def commit(self) -> None:
+        """Make everything written so far durable."""
+        if self._file is not None:
+            with disk_errors(self.folder):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Finish: every planned tensor must have been written; writes the index of several shards."""
+        if self.done != len(self._planned):
+            raise ValueError(f"{len(self._planned) - self.done} planned tensors were not written")
+        self.commit()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if len(self._shards) > 1:
+            names = {n: p.name for p, shard in zip(self._paths, self._shards, strict=True) for n, _ in shard}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": names}
+            with disk_errors(self.folder):
+                (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _seek(self, position: int) -> BinaryIO:
+        """The file that tensor `position` goes to, opened and cut to where it begins."""
+        shard, inside = self._where[position]
+        if shard != self._open_shard or self._file is None:
+            if self._file is not None:
+                self.commit()
+                self._file.close()
+            header = _header(self._shards[shard])
+            offset = len(header) + sum(_size(t) for _, t in self._shards[shard][:inside])
+            path = self._paths[shard]
+            self._file = path.open("r+b" if inside and path.exists() else "w+b")
+            self._open_shard = shard
+            if inside == 0:
+                self._file.write(header)
+            else:
+                self._file.truncate(offset)
+                self._file.seek(offset)
+        return self._file
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk or an exceeded quota into a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"the disk of {folder} is full: free some room and run again with --resume") from error
+        raise
+
+
+def _split(planned: Sequence[tuple[str, Tensor]], limit: int) -> list[list[tuple[str, Tensor]]]:
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
+    for name, tensor in planned:
+        if shards[-1] and size + _size(tensor) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor))
+        size += _size(tensor)
+    return shards
+
+
+def _paths(folder: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [folder / "model.safetensors"]
+    return [folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors:
+        end = offset + _size(tensor)
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().to("cpu").contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

@@ -1,0 +1,54 @@
+"""The Typer app: commands, errors in one line, exit codes."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lrcompress.cli import compress, evaluate, inspect, methods, plan, run
+from lrcompress.errors import LrcompressError
+
+app = typer.Typer(
+    name="lrcompress",
+    help="Compress language-model checkpoints after training by factorisation, and measure what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compress")(compress.compress)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("run")(run.run)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lrcompress import __version__
+
+        typer.echo(f"lrcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def main() -> None:
+    """Entry point: exit codes 0 done, 1 expectation failed, 2 bad input, 3 out of a resource, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LrcompressError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run again with --resume to continue\n")
+        sys.exit(130)

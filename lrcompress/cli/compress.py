@@ -1,0 +1,71 @@
+"""lrcompress compress"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrcompress.cli import options as o
+
+
+def compress(
+    model: o.Model,
+    method: o.Method,
+    ratio: o.Ratio,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Output folder [default: ./MODEL-METHOD-RATIO].", rich_help_panel=o.OUTPUT),
+    ] = None,
+    settings: o.Set = None,
+    allocator: o.Allocator = None,
+    format: o.Format = None,
+    target: o.Target = None,
+    ignore: o.Ignore = None,
+    calibration: o.CalibrationOption = None,
+    samples: o.Samples = 32,
+    seqlen: o.Seqlen = 1024,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB.", rich_help_panel=o.OUTPUT)] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the needs, write nothing.", rich_help_panel=o.OUTPUT)
+    ] = False,
+    save_recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write these options as a recipe.", rich_help_panel=o.OUTPUT)
+    ] = None,
+    trust_remote_code: o.Trust = False,
+    json_file: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Compress a checkpoint and write one that transformers loads."""
+    recipe = o.recipe_from_flags(
+        model=model, method=method, ratio=ratio, settings=settings, calibration=calibration, samples=samples,
+        seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [], ignore=ignore or [],
+        seed=seed, device=device, dtype=dtype, shard_size=shard_size, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from lrcompress.cli.show import quiet_libraries, show_plan, show_report
+    from lrcompress.pipeline import compress as run_compress
+    from lrcompress.pipeline import make_plan
+    from lrcompress.recipe import dump_recipe
+    from lrcompress.report.progress import Reporter
+
+    quiet_libraries()
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    if save_recipe is not None:
+        save_recipe.write_text(dump_recipe(recipe), encoding="utf8")
+    if dry_run:
+        plan = make_plan(recipe, reporter=reporter)
+        show_plan(plan, quiet=quiet)
+        o.write_result(json_file, plan)
+        return
+    result = run_compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
+    show_report(result.report, result.folder, quiet=quiet)
+    o.write_result(json_file, result.report)

@@ -1,0 +1,106 @@
+"""Options that several commands share, and what turns them into a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrcompress.errors import InputError
+from lrcompress.recipe import Recipe, make_recipe, split_assignment
+
+MODEL = "How"
+DATA = "Calibration"
+OUTPUT = "Output"
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.", show_default=False)]
+Method = Annotated[str, typer.Option(help="Compression method; see `lrcompress methods`.", rich_help_panel=MODEL)]
+Ratio = Annotated[
+    float, typer.Option(help="Fraction of the targets' stored bytes to remove, in (0, 1).", rich_help_panel=MODEL)
+]
+Allocator = Annotated[
+    str | None, typer.Option(help="How many bytes for which weight: uniform, welore.", rich_help_panel=MODEL)
+]
+Format = Annotated[
+    str | None,
+    typer.Option(help="Stored format: auto (smallest), low_rank or pivoted.", rich_help_panel=MODEL),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Method option; repeatable.", rich_help_panel=MODEL),
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PAT", help="Compress only these modules: glob or re:...; repeatable.", rich_help_panel=MODEL),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PAT", help="Leave these modules alone; repeatable.", rich_help_panel=MODEL),
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPEC",
+        help="wikitext2, c4, python-docs (default), self, or a file (.jsonl[:field], .parquet[:field], text); "
+        "SPEC*WEIGHT for unequal shares; repeatable.",
+        rich_help_panel=DATA,
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration blocks in all.", rich_help_panel=DATA)]
+Seqlen = Annotated[int, typer.Option(min=8, help="Tokens per calibration block.", rich_help_panel=DATA)]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=DATA)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=OUTPUT)]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.", rich_help_panel=OUTPUT)
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=OUTPUT)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.", rich_help_panel=OUTPUT)]
+
+
+def recipe_from_flags(
+    *,
+    model: str,
+    method: str,
+    ratio: float,
+    settings: list[str] | None,
+    calibration: list[str] | None,
+    samples: int,
+    seqlen: int,
+    **rest: Any,
+) -> Recipe:
+    """The recipe that a command line means."""
+    from lrcompress.budget import check_ratio
+    from lrcompress.stages.prepare import share_samples
+
+    check_ratio(ratio)
+    options = dict(split_assignment(text) for text in settings or [])
+    if "name" in options:
+        raise InputError("--set name=...: the method is chosen with --method")
+    specs = share_samples(calibration or ["python-docs"], samples, seqlen)
+    data = {key: value for key, value in rest.items() if value is not None}
+    calibrations = [spec.model_dump() for spec in specs]
+    return make_recipe(
+        {"model": model, "method": {"name": method, **options}, "ratio": ratio, "calibration": calibrations, **data},
+        "command line",
+    )
+
+
+def write_result(path: Path | None, data: Any) -> None:
+    """--json FILE; `-` is standard output."""
+    import json
+
+    if path is None:
+        return
+    text = json.dumps(data, indent=2) + "\n"
+    if str(path) == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        path.write_text(text, encoding="utf8")
+    except OSError as error:
+        raise InputError(f"--json {path} cannot be written: {error.strerror}") from error

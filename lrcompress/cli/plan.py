@@ -1,0 +1,39 @@
+"""lrcompress plan"""
+
+from lrcompress.cli import options as o
+
+
+def plan(
+    model: o.Model,
+    method: o.Method,
+    ratio: o.Ratio,
+    settings: o.Set = None,
+    allocator: o.Allocator = None,
+    format: o.Format = None,
+    target: o.Target = None,
+    ignore: o.Ignore = None,
+    calibration: o.CalibrationOption = None,
+    samples: o.Samples = 32,
+    seqlen: o.Seqlen = 1024,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.Trust = False,
+    json_file: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Show what would be stored where, without writing a checkpoint."""
+    recipe = o.recipe_from_flags(
+        model=model, method=method, ratio=ratio, settings=settings, calibration=calibration, samples=samples,
+        seqlen=seqlen, allocator=allocator, format=format, target=target or [], ignore=ignore or [], seed=seed,
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    from lrcompress.cli.show import quiet_libraries, show_plan
+    from lrcompress.pipeline import make_plan
+    from lrcompress.report.progress import Reporter
+
+    quiet_libraries()
+    result = make_plan(recipe, reporter=Reporter(quiet=quiet, verbose=verbose))
+    show_plan(result, quiet=quiet)
+    o.write_result(json_file, result)

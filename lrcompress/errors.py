@@ -1,0 +1,27 @@
+"""What can go wrong, by exit code. A message says what, where, and the cure, in one line."""
+
+
+class LrcompressError(Exception):
+    """Base of every error that lrcompress raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(LrcompressError):
+    """Bad usage or bad input: nothing was written (exit code 2)."""
+
+    exit_code = 2
+
+
+class ResourceError(LrcompressError):
+    """Ran out of disk or memory: nothing half-written, resumable (exit code 3)."""
+
+    exit_code = 3
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint naming the known word nearest to `word`, or all of them."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))

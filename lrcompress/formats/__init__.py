@@ -1,0 +1,14 @@
+"""Stored formats, one file each: the tensors, their bytes, dense(), how it multiplies."""
+
+from lrcompress.formats.base import (
+    DENSE,
+    FORMATS,
+    StoredLinear,
+    build,
+    index_dtype,
+    spec_bytes,
+    spec_numbers,
+    stored_tensors,
+)
+
+__all__ = ["DENSE", "FORMATS", "StoredLinear", "build", "index_dtype", "spec_bytes", "spec_numbers", "stored_tensors"]

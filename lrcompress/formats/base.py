@@ -1,0 +1,110 @@
+"""What every stored format offers; a new format is one file beside this one."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import InputError
+from lrcompress.protocols import Spec
+from lrcompress.registry import Registry
+
+DENSE = "dense"
+"""The format of a weight that is left as it is: an ordinary layer, with no entry in the manifest."""
+
+FORMATS: Registry[type["StoredLinear"]] = Registry("format", "lrcompress.formats")
+
+
+class StoredLinear(nn.Module, ABC):
+    """A linear layer y = x Wᵀ + b whose weight is held in a stored format; its state dict is what is stored.
+
+    The zero-size buffer `weight` carries the original parameter's name, so that a loader which does not know
+    the format stops on the shape instead of filling a dense weight at random.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.out_features, self.in_features = spec.shape
+        self.register_buffer("weight", torch.empty(0, dtype=dtype))
+
+    @classmethod
+    @abstractmethod
+    def bytes(cls, spec: Spec, element_size: int) -> int:
+        """Bytes that count for the weight: everything stored but a bias that the dense layer had too."""
+
+    @classmethod
+    def numbers(cls, spec: Spec) -> int:
+        """Count of stored numbers of the weight (indices and an added bias included)."""
+        with torch.device("meta"):
+            stored = cls(spec, torch.float32).state_dict()
+        original_bias = spec.shape[0] if spec.bias and not spec.added_bias else 0
+        return sum(t.numel() for t in stored.values()) - original_bias
+
+    @classmethod
+    @abstractmethod
+    def check(cls, spec: Spec) -> None:
+        """Raise InputError where the parameters cannot belong to this format."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight (out, in) that this layer multiplies by, in the factors' dtype."""
+
+    @abstractmethod
+    def dense_bias(self) -> Tensor | None:
+        """The bias (out,) of the equivalent dense layer."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to y (..., out)."""
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        shown = ", ".join(f"{k}={v}" for k, v in self.spec.parameters.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {shown}"
+
+
+def build(spec: Spec, dtype: torch.dtype) -> StoredLinear:
+    """The module of `spec` with uninitialised tensors on the current default device."""
+    cls = FORMATS.get(spec.format)
+    cls.check(spec)
+    return cls(spec, dtype)
+
+
+def stored_tensors(spec: Spec, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name to meta tensor of everything that is stored for `spec`."""
+    with torch.device("meta"):
+        return dict(build(spec, dtype).state_dict())
+
+
+def spec_bytes(spec: Spec, element_size: int) -> int:
+    """Bytes that count for the weight in `spec`, a weight kept dense included; see StoredLinear.bytes."""
+    if spec.format == DENSE:
+        return spec.shape[0] * spec.shape[1] * element_size
+    return FORMATS.get(spec.format).bytes(spec, element_size)
+
+
+def spec_numbers(spec: Spec) -> int:
+    """Count of numbers that are stored for the weight in `spec`; see StoredLinear.numbers."""
+    return spec.shape[0] * spec.shape[1] if spec.format == DENSE else FORMATS.get(spec.format).numbers(spec)
+
+
+def added_bias_bytes(spec: Spec, element_size: int) -> int:
+    """Bytes of a bias that the dense layer did not have."""
+    return spec.shape[0] * element_size if spec.bias and spec.added_bias else 0
+
+
+def index_dtype(largest: int) -> torch.dtype:
+    """Smallest of int16 and int32 that holds 0..largest."""
+    return torch.int16 if largest <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def check_rank(spec: Spec, *, largest: int | None = None) -> int:
+    """The spec's rank; InputError unless it is a whole number from 1 to min(out, in)."""
+    rank, limit = spec.parameters.get("rank"), largest or min(spec.shape)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+        raise InputError(f"format {spec.format} of shape {spec.shape} has rank {rank!r}: 1 to {limit} is possible")
+    return rank

@@ -1,0 +1,73 @@
+"""Pivoted: a rank-r matrix losslessly in r(m+n-r) numbers (PIFA, arXiv 2501.19090).
+
+r rows of W are kept as they are; every other row is a combination C of them. Unlike two factors it is never
+larger than the dense matrix.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, index_dtype
+from lrcompress.linalg.pivoting import pivot_rows
+from lrcompress.protocols import Spec
+
+
+@FORMATS.register
+class Pivoted(StoredLinear):
+    """y_p = W_p x, y_rest = C y_p, both put into place by `order` (out,).
+
+    `pivot` holds W_p (r, in), `rest` holds C (out - r, r). The bias is folded in: pivot.bias = b_p and
+    rest.bias = b_rest - C b_p.
+    """
+
+    name: ClassVar[str] = "pivoted"
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype)
+        rank = spec.parameters["rank"]
+        self.pivot = nn.Linear(self.in_features, rank, bias=spec.bias, dtype=dtype)
+        self.rest = nn.Linear(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
+        self.register_buffer("order", torch.empty(self.out_features, dtype=index_dtype(self.out_features)))
+
+    @classmethod
+    def check(cls, spec: Spec) -> None:
+        check_rank(spec, largest=min(spec.shape[0] - 1, spec.shape[1]))
+
+    @classmethod
+    def bytes(cls, spec: Spec, element_size: int) -> int:
+        (m, n), rank = spec.shape, spec.parameters["rank"]
+        index = m * index_dtype(m).itemsize
+        return rank * (m + n - rank) * element_size + index + added_bias_bytes(spec, element_size)
+
+    @classmethod
+    def encode(cls, left: Tensor, right: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors of left (m, r) @ right (r, n), of full column and row rank r < m."""
+        pivots, others, coefficients = pivot_rows(left)
+        order = torch.empty(left.shape[0], dtype=torch.long, device=left.device)
+        order[torch.cat([pivots, others])] = torch.arange(left.shape[0], device=left.device)
+        stored = {
+            "pivot.weight": left[pivots] @ right,
+            "rest.weight": coefficients,
+            "order": order.to(index_dtype(left.shape[0])),
+        }
+        if bias is not None:
+            stored["pivot.bias"] = bias[pivots]
+            stored["rest.bias"] = bias[others] - coefficients @ bias[pivots]
+        return stored
+
+    def dense(self) -> Tensor:
+        rows = torch.cat([self.pivot.weight, self.rest.weight @ self.pivot.weight])
+        return rows[self.order.long()]
+
+    def dense_bias(self) -> Tensor | None:
+        if self.pivot.bias is None:
+            return None
+        values = torch.cat([self.pivot.bias, self.rest.bias + self.rest.weight @ self.pivot.bias])
+        return values[self.order.long()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivoted = self.pivot(x)
+        rows = torch.cat([pivoted, self.rest(pivoted)], dim=-1)
+        return rows.index_select(-1, self.order.int())

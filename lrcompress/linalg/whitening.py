@@ -1,0 +1,36 @@
+"""Square roots of Grams."""
+
+import torch
+from torch import Tensor
+
+# Eigenvalues below this fraction of the largest are noise of the sums, not signal.
+RELATIVE_FLOOR = 1e-12
+
+
+def check_gram(gram: Tensor, what: str) -> None:
+    """ArithmeticError where a Gram has a non-finite entry: it comes from non-finite activations."""
+    if not bool(torch.isfinite(gram).all()):
+        raise ArithmeticError(f"the Gram of {what} has non-finite entries: activations overflowed")
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """gram (n, n) plus `damping` times its mean eigenvalue on the diagonal, float64."""
+    gram = gram.double()
+    scale = gram.diagonal().mean()
+    return gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def symmetric_root(gram: Tensor) -> Tensor:
+    """R (n, n), symmetric positive semidefinite, with R R = gram; eigenvalues below zero count as zero."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def symmetric_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R and R⁻¹ (n, n) with R R = gram; eigenvalues are floored at a relative 1e-12, an all-zero gram gives identities."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    if values[-1] <= 0:
+        identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        return identity, identity
+    values = values.clamp_min(float(values[-1]) * RELATIVE_FLOOR)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T

@@ -1,0 +1,93 @@
+"""What a method answers; a new one is one file beside this one."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pydantic
+from torch import Tensor
+
+from lrcompress.errors import InputError, nearest
+from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+from lrcompress.registry import Registry
+
+METHODS: Registry[type["Method"]] = Registry("method", "lrcompress.methods")
+
+
+class MethodOptions(pydantic.BaseModel):
+    """The options of a method (`--set key=value`), declared once as typed fields."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(ABC):
+    """A named choice of metric, stored format, allocator and propagation, on plain tensors.
+
+    The costly part, `decompose`, runs once per weight and returns tensors that wait in a scratch file;
+    `encode` turns them into what is stored once the allocator has chosen a level.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[MethodOptions]]
+    formats: ClassVar[tuple[str, ...]]
+    """Values that --format may take; the first is the default."""
+    default_allocator: ClassVar[str] = "uniform"
+    freezes_dense: ClassVar[bool] = False
+    """Weights that stay dense are marked frozen in the manifest (WeLore's N-LRC)."""
+
+    def __init__(self, options: MethodOptions, format: str | None = None) -> None:
+        self.options = options
+        self.format = format or self.formats[0]
+        if self.format not in self.formats:
+            raise InputError(f"method {self.name} has no format {self.format!r}: {nearest(self.format, list(self.formats))}")
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """What must be preserved: plain, input or centred."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration text is read at all."""
+        return self.metric != "plain"
+
+    @abstractmethod
+    def curve(self, site: Site, element_size: int) -> Curve:
+        """The levels of a site and their bytes, known before any decomposition."""
+
+    @abstractmethod
+    def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        """Everything that `errors` and `encode` need, from weight (out, in); the input is not changed."""
+
+    @abstractmethod
+    def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        """(levels,) float64 squared error in the metric per level of `curve`, ending in 0 for dense."""
+
+    @abstractmethod
+    def total(self, artefact: dict[str, Tensor]) -> float:
+        """Squared size of the weight in the metric: what errors are relative to."""
+
+    @abstractmethod
+    def spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        """How the site is stored at a rank of its curve (the last one: dense)."""
+
+    @abstractmethod
+    def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        """The stored tensors of `spec`, float32 or integer; bias is that of the dense layer."""
+
+
+def make_method(name: str, options: dict[str, Any], format: str | None = None) -> Method:
+    """The registered method with validated options; an unknown option is an InputError that names the nearest."""
+    cls = METHODS.get(name)
+    known = list(cls.Options.model_fields)
+    for key in options:
+        if key not in known:
+            raise InputError(f"method {name} has no option {key!r}: {nearest(key, known)}")
+    try:
+        return cls(cls.Options(**options), format)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"option {where} of method {name}: {first['msg']} (got {first['input']!r})") from error

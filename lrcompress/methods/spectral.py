@@ -1,0 +1,110 @@
+"""The family of low-rank methods: one decomposition under different metrics, formats and allocators."""
+
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lrcompress.formats import DENSE, FORMATS, spec_bytes
+from lrcompress.linalg.truncation import decompose
+from lrcompress.methods.base import Method, MethodOptions
+from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+
+Metric = Literal["plain", "input", "centred"]
+
+
+class SpectralOptions(MethodOptions):
+    """What every low-rank method may be asked."""
+
+    metric: Metric = "input"
+
+
+class SpectralMethod(Method):
+    """W ≈ left @ right, truncated to the level that the allocator chooses.
+
+    metric `plain` preserves the weights, `input` the outputs on the calibration inputs, `centred` their deviation
+    from the mean, the mean itself being carried by a bias.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = SpectralOptions
+    formats: ClassVar[tuple[str, ...]] = ("auto", "low_rank", "pivoted")
+
+    @property
+    def metric(self) -> str:
+        return str(self.options.metric)  # type: ignore[attr-defined]
+
+    def largest_rank(self, shape: tuple[int, int]) -> int:
+        """The highest rank that is stored factorised; above it the weight stays dense."""
+        return min(shape)
+
+    def curve(self, site: Site, element_size: int) -> Curve:
+        adds_bias = self.metric == "centred"
+        stored = _candidates(self.format, site.shape, adds_bias, adds_bias and not site.bias, element_size)
+        limit = self.largest_rank(site.shape)
+        dense = site.shape[0] * site.shape[1] * element_size
+        # A bias that is added costs bytes too, so a small or thin weight can have no level below dense.
+        useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < dense]
+        ranks, costs = [r for r, _ in useful], [b for _, b in useful]
+        return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
+
+    def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        centred = self.metric == "centred"
+        gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
+        spectrum = decompose(weight, gram)
+        artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": spectrum.energies}
+        if centred and statistics is not None:
+            mean = statistics.mean()
+            artefact["mean_output"] = weight.double() @ mean
+            artefact["mean_latent"] = spectrum.right @ mean
+        return artefact
+
+    def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        energies = artefact["energies"]
+        tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+        errors = tail[curve.ranks]
+        errors[-1] = 0.0
+        return errors
+
+    def total(self, artefact: dict[str, Tensor]) -> float:
+        return float(artefact["energies"].sum())
+
+    def spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        adds_bias = self.metric == "centred"
+        added = adds_bias and not site.bias
+        for candidate, _, name in _candidates(self.format, site.shape, adds_bias, added, element_size):
+            if candidate == rank:
+                parameters = {"rank": rank}
+                return Spec(name, site.shape, adds_bias or site.bias, added, site.conv1d, parameters)
+        raise ValueError(f"{site.name} has no level of rank {rank}")
+
+    def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        rank = spec.parameters["rank"]
+        left, right = artefact["left"][:, :rank], artefact["right"][:rank]
+        if "mean_output" in artefact:
+            moved = artefact["mean_output"] - left.double() @ artefact["mean_latent"][:rank]
+            bias = (moved if bias is None else bias.double() + moved).float()
+        return FORMATS.get(spec.format).encode(left, right, bias)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=256)
+def _candidates(
+    format: str, shape: tuple[int, int], bias: bool, added_bias: bool, element_size: int
+) -> list[tuple[int, int, str]]:
+    """(rank, bytes, format name) per rank from 1, in the cheapest of the formats that `format` allows."""
+    names = ["low_rank", "pivoted"] if format == "auto" else [format]
+    stored = []
+    for rank in range(1, min(shape) + 1):
+        options = []
+        for name in names:
+            if name == "pivoted" and rank == shape[0]:
+                continue  # every row would be a pivot: that is the dense matrix
+            spec = Spec(name, shape, bias, added_bias, parameters={"rank": rank})
+            options.append((spec_bytes(spec, element_size), name))
+        if options:
+            bytes_, name = min(options)
+            stored.append((rank, bytes_, name))
+    return stored
+
+
+__all__ = ["DENSE", "Metric", "SpectralMethod", "SpectralOptions"]

@@ -1,0 +1,1 @@
+"""Transformers models without architecture names: where the weights are and how blocks are run."""

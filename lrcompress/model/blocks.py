@@ -1,0 +1,187 @@
+"""Running a model block by block: only one block's weights are in memory at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import InputError
+from lrcompress.model.skeleton import checkpoint_names, find_blocks
+from lrcompress.protocols import TensorSource
+
+
+@dataclass
+class Call:
+    """How the model called a block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_key: str | None
+    tuple_length: int
+    """0 where the block returns a tensor, else the length of the tuple that begins with it."""
+
+
+class _HiddenCaptured(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class BlockWalker:
+    """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
+
+    How a block is called is learnt by running the model once on real tokens (`probe`), so no architecture is named.
+    """
+
+    def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.source, self.device, self.dtype = model, source, device, dtype
+        self.blocks = find_blocks(model)
+        self.names = checkpoint_names(model, source.names())
+        self.calls: list[Call] = []
+        self._load_resident()
+
+    def _load_resident(self) -> None:
+        prefixes = tuple(block + "." for block in self.blocks)
+        outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
+        self.model.load_state_dict(self._read(outside), strict=False, assign=True)
+        self.model.tie_weights()  # type: ignore[operator]
+        for module_name, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type != "meta" and f"{module_name}.{name}" not in self.names:
+                    setattr(module, name, buffer.to(self.device))
+        self.model.requires_grad_(False)
+
+    def _read(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """Tensors by model name, floating ones in the compute dtype, on the device."""
+        stored = {v: k for k, v in names.items()}
+        return {
+            stored[name]: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.source.read(list(stored))
+        }
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights, which are dropped again at the end."""
+        name = self.blocks[index]
+        module = self.model.get_submodule(name)
+        own = {k: v for k, v in self.names.items() if k.startswith(name + ".")}
+        tensors = {k[len(name) + 1 :]: v for k, v in self._read(own).items()}
+        module.load_state_dict(tensors, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield module
+        finally:
+            empty = {k: torch.empty_like(v, device="meta") for k, v in tensors.items()}
+            module.load_state_dict(empty, assign=True)
+
+    def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states (1, length, width) after block `index`, called as the model calls it."""
+        call = self.calls[index]
+        if call.hidden_key is None:
+            output = module(hidden, *call.args, **call.kwargs)
+        else:
+            output = module(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states (1, length, width) that enter the first block for ids (length,)."""
+
+        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+
+        first = self.model.get_submodule(self.blocks[0])
+        handle = first.register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            self._forward(ids)
+        except _HiddenCaptured as captured:
+            return captured.hidden
+        finally:
+            handle.remove()
+        raise InputError("the model never called its first block: it cannot be walked block by block")
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
+
+        def stub(call: Call) -> Callable[..., Any]:
+            return lambda *_, **__: (hidden, *[None] * (call.tuple_length - 1)) if call.tuple_length else hidden
+
+        modules = [self.model.get_submodule(name) for name in self.blocks]
+        for module, call in zip(modules, self.calls, strict=True):
+            module.forward = stub(call)
+        try:
+            output: Tensor = self._forward(ids).logits
+            return output
+        finally:
+            for module in modules:
+                del module.forward
+
+    def probe(self, ids: Tensor, sites: Sequence[str]) -> dict[str, str]:
+        """Run the whole model once on ids (length,), a block in memory at a time.
+
+        Learns how blocks are called, and returns for every site the first site that reads the same input.
+        """
+        groups: dict[str, str] = {}
+        self.calls = []
+        first: dict[tuple[Any, ...], str] = {}
+        alive: list[Tensor] = []
+        handles = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                alive.append(x)  # kept, so that no other tensor takes its address
+                key = (x.data_ptr(), x.numel(), x.shape[-1], 0 if x.is_inference() else x._version)
+                groups[name] = first.setdefault(key, name)
+
+            return hook
+
+        def walk(index: int, module: nn.Module) -> Callable[..., Any]:
+            forward = module.forward
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.block(index):
+                    output = forward(*args, **kwargs)
+                hidden, key = _hidden(args, kwargs)
+                if first_output and hidden.data_ptr() != first_output[-1].data_ptr():
+                    raise InputError(f"{self.blocks[index]} does not read the output of the block before it: "
+                                     "this architecture cannot be walked block by block")
+                rest = {k: v for k, v in kwargs.items() if k != key}
+                length = len(output) if isinstance(output, tuple) else 0
+                self.calls.append(Call(args[1:] if key is None else args, rest, key, length))
+                first_output[:] = [output[0] if length else output]
+                alive.clear()
+                first.clear()
+                return output
+
+            return run
+
+        first_output: list[Tensor] = []
+        modules = [self.model.get_submodule(name) for name in self.blocks]
+        for index, module in enumerate(modules):
+            module.forward = walk(index, module)
+        for name in sites:
+            handles.append(self.model.get_submodule(name).register_forward_pre_hook(note(name)))
+        try:
+            self._forward(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in modules:
+                del module.forward
+        if len(self.calls) != len(self.blocks):
+            raise InputError(f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked")
+        return groups
+
+    def _forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
+    """The hidden states of a block's call, and the keyword they came by (None: first positional argument)."""
+    if args:
+        return args[0], None
+    key = "hidden_states" if "hidden_states" in kwargs else next(k for k, v in kwargs.items() if torch.is_tensor(v))
+    return kwargs[key], key

@@ -1,0 +1,81 @@
+"""A transformers model on the meta device: its structure without its weights."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrcompress.errors import InputError
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> object:
+    """The checkpoint's config; InputError where it cannot be read or its model type is unknown."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"config of {folder} cannot be read ({reason}): is it a causal language model's folder?") from error
+
+
+def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of `config` with its parameters on the meta device and its buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no causal language model can be built from its config ({reason})") from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Name in the checkpoint of every tensor of the model's state dict that has one of its own.
+
+    A checkpoint of the base model lacks its prefix (gpt2), or has one that the model lacks; tied weights may be absent.
+    """
+    available = set(stored)
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    tied = _tied_names(model)
+    found, missing = {}, []
+    for name in model.state_dict():
+        options = (name, name.removeprefix(prefix), prefix + name)
+        match = next((option for option in options if option in available), None)
+        if match is not None:
+            found[name] = match
+        elif name not in tied:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together")
+    return found
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """State-dict names that share a parameter with another name."""
+    seen: dict[int, str] = {}
+    tied: set[str] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            tied |= {name, seen[id(parameter)]}
+        seen.setdefault(id(parameter), name)
+    return tied
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Module names of the decoder blocks: the largest ModuleList whose members are of one class."""
+    best: tuple[int, str, int] = (0, "", 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+            size = sum(p.numel() for p in module.parameters())
+            if size > best[0]:
+                best = (size, name, len(module))
+    if not best[1]:
+        raise InputError("no list of decoder blocks was found in this model: only decoder-only models can be compressed")
+    return [f"{best[1]}.{i}" for i in range(best[2])]

@@ -1,0 +1,49 @@
+"""Putting stored formats in the place of linear layers, and back."""
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.formats import StoredLinear, build
+from lrcompress.protocols import Spec
+
+
+def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None:
+    """Replace module `name` by the format of `spec`, on the meta device, its tensors to be loaded."""
+    with torch.device("meta"):
+        model.set_submodule(name, build(spec, dtype))
+
+
+def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every stored format by the ordinary layer that computes the same."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StoredLinear):
+            model.set_submodule(name, dense_layer(module, dtype))
+    return model
+
+
+@torch.no_grad()
+def dense_layer(module: StoredLinear, dtype: torch.dtype | None = None) -> nn.Module:
+    """nn.Linear, or Conv1D where the dense model had that, equal to `module` up to rounding."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight, bias = dense_parts(module)
+    dtype = dtype or module.weight.dtype
+    with torch.device("meta"):
+        layer: nn.Module = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+        if module.spec.conv1d:
+            layer = Conv1D(module.out_features, module.in_features)
+    layer.weight = nn.Parameter((weight.T.contiguous() if module.spec.conv1d else weight).to(dtype))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype))
+    elif module.spec.conv1d:
+        layer.bias = nn.Parameter(weight.new_zeros(module.out_features, dtype=dtype))
+    return layer
+
+
+def dense_parts(module: StoredLinear) -> tuple[Tensor, Tensor | None]:
+    """The equivalent weight (out, in) and bias, multiplied out in float32."""
+    copy = build(module.spec, torch.float32) if module.weight.dtype != torch.float32 else module
+    if copy is not module:
+        copy = copy.to(module.weight.device)
+        copy.load_state_dict(module.state_dict())
+    return copy.dense().detach(), None if (bias := copy.dense_bias()) is None else bias.detach()

@@ -1,0 +1,85 @@
+"""Which weights are compressed: linear layers of the decoder blocks, by structure and patterns."""
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lrcompress.errors import InputError, nearest
+from lrcompress.protocols import Site
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear or GPT-2's Conv1D (a linear layer whose weight lies transposed)."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the weight is stored (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], ignore: Sequence[str]) -> list[Site]:
+    """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
+
+    Without `target` patterns every linear layer inside the blocks is one. A pattern is a glob on the module path or
+    `re:...`; one that matches nothing is an InputError, and so is a layer whose weight is tied to another.
+    """
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
+    wanted = _matching(linears, target, "--target") if target else [n for n in linears if _block(n, blocks) < len(blocks)]
+    dropped = set(_matching(linears, ignore, "--ignore"))
+    sites = []
+    for name in linears:
+        if name in wanted and name not in dropped:
+            _refuse_tied(model, name)
+            sites.append(_site(linears[name], name, blocks))
+    if not sites:
+        raise InputError("no weight is left to compress: --ignore excludes every target")
+    return sites
+
+
+def group_sites(sites: Sequence[Site], groups: dict[str, str]) -> list[Site]:
+    """The sites with the groups that the probe found: those that read the same input."""
+    return [replace(site, group=groups.get(site.name, site.name)) for site in sites]
+
+
+def _site(module: nn.Module, name: str, blocks: Sequence[str]) -> Site:
+    conv1d = is_conv1d(module)
+    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
+    shape = (int(columns), int(rows)) if conv1d else (int(rows), int(columns))  # type: ignore[arg-type]
+    block = _block(name, blocks)
+    kind = name[len(blocks[block]) + 1 :] if block < len(blocks) else name
+    return Site(name, shape, block, name, module.bias is not None, conv1d, kind)
+
+
+def _block(name: str, blocks: Sequence[str]) -> int:
+    """Index of the block that holds the module, len(blocks) for one outside."""
+    stem = blocks[0].rpartition(".")[0] + "."
+    head = name.removeprefix(stem).split(".")[0]
+    return int(head) if name.startswith(stem) and head.isdigit() else len(blocks)
+
+
+def _matching(linears: dict[str, nn.Module], patterns: Sequence[str], option: str) -> list[str]:
+    matched: list[str] = []
+    for pattern in patterns:
+        try:
+            rule = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+        except re.error as error:
+            raise InputError(f"{option} {pattern!r} is no regular expression: {error}") from error
+        hits = [n for n in linears if (rule.search(n) if pattern.startswith("re:") else rule.match(n))]
+        if not hits:
+            raise InputError(f"{option} {pattern!r} matches no linear layer: {nearest(pattern, list(linears)[:40])}")
+        matched += hits
+    return matched
+
+
+def _refuse_tied(model: nn.Module, name: str) -> None:
+    weight = model.get_submodule(name).weight
+    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        others = ", ".join(o for o in owners if o != f"{name}.weight")
+        raise InputError(f"{name} shares its weight with {others}: a tied weight cannot be compressed; leave it out")

@@ -1,0 +1,148 @@
+"""The way of a checkpoint, from a recipe to a finished folder: reads like the drawing in docs/architecture.md."""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrcompress.checkpoint.opening import short_name
+from lrcompress.errors import InputError, ResourceError
+from lrcompress.model.device import memory_hint
+from lrcompress.recipe import Recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import write_card
+from lrcompress.stages.allocate import Plan, allocate, needs_artefacts
+from lrcompress.stages.finish import make_report
+from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
+from lrcompress.stages.profile import profile
+from lrcompress.stages.store import store
+from lrcompress.stages.workspace import Workspace, folder_identity, write_json
+
+
+@dataclass
+class Result:
+    """A finished checkpoint and its report (the contents of report.json)."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def compress(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
+) -> Result:
+    """Compress as the recipe says and write the checkpoint; the folder appears whole or not at all."""
+    reporter = reporter or Reporter(quiet=True)
+    output = output_folder(recipe)
+    request = check_request(recipe)
+    if resume and (finished := _finished(output, recipe)):
+        reporter.say(f"{output} is finished already")
+        return Result(output, finished)
+    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    try:
+        with workspace:
+            report = _compress(request, workspace, reporter)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(memory_hint(request.device)) from error
+    except ArithmeticError as error:
+        raise InputError(str(error)) from error
+    return Result(output, report)
+
+
+def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
+    start, scratch = time.perf_counter(), workspace.scratch
+    with reporter.timed("load"):
+        opened = open_request(request, scratch, reporter, calibrate=request.needs_walk)
+    workspace.claim(identity(opened))
+    workspace.check_room(disk_need(opened))
+    artefacts = profile(opened, scratch, reporter)
+    plan = allocate(opened, artefacts)
+    write_json(workspace.partial / "plan.json", plan_json(opened, plan))
+    with reporter.timed("write"):
+        store(opened, plan, artefacts, workspace.partial, scratch, reporter)
+    report = make_report(opened, plan, workspace.partial, reporter)
+    report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
+    write_json(workspace.partial / "report.json", report)
+    write_card(workspace.partial, report, request.recipe)
+    workspace.publish()
+    return report
+
+
+def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
+    """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
+    reporter = reporter or Reporter(quiet=True)
+    request = check_request(recipe)
+    with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder:
+        scratch = Path(folder)
+        opened = open_request(request, scratch, reporter, calibrate=False)
+        artefacts = None
+        if needs_artefacts(opened):
+            if request.needs_walk:
+                calibrate_model(opened)
+            artefacts = profile(opened, scratch, reporter)
+        plan = allocate(opened, artefacts)
+        return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Where the recipe's checkpoint goes."""
+    name = f"{short_name(recipe.model)}-{recipe.method.name}-{recipe.ratio:g}"
+    return Path(recipe.output or name).expanduser()
+
+
+def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
+    """plan.json: the decision as an artefact."""
+    dense, stored = sum(plan.dense_bytes.values()), sum(plan.bytes.values())
+    whole = opened.reader.bytes // opened.reader.dtype.itemsize * opened.dtype.itemsize
+    return {
+        "schema": 1,
+        "model": opened.request.recipe.model,
+        "method": opened.request.method.name,
+        "metric": opened.request.method.metric,
+        "allocator": opened.request.allocator.name,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "ratio": {"asked": opened.request.recipe.ratio, "planned": 1 - stored / dense,
+                  "whole_model": (dense - stored) / whole},
+        "bytes": {"targets_dense": dense, "targets_stored": stored},
+        "targets": plan.entries(opened.sites),
+    }  # fmt: skip
+
+
+def identity(opened: Opened) -> dict[str, Any]:
+    """What resumed work must agree with: recipe, model files, text, versions."""
+    from lrcompress import __version__
+
+    return {
+        "recipe": opened.request.recipe.identity(),
+        "model files": folder_identity(opened.model.folder),
+        "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
+        "versions": {"lrcompress": __version__, "torch": torch.__version__},
+    }
+
+
+def disk_need(opened: Opened) -> int:
+    """Bytes of scratch files and output together, an upper bound."""
+    factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
+    output = opened.reader.bytes // opened.reader.dtype.itemsize * opened.dtype.itemsize
+    hidden = 0
+    if opened.calibration is not None:
+        tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()
+        widths = max((s.shape[1] for s in opened.sites), default=0)
+        hidden = 3 * tokens * widths * opened.walker.dtype.itemsize
+    return factors + output + hidden + 10**7
+
+
+def _finished(output: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The report of a finished run of the same recipe; InputError where the folder holds another one."""
+    path = output / "report.json"
+    if not path.exists():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report.get("recipe") != json.loads(recipe.model_dump_json()):
+        before, now = report.get("recipe", {}), json.loads(recipe.model_dump_json())
+        changed = ", ".join(sorted(k for k in now if before.get(k) != now[k]))
+        raise InputError(f"{output} holds a finished run of another recipe ({changed} differ): choose another -o")
+    return report

@@ -1,0 +1,151 @@
+"""The words that the parts share: a site, its cost curve, a stored weight's spec, and what a part must offer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import InputError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight to be compressed: `shape` is (out_features, in_features) whatever the layout on disk."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+    group: str
+    """Sites of one group read the same input and share one Gram."""
+    bias: bool
+    conv1d: bool = False
+    """The weight lies transposed, (in, out), as in GPT-2's Conv1D."""
+    kind: str = ""
+    """Name inside the block, such as self_attn.q_proj: the row of the final table."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How one weight is stored; with a dtype it determines every tensor's name and shape."""
+
+    format: str
+    shape: tuple[int, int]
+    bias: bool = False
+    added_bias: bool = False
+    """The bias did not exist in the dense layer, so its bytes count."""
+    conv1d: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What the format declares, such as {"rank": 300}."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object; inverse of `from_json`."""
+        data = asdict(self)
+        parameters = data.pop("parameters")
+        return {**{k: v for k, v in data.items() if v is not False}, "shape": list(self.shape), **parameters}
+
+    @classmethod
+    def from_json(cls, name: str, data: dict[str, Any]) -> "Spec":
+        """Read a manifest entry of module `name`; a malformed one is an InputError."""
+        rest = dict(data)
+        try:
+            shape = tuple(rest.pop("shape"))
+            spec = cls(
+                format=rest.pop("format"),
+                shape=shape,  # type: ignore[arg-type]
+                bias=rest.pop("bias", False),
+                added_bias=rest.pop("added_bias", False),
+                conv1d=rest.pop("conv1d", False),
+                parameters=rest,
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"manifest entry of {name} is malformed ({error}): write the checkpoint again") from error
+        if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise InputError(f"manifest entry of {name} has shape {shape}: two positive numbers are needed")
+        return spec
+
+
+@dataclass
+class Curve:
+    """The choices for one site, cheapest first; the last one keeps the weight dense.
+
+    ranks: (levels,) int64, the rank (or the format's own step) of each level; the last is the full rank.
+    bytes: (levels,) int64, strictly increasing, everything that counts included.
+    errors: (levels,) float64, squared error in the method's metric, or None before a decomposition.
+    spectrum: (min(out, in),) float64, the weight's own singular values, descending, or None.
+    """
+
+    name: str
+    ranks: Tensor
+    bytes: Tensor
+    dense_bytes: int
+    errors: Tensor | None = None
+    spectrum: Tensor | None = None
+
+
+@dataclass
+class InputStatistics:
+    """Exact sums over the rows x of a layer's input: they add up across batches and processes.
+
+    count: number of rows; total: (in,) float64 sum of x; second: (in, in) float64 sum of x xᵀ.
+    """
+
+    count: int
+    total: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
+        """No rows seen yet."""
+        return cls(
+            0,
+            torch.zeros(features, dtype=torch.float64, device=device),
+            torch.zeros(features, features, dtype=torch.float64, device=device),
+        )
+
+    def update(self, rows: Tensor) -> None:
+        """Add `rows` (..., in); the products are summed in float32 per call and in float64 across calls."""
+        rows = rows.detach().flatten(0, -2).float()
+        self.count += rows.shape[0]
+        self.total += rows.sum(0, dtype=torch.float64)
+        self.second += (rows.T @ rows).double()
+
+    def merge(self, other: "InputStatistics") -> None:
+        """Add the sums of another batch or process."""
+        self.count += other.count
+        self.total += other.total
+        self.second += other.second
+
+    def mean(self) -> Tensor:
+        """(in,) mean input."""
+        return self.total / self.count
+
+    def gram(self, *, centred: bool = False) -> Tensor:
+        """(in, in) second moment per row, or the covariance."""
+        gram = self.second / self.count
+        return gram - torch.outer(self.mean(), self.mean()) if centred else gram
+
+
+class TensorSource(Protocol):
+    """A checkpoint that is read a tensor at a time."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        ...
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, copied out of the files, each file opened once."""
+        ...
+
+
+class Allocator(Protocol):
+    """How many bytes for which weight."""
+
+    name: str
+    needs_errors: bool
+    needs_spectrum: bool
+
+    def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
+        """Level per site name, the sum of bytes at most `budget`; InputError where that is impossible."""
+        ...

@@ -1,0 +1,182 @@
+"""The recipe: one model for command-line flags, YAML files and Python."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from lrcompress.errors import InputError, nearest
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class CalibrationSpec(_Strict):
+    """One calibration source."""
+
+    source: str = "python-docs"
+    samples: int = pydantic.Field(32, ge=1)
+    seqlen: int = pydantic.Field(1024, ge=8)
+
+
+class MethodSpec(pydantic.BaseModel):
+    """The method's name; every other key is one of its options."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside `name`, checked later against what the method declares."""
+        return dict(self.model_extra or {})
+
+
+class EvaluateSpec(_Strict):
+    """What to measure on the written checkpoint."""
+
+    tasks: list[str]
+    against: str | None = None
+    """A model, or `dense` for the recipe's own."""
+    limit: int | None = pydantic.Field(None, ge=1)
+    batch_size: int | Literal["auto"] = 1
+    compute_dtype: DtypeName = "float32"
+
+
+class Recipe(_Strict):
+    """Everything that decides what is written."""
+
+    model: str
+    method: MethodSpec
+    ratio: float = pydantic.Field(gt=0, lt=1)
+    calibration: list[CalibrationSpec] = pydantic.Field(default_factory=lambda: [CalibrationSpec()])
+    output: str | None = None
+    allocator: str | None = None
+    format: str | None = None
+    target: list[str] = []
+    ignore: list[str] = []
+    device: str = "auto"
+    dtype: DtypeName = "auto"
+    seed: int = 0
+    shard_size: str = "5GB"
+    trust_remote_code: bool = False
+    evaluate: EvaluateSpec | None = None
+    expect: list[str] = []
+
+    @pydantic.field_validator("calibration", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("calibration")
+    @classmethod
+    def _one_seqlen(cls, value: list[CalibrationSpec]) -> list[CalibrationSpec]:
+        if not value or len({c.seqlen for c in value}) > 1:
+            raise ValueError("at least one source is needed, all of one seqlen")
+        return value
+
+    @pydantic.field_validator("method", mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to write the same files."""
+        return self.model_dump(exclude={"output", "evaluate", "expect"})
+
+
+def make_recipe(data: Any, origin: str = "recipe") -> Recipe:
+    """Validate a mapping; the first mistake is an InputError naming its key, and for an unknown key the nearest one."""
+    if not isinstance(data, dict):
+        raise InputError(f"{origin}: a recipe is a mapping of keys, this is {type(data).__name__}")
+    try:
+        return Recipe(**data)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{origin}: {_explain(error)}") from error
+
+
+def load_recipe(name: str, overrides: list[str]) -> Recipe:
+    """A YAML file, or the name of a shipped recipe, with `key.path=value` overrides."""
+    path = find_recipe(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        apply_override(data, override)
+    return make_recipe(data, str(path))
+
+
+def find_recipe(name: str) -> Path:
+    """The file `name`, or the recipe of that name that lies in the package (or beside it in a clone)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise InputError(f"recipe {name} is no file and no shipped recipe: {nearest(name, list(shipped))}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "recipes", here.parent / "recipes"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def split_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` with the value read as YAML, so that numbers, lists and true are what they look like."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text!r}: write key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text!r}: the value is not valid YAML") from error
+    try:  # YAML 1.1 reads 1e-3 as text
+        return key, float(parsed) if isinstance(parsed, str) else parsed
+    except ValueError:
+        return key, parsed
+
+
+def apply_override(data: Any, override: str) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists."""
+    path, value = split_assignment(override)
+    *parents, last = path.split(".")
+    here = data
+    try:
+        for key in parents:
+            here = here[int(key)] if isinstance(here, list) else here.setdefault(key, {})
+        here[int(last) if isinstance(here, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"--set {override!r}: there is no such place in the recipe") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML; reading it back gives an equal recipe."""
+    data = json.loads(recipe.model_dump_json(exclude_defaults=True))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return f"unknown key {where!r}: {nearest(key, _known_keys(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"key {where!r} is missing"
+    return f"{where} = {first['input']!r}: {first['msg']}"
+
+
+def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[pydantic.BaseModel]] = {"calibration": CalibrationSpec, "evaluate": EvaluateSpec}
+    model = models.get(str(parents[0]), Recipe) if parents else Recipe
+    return list(model.model_fields)

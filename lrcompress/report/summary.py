@@ -1,0 +1,138 @@
+"""report.json, the final table, and the model card of a finished checkpoint."""
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lrcompress.recipe import Recipe, dump_recipe
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part."""
+    found = {"python": platform.python_version()}
+    for name in ("lrcompress", "torch", "transformers", "safetensors", "lm_eval"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def kinds_table(report: dict[str, Any], kinds: dict[str, str]) -> Table:
+    """Per kind of weight: how many, formats, rank, bytes, error; kinds maps a target's name to its kind."""
+    table = Table(title=f"{report['model']} · {report['method']}")
+    for column in ("weight", "count", "format", "rank", "of", "MB", "removed", "error"):
+        table.add_column(column, justify="left" if column in ("weight", "format") else "right")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for target in report["targets"]:
+        groups.setdefault(kinds[target["name"]], []).append(target)
+    for kind, targets in groups.items():
+        table.add_row(kind, *_row(targets))
+    table.add_section()
+    table.add_row("targets", *_row(report["targets"]))
+    return table
+
+
+def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
+    formats = [t["format"] for t in targets]
+    mix = " ".join(f"{formats.count(f)} {f}" for f in sorted(set(formats))) if len(set(formats)) > 1 else formats[0]
+    ranks = [t["rank"] for t in targets]
+    full = [min(t["shape"]) for t in targets]
+    stored, dense = sum(t["bytes"] for t in targets), sum(t["dense_bytes"] for t in targets)
+    errors = [t["relative_error"] for t in targets if t["relative_error"] is not None]
+    error = f"{sum(errors) / len(errors):.3f}" if errors else "-"
+    return [str(len(targets)), mix, _span(ranks), _span(full), f"{stored / 1e6:.2f}", f"{1 - stored / dense:.1%}", error]
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
+
+
+def block_kinds(names: Sequence[str]) -> dict[str, str]:
+    """Each name without its block's number: model.layers.3.mlp.up_proj becomes mlp.up_proj."""
+    kinds = {}
+    for name in names:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        kinds[name] = ".".join(parts[numbers[0] + 1 :]) if numbers else name
+    return kinds
+
+
+def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:
+    """README.md of the checkpoint: how to load it, what was done, what was measured."""
+    (folder / "README.md").write_text(card(report, recipe), encoding="utf8")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf8")
+
+
+def card(report: dict[str, Any], recipe: Recipe) -> str:
+    """The model card's text."""
+    ratio, size = report["ratio"], report["bytes"]
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct" if report["model"] == "demo" else report["model"]
+    hub = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/")) else ""
+    measured = _measured(report.get("evaluation"))
+    calibration = report["calibration"]
+    text = "none (weights only)" if calibration is None else (
+        f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}"
+        + ("" if calibration["general"] else " (not general text)")
+    )
+    return f"""---
+library_name: transformers
+{hub}tags: [lrcompress, low-rank, compressed]
+---
+# {report["model"]} compressed by {report["method"]}
+
+```python
+import lrcompress  # registers the stored formats with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+```
+
+Without `import lrcompress` the load stops with a size mismatch. `model.dequantize()` gives the ordinary dense model.
+
+| | |
+|---|---|
+| removed of the compressed weights' bytes | {ratio["stored"]:.2%} |
+| removed of the whole checkpoint's bytes | {ratio["whole_model"]:.2%} |
+| checkpoint | {size["checkpoint"] / 1e6:.1f} MB |
+| calibration | {text} |
+| lrcompress | {report["versions"]["lrcompress"]} |
+
+{measured}## Recipe
+
+```yaml
+{dump_recipe(recipe)}```
+"""
+
+
+def _measured(evaluation: dict[str, Any] | None) -> str:
+    if not evaluation:
+        return ""
+    against = (evaluation.get("against") or {}).get("results", {})
+    lines = ["## Measured", "", "| task | metric | this | dense |", "|---|---|---|---|"]
+    for task, metrics in evaluation["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                other = against.get(task, {}).get(metric)
+                lines.append(f"| {task} | {metric} | {value:.4f} | {'' if other is None else format(other, '.4f')} |")
+    return "\n".join([*lines, "", ""])
+
+
+def load_report(folder: Path) -> dict[str, Any] | None:
+    """report.json of a checkpoint, None where it has none."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None

@@ -1,0 +1,79 @@
+"""From a ratio to a level for every weight: the plan."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lrcompress.budget import kept_bytes
+from lrcompress.protocols import Curve, Site, Spec
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import Artefacts
+
+
+@dataclass
+class Plan:
+    """What is stored for every site. relative_errors are None where nothing was decomposed."""
+
+    specs: dict[str, Spec]
+    bytes: dict[str, int]
+    dense_bytes: dict[str, int]
+    relative_errors: dict[str, float | None]
+
+    def entries(self, sites: list[Site]) -> list[dict[str, Any]]:
+        """The `targets` of report.json."""
+        rows = []
+        for site in sites:
+            spec = self.specs[site.name]
+            rows.append({
+                "name": site.name,
+                "format": spec.format,
+                "shape": list(site.shape),
+                "rank": spec.parameters.get("rank", min(site.shape)),
+                "bytes": self.bytes[site.name],
+                "dense_bytes": self.dense_bytes[site.name],
+                "relative_error": self.relative_errors[site.name],
+            })  # fmt: skip
+        return rows
+
+
+def needs_artefacts(opened: Opened) -> bool:
+    """Whether the allocator decides by decompositions."""
+    allocator = opened.request.allocator
+    return allocator.needs_errors or allocator.needs_spectrum
+
+
+def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
+    """Choose a level per site within the bytes that the ratio leaves."""
+    request, size = opened.request, opened.dtype.itemsize
+    curves: list[Curve] = []
+    totals: dict[str, float] = {}
+    for site in opened.sites:
+        curve = request.method.curve(site, size)
+        if artefacts is not None:
+            summary = artefacts.load(site, summary=True)
+            curve.errors, curve.spectrum = summary["errors"], summary.get("spectrum")
+            totals[site.name] = float(summary["total"])
+        curves.append(curve)
+    budget = kept_bytes((curve.dense_bytes for curve in curves), request.recipe.ratio)
+    levels = request.allocator.allocate(curves, budget)
+    plan = Plan({}, {}, {}, {})
+    for site, curve in zip(opened.sites, curves, strict=True):
+        level = levels[site.name]
+        plan.specs[site.name] = level_spec(opened, site, curve, level)
+        plan.bytes[site.name] = int(curve.bytes[level])
+        plan.dense_bytes[site.name] = curve.dense_bytes
+        plan.relative_errors[site.name] = relative_error(curve, level, totals.get(site.name))
+    return plan
+
+
+def level_spec(opened: Opened, site: Site, curve: Curve, level: int) -> Spec:
+    """How a site is stored at a level; the last one is dense."""
+    if level == len(curve.ranks) - 1:
+        return Spec("dense", site.shape, site.bias, conv1d=site.conv1d)
+    return opened.request.method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
+
+
+def relative_error(curve: Curve, level: int, total: float | None) -> float | None:
+    """Root of the squared error over the squared size, in the method's metric."""
+    if curve.errors is None or total is None:
+        return None
+    return (max(float(curve.errors[level]), 0.0) / total) ** 0.5 if total > 0 else 0.0

@@ -1,0 +1,66 @@
+"""report.json of a finished checkpoint: counted from its files, not from the plan."""
+
+from pathlib import Path
+from typing import Any
+
+from lrcompress.budget import Ratio
+from lrcompress.checkpoint.manifest import site_bytes, site_numbers
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import peak_rss_bytes, versions
+from lrcompress.stages.allocate import Plan
+from lrcompress.stages.prepare import Opened
+
+NARROW_SOURCES = ("python-docs", "self")
+
+
+def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """The report so far; evaluation adds to it. `seconds.total` covers everything up to here."""
+    recipe = opened.request.recipe
+    reader = CheckpointReader(folder)
+    size = opened.dtype.itemsize
+    ratio = Ratio(
+        asked=recipe.ratio,
+        targets_dense=sum(plan.dense_bytes.values()),
+        targets_stored=sum(site_bytes(reader, s, plan.specs[s.name]) for s in opened.sites),
+        checkpoint_dense=opened.reader.bytes // opened.reader.dtype.itemsize * size,
+        checkpoint=reader.bytes,
+        numbers_dense=sum(s.shape[0] * s.shape[1] for s in opened.sites),
+        numbers_stored=sum(site_numbers(reader, s, plan.specs[s.name]) for s in opened.sites),
+    )
+    entries = plan.entries(opened.sites)
+    for entry, site in zip(entries, opened.sites, strict=True):
+        entry["bytes"] = site_bytes(reader, site, plan.specs[site.name])
+    return {
+        "schema": 1,
+        "model": recipe.model,
+        "method": opened.request.method.name,
+        "metric": opened.request.method.metric,
+        "allocator": opened.request.allocator.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "ratio": ratio.as_json(),
+        "bytes": {
+            "targets_dense": ratio.targets_dense,
+            "targets_stored": ratio.targets_stored,
+            "checkpoint": reader.bytes,
+        },
+        "calibration": _calibration(opened),
+        "seconds": {key: reporter.seconds.get(key, 0.0) for key in ("load", "calibrate", "decompose", "write")},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "targets": entries,
+        "warnings": list(reporter.warnings),
+        "versions": versions(),
+    }
+
+
+def _calibration(opened: Opened) -> dict[str, Any] | None:
+    if opened.calibration is None:
+        return None
+    sources = [spec.source for spec in opened.request.recipe.calibration]
+    return {
+        "sources": sources,
+        "tokens": opened.calibration.ids.numel(),
+        "sha256": opened.calibration.digest(),
+        "general": not any(source.name in NARROW_SOURCES for source, _, _ in opened.request.sources),
+    }

@@ -1,0 +1,134 @@
+"""Opening the model, finding its targets, reading its calibration text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompress.allocators import ALLOCATORS
+from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
+from lrcompress.checkpoint.opening import OpenedModel, check_model, open_model
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.errors import InputError
+from lrcompress.methods import Method, make_method
+from lrcompress.model.blocks import BlockWalker
+from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
+from lrcompress.model.skeleton import empty_model, find_blocks, read_config
+from lrcompress.model.targets import find_sites, group_sites
+from lrcompress.protocols import Allocator, Site
+from lrcompress.recipe import CalibrationSpec, Recipe
+from lrcompress.report.progress import Reporter
+
+FEW_TARGETS = 0.3
+"""Below this share of the model's parameters a ratio of the targets says little about the model."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A recipe whose names all mean something; nothing has been loaded."""
+
+    recipe: Recipe
+    method: Method
+    allocator: Allocator
+    sources: list[tuple[Source, int, int]]
+    device: torch.device
+
+    @property
+    def needs_walk(self) -> bool:
+        """Whether calibration text runs through the model."""
+        return self.method.needs_statistics
+
+
+@dataclass
+class Opened:
+    """A dense model ready to be walked. `dtype` is the one to write in."""
+
+    request: Request
+    model: OpenedModel
+    reader: CheckpointReader
+    skeleton: nn.Module
+    walker: BlockWalker
+    sites: list[Site]
+    dtype: torch.dtype
+    calibration: Calibration | None
+
+    @property
+    def blocks(self) -> list[str]:
+        """Module names of the decoder blocks."""
+        return self.walker.blocks
+
+    def sites_of(self, block: int) -> list[Site]:
+        """The sites of one block; block len(blocks) is everything outside."""
+        return [site for site in self.sites if site.block == block]
+
+
+def check_request(recipe: Recipe) -> Request:
+    """Look every name of the recipe up before anything is loaded or written."""
+    method = make_method(recipe.method.name, recipe.method.options, recipe.format)
+    allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
+    check_model(recipe.model)
+    sources = split_samples(recipe.calibration)
+    return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
+
+
+def split_samples(specs: Sequence[CalibrationSpec]) -> list[tuple[Source, int, int]]:
+    """(source, samples, seqlen) each; specs of one mapping that share samples were split by weight beforehand."""
+    return [(parse_source(spec.source), spec.samples, spec.seqlen) for spec in specs if spec.samples]
+
+
+def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[CalibrationSpec]:
+    """Calibration of several SPECs on a command line: `samples` in all, shared by their weights."""
+    counts = shares([parse_source(source).weight for source in sources], samples)
+    return [CalibrationSpec(source=s, samples=n, seqlen=seqlen) for s, n in zip(sources, counts, strict=True) if n]
+
+
+def open_request(request: Request, scratch: Path, reporter: Reporter, *, calibrate: bool = True) -> Opened:
+    """Open the model, probe it with real tokens, find sites and groups."""
+    recipe = request.recipe
+    reporter.say(f"opening {recipe.model}")
+    model = open_model(recipe.model, scratch / "dense", trust_remote_code=recipe.trust_remote_code)
+    reader = model.reader()
+    config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
+    skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
+    blocks = find_blocks(skeleton)
+    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
+    warn_few_targets(skeleton, sites, reporter)
+    stored = torch.bfloat16 if model.from_gguf else reader.dtype
+    dtype = resolve_dtype(recipe.dtype, stored)
+    walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
+    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+    if calibrate:
+        calibrate_model(opened)
+    return opened
+
+
+def calibrate_model(opened: Opened) -> None:
+    """Read the text, probe the model with its first block of tokens, group the sites by their inputs."""
+    recipe = opened.request.recipe
+    tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
+    sources = opened.request.sources
+    opened.calibration = calibration_blocks(sources, tokenizer, recipe.seed, opened.model.folder)
+    ids = opened.calibration.ids
+    vocabulary = _vocabulary(opened.skeleton)
+    if int(ids.max()) >= vocabulary:
+        raise InputError(f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
+                         "its tokenizer files belong to another model")
+    with torch.no_grad():
+        groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
+    opened.sites = group_sites(opened.sites, groups)
+
+
+def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:
+    """Say so where most of a model's parameters are no targets."""
+    targeted = sum(site.shape[0] * site.shape[1] for site in sites)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if targeted < FEW_TARGETS * total:
+        reporter.warn(f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters: "
+                      "the whole-model ratio will be far below the asked one")
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])

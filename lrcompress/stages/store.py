@@ -1,0 +1,209 @@
+"""Writing the checkpoint: what was decomposed, at the planned levels, block by block."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.budget import parse_size
+from lrcompress.checkpoint.manifest import make_manifest
+from lrcompress.checkpoint.opening import read_config_file
+from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
+from lrcompress.formats import DENSE, build, stored_tensors
+from lrcompress.model.device import decomposition_device
+from lrcompress.protocols import Site, Spec
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.allocate import Plan
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import Artefacts, HiddenWalk
+from lrcompress.stages.workspace import write_json
+
+LOUD_LOSS = 5.0
+"""Held-out perplexity above this many times the dense one is worth a warning."""
+
+
+def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratch: Path, reporter: Reporter) -> None:
+    """Config and tokenizer first, then every tensor in one stream; continues where an earlier run stopped."""
+    copy_side_files(opened, plan, folder)
+    layout = Layout(opened, plan)
+    journal = scratch / "journal.json"
+    done = _read_journal(journal)
+    writer = ShardedWriter(folder, layout.planned, parse_size(opened.request.recipe.shard_size), done)
+    check = HeldOutCheck(opened, scratch) if opened.request.needs_walk else None
+    with reporter.phase("write", len(opened.blocks)) as tick:
+        for block in [len(opened.blocks), *range(len(opened.blocks))]:
+            tensors = Encoder(opened, plan, artefacts, block)
+            if writer.done < layout.ends[block]:
+                writer.write(layout.tensors(block, tensors))
+                writer.commit()
+                write_json(journal, {"done": writer.done})
+            if block < len(opened.blocks):
+                if check is not None:
+                    check.step(block, tensors, plan)
+                tick()
+    writer.close()
+    if check is not None:
+        check.judge(reporter)
+
+
+def _read_journal(path: Path) -> int:
+    import json
+
+    return int(json.loads(path.read_text())["done"]) if path.exists() else 0
+
+
+class Encoder:
+    """The stored tensors of one block's sites, encoded once and kept while the block is being written."""
+
+    def __init__(self, opened: Opened, plan: Plan, artefacts: Artefacts, block: int) -> None:
+        self._opened, self._plan, self._artefacts = opened, plan, artefacts
+        self._sites = {site.name: site for site in opened.sites_of(block)}
+        self._encoded: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, name: str) -> dict[str, Tensor]:
+        """State dict of a compressed site, in the written dtype."""
+        if name not in self._encoded:
+            site = self._sites[name]
+            spec, dtype = self._plan.specs[name], self._opened.dtype
+            bias = self._bias(site)
+            device = decomposition_device(self._opened.request.device)
+            artefact = {key: tensor.to(device) for key, tensor in self._artefacts.load(site).items()}
+            raw = self._opened.request.method.encode(spec, artefact, bias)
+            stored = {k: t.to(dtype) if t.is_floating_point() else t for k, t in raw.items()}
+            stored["weight"] = torch.empty(0, dtype=dtype)
+            for key, tensor in stored.items():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                    raise ArithmeticError(f"{name}: {key} does not fit into {dtype}")
+            self._encoded[name] = {k: t.cpu() for k, t in stored.items()}
+        return self._encoded[name]
+
+    def _bias(self, site: Site) -> Tensor | None:
+        key = self._opened.walker.names.get(site.name + ".bias")
+        return next(t for _, t in self._opened.reader.read([key])).float() if site.bias and key else None
+
+
+class Layout:
+    """The order of everything that is written: outside of the blocks first, then block by block."""
+
+    def __init__(self, opened: Opened, plan: Plan) -> None:
+        self._opened, self._plan = opened, plan
+        self.planned: list[tuple[str, Tensor]] = []
+        self.ends: dict[int, int] = {}
+        self._own: dict[int, list[str]] = {}
+        self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
+        stems = {block + ".": i for i, block in enumerate(opened.blocks)}
+        for name in opened.walker.names:
+            index = next((i for stem, i in stems.items() if name.startswith(stem)), len(stems))
+            self._own.setdefault(index, []).append(name)
+        for index in [len(stems), *range(len(stems))]:
+            for name in self._own.get(index, []):
+                self.planned += self._plan_tensor(name)
+            self.ends[index] = len(self.planned)
+
+    def _plan_tensor(self, name: str) -> list[tuple[str, Tensor]]:
+        module, _, leaf = name.rpartition(".")
+        if module not in self._compressed:
+            meta = self._opened.reader.meta(self._opened.walker.names[name])
+            return [(name, torch.empty(meta.shape, dtype=self._dtype(meta), device="meta"))]
+        if leaf != "weight":
+            return []
+        stored = stored_tensors(self._compressed[module], self._opened.dtype)
+        return [(f"{module}.{key}", tensor) for key, tensor in stored.items()]
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        """A checkpoint's own dtypes are kept unless another was asked for or it came from GGUF."""
+        keep = self._opened.request.recipe.dtype == "auto" and not self._opened.model.from_gguf
+        return tensor.dtype if keep or not tensor.is_floating_point() else self._opened.dtype
+
+    def tensors(self, block: int, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a block in the planned order."""
+        for name in self._own.get(block, []):
+            module, _, leaf = name.rpartition(".")
+            if module not in self._compressed:
+                key = self._opened.walker.names[name]
+                for _, tensor in self._opened.reader.read([key]):
+                    yield name, tensor.to(self._dtype(tensor))
+            elif leaf == "weight":
+                encoded = encoder(module)
+                for key in stored_tensors(self._compressed[module], self._opened.dtype):
+                    yield f"{module}.{key}", encoded[key]
+
+
+class HeldOutCheck:
+    """Walks held-out windows through the compressed blocks, as written, and compares with the dense model."""
+
+    def __init__(self, opened: Opened, scratch: Path) -> None:
+        assert opened.calibration is not None
+        self._opened = opened
+        self._ids = opened.calibration.held_out
+        self._dense = HiddenWalk(opened, scratch / "hidden").held_out(len(opened.blocks))
+        with torch.no_grad():
+            self._hidden = [opened.walker.embed(ids) for ids in self._ids]
+
+    @torch.no_grad()
+    def step(self, block: int, encoder: Encoder, plan: Plan) -> None:
+        """Run the windows through one compressed block."""
+        walker, opened = self._opened.walker, self._opened
+        compressed = [s for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE]
+        with walker.block(block) as module:
+            originals = {s.name: walker.model.get_submodule(s.name) for s in compressed}
+            for site in compressed:
+                spec = plan.specs[site.name]
+                walker.model.set_submodule(site.name, loaded(spec, encoder(site.name), walker.device, walker.dtype))
+            try:
+                self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
+            finally:
+                for name, original in originals.items():
+                    walker.model.set_submodule(name, original)
+
+    @torch.no_grad()
+    def judge(self, reporter: Reporter) -> None:
+        """Warn where the compressed model is far worse."""
+        if not len(self._ids):
+            return
+        dense, compressed = (self._perplexity(states) for states in (self._dense, self._hidden))
+        reporter.say(f"held-out calibration text ({len(self._ids)} windows): "
+                     f"perplexity {compressed:.4g}, dense {dense:.4g} (x{compressed / dense:.2f})")
+        if not compressed <= LOUD_LOSS * dense:
+            reporter.warn(f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times "
+                          "the dense model's: this checkpoint is probably useless; ask for a smaller ratio, "
+                          "another method, or an activation-aware metric")
+
+    def _perplexity(self, states: list[Tensor]) -> float:
+        walker = self._opened.walker
+        total = count = 0.0
+        for ids, hidden in zip(self._ids, states, strict=True):
+            logits = walker.logits(ids, hidden.to(walker.device, walker.dtype))[0, :-1].float()
+            total += float(nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum"))
+            count += len(ids) - 1
+        return math.exp(min(total / count, 700.0))
+
+
+def loaded(spec: Spec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The format's module with stored tensors, computing in `dtype`."""
+    with torch.device("meta"):
+        module = build(spec, dtype)
+    cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
+    module.load_state_dict(cast, assign=True)
+    return module.requires_grad_(False)
+
+
+def copy_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
+    """Tokenizer and generation config as they are; config.json with the manifest."""
+    recipe = opened.request.recipe
+    allowed = {".json", ".txt", ".model", ".jinja"} | ({".py"} if recipe.trust_remote_code else set())
+    skipped = {"config.json", "model.safetensors.index.json", "report.json", "recipe.yaml"}
+    with disk_errors(folder):
+        for path in sorted(opened.model.folder.iterdir()):
+            if path.is_file() and path.suffix in allowed and path.name not in skipped:
+                shutil.copyfile(path, folder / path.name)
+    config = read_config_file(opened.model.folder)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(opened.dtype).removeprefix("torch.")
+    method = opened.request.method
+    manifest = make_manifest(method.name, opened.sites, plan.specs, freeze_dense=method.freezes_dense)
+    config["quantization_config"] = manifest.as_json()
+    write_json(folder / "config.json", config)

@@ -1,0 +1,122 @@
+"""The unfinished output: DIR.partial with its scratch files, its lock, and what it was made from."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.errors import InputError, ResourceError
+
+MARKER = "lrcompress-partial"
+
+
+class Workspace:
+    """Owns DIR.partial. Output lies in it, scratch files in its folder `scratch`; DIR appears by rename.
+
+    On a bad input everything is removed again; on an interruption or a lack of resources it stays for --resume.
+    """
+
+    def __init__(self, output: Path, *, overwrite: bool, resume: bool) -> None:
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self.scratch = self.partial / "scratch"
+        self.overwrite, self.resume = overwrite, resume
+        self._lock: BinaryIO | None = None
+        self._continued = False
+
+    def check(self) -> None:
+        """InputError where the output folder is in use; writes nothing."""
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output {self.output} is a file: name a folder with -o")
+        if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
+            raise InputError(f"output folder {self.output} is not empty: choose another with -o, or pass --overwrite")
+        if self.partial.exists() and not (self.partial / MARKER).exists() and any(self.partial.iterdir()):
+            raise InputError(f"{self.partial} is in the way and is not ours: move it, or choose another -o")
+
+    def __enter__(self) -> "Workspace":
+        self.check()
+        self._continued = self.resume and (self.partial / MARKER).exists()
+        with disk_errors(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.partial / MARKER).open("a+b")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise InputError(f"another run is writing {self.partial}: wait for it, or choose another -o") from error
+        if not self._continued:
+            self._clear()
+        self.scratch.mkdir(exist_ok=True)
+        return self
+
+    def _clear(self) -> None:
+        for path in self.partial.iterdir():
+            if path.name != MARKER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        if isinstance(error, InputError) and not self._continued:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def claim(self, identity: dict[str, Any]) -> None:
+        """Remember what this work is made from; InputError where resumed work was made from something else."""
+        path = self.scratch / "identity.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
+            if changed:
+                raise InputError(f"cannot resume {self.partial}: {', '.join(changed)} changed since; "
+                                 "run without --resume to start afresh")
+        else:
+            write_json(path, identity)
+
+    def check_room(self, needed: int) -> None:
+        """ResourceError where the disk has less than `needed` bytes free."""
+        free = shutil.disk_usage(self.partial).free
+        if free < needed:
+            raise ResourceError(f"{self.partial} needs about {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free: "
+                                "free some room, or choose another -o")
+
+    def publish(self) -> None:
+        """Remove scratch files and let the output folder appear whole."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        (self.partial / MARKER).unlink()
+        old = self.output.with_name(self.output.name + ".replaced")
+        if self.output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.output.rename(old)
+        self.partial.rename(self.output)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path.parent):
+        with temporary.open("w", encoding="utf8") as file:
+            json.dump(data, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+
+
+def folder_identity(folder: Path) -> str:
+    """A digest of the checkpoint's files by name, size, time of change and beginning."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".gguf"):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()
