@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-from lrcompress.checkpoint.opening import short_name
+from lrcompress.checkpoint.opening import check_model, short_name
 from lrcompress.errors import InputError, ResourceError
+from lrcompress.evaluation.compare import evaluate
+from lrcompress.evaluation.gates import parse_expectation
+from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import memory_hint
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
@@ -69,6 +72,33 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     write_card(workspace.partial, report, request.recipe)
     workspace.publish()
     return report
+
+
+def run_recipe(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
+) -> Result:
+    """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`."""
+    spec = recipe.evaluate
+    for text in recipe.expect:
+        parse_expectation(text)
+    if spec is not None:
+        parse_tasks(spec.tasks)
+        check_model(recipe.model if spec.against in (None, "dense") else spec.against)
+    elif recipe.expect:
+        raise InputError("the recipe expects something but evaluates nothing: add evaluate: {tasks: [...]}")
+    result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
+    if spec is None:
+        return result
+    if spec.against == "dense":
+        spec = spec.model_copy(update={"against": recipe.model})
+    evaluation = evaluate(
+        str(result.folder), spec, recipe.expect,
+        device=recipe.device, trust_remote_code=recipe.trust_remote_code, reporter=reporter,
+    )  # fmt: skip
+    result.report["evaluation"] = evaluation
+    write_json(result.folder / "report.json", result.report)
+    write_card(result.folder, result.report, recipe)
+    return result
 
 
 def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:

@@ -88,10 +88,10 @@ class Curve:
 class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
-    count: number of rows; total: (in,) float64 sum of x; second: (in, in) float64 sum of x xᵀ.
+    count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ.
     """
 
-    count: int
+    count: float
     total: Tensor
     second: Tensor
 
@@ -99,16 +99,24 @@ class InputStatistics:
     def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
         """No rows seen yet."""
         return cls(
-            0,
+            0.0,
             torch.zeros(features, dtype=torch.float64, device=device),
             torch.zeros(features, features, dtype=torch.float64, device=device),
         )
 
-    def update(self, rows: Tensor) -> None:
-        """Add `rows` (..., in); the products are summed in float32 per call and in float64 across calls."""
+    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add `rows` (..., in), each counted `weights` (rows,) times (once if None).
+
+        Products are summed in float32 within a call and in float64 across calls.
+        """
         rows = rows.detach().flatten(0, -2).float()
-        self.count += rows.shape[0]
-        self.total += rows.sum(0, dtype=torch.float64)
+        if weights is None:
+            self.count += rows.shape[0]
+            self.total += rows.sum(0, dtype=torch.float64)
+        else:
+            self.count += float(weights.sum())
+            self.total += weights.double() @ rows.double()
+            rows = rows * weights.sqrt()[:, None]
         self.second += (rows.T @ rows).double()
 
     def merge(self, other: "InputStatistics") -> None:

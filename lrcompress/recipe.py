@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -44,7 +44,7 @@ class EvaluateSpec(_Strict):
     """A model, or `dense` for the recipe's own."""
     limit: int | None = pydantic.Field(None, ge=1)
     batch_size: int | Literal["auto"] = 1
-    compute_dtype: DtypeName = "float32"
+    compute_dtype: DtypeName = "auto"
 
 
 class Recipe(_Strict):
@@ -89,14 +89,22 @@ class Recipe(_Strict):
         return self.model_dump(exclude={"output", "evaluate", "expect"})
 
 
-def make_recipe(data: Any, origin: str = "recipe") -> Recipe:
-    """Validate a mapping; the first mistake is an InputError naming its key, and for an unknown key the nearest one."""
-    if not isinstance(data, dict):
-        raise InputError(f"{origin}: a recipe is a mapping of keys, this is {type(data).__name__}")
+M = TypeVar("M", bound=pydantic.BaseModel)
+
+
+def validated(model: type[M], data: dict[str, Any], origin: str) -> M:
+    """An instance of `model`; the first mistake is an InputError naming its key and, for an unknown one, the nearest."""
     try:
-        return Recipe(**data)
+        return model(**data)
     except pydantic.ValidationError as error:
         raise InputError(f"{origin}: {_explain(error)}") from error
+
+
+def make_recipe(data: Any, origin: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; see `validated`."""
+    if not isinstance(data, dict):
+        raise InputError(f"{origin}: a recipe is a mapping of keys, this is {type(data).__name__}")
+    return validated(Recipe, data, origin)
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:

@@ -11,12 +11,25 @@ from lrcompress.model.blocks import BlockWalker
 from lrcompress.protocols import InputStatistics, Site
 
 
+def token_weights(length: int, sink_share: float) -> Tensor | None:
+    """(length,) weight of every token of a block: the first one gets `sink_share` of the whole, the others count once.
+
+    Every later token attends to the first (the attention sink), so its error is multiplied by the block's length
+    while it is one row of many. None where all count once.
+    """
+    if sink_share <= 0 or length < 2:
+        return None
+    weights = torch.ones(length)
+    weights[0] = max(1.0, sink_share / (1 - sink_share) * (length - 1))
+    return weights
+
+
 class InputCollector:
     """Context manager: while open, every call of a site's layer adds its input rows, once per group."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], weights: Tensor | None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self._model, self._sites = model, sites
+        self._model, self._sites, self._weights = model, sites, weights
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "InputCollector":
@@ -39,7 +52,12 @@ class InputCollector:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if site.group not in self.statistics:
                 self.statistics[site.group] = InputStatistics.zeros(site.shape[1], args[0].device)
-            self.statistics[site.group].update(args[0])
+            rows = args[0].detach().flatten(0, -2)
+            weights = self._weights
+            if weights is not None and len(weights) == len(rows):
+                self.statistics[site.group].update(rows, weights.to(rows.device))
+            else:  # rows that are not the block's tokens in their order (a routed expert's)
+                self.statistics[site.group].update(rows)
 
         return hook
 
@@ -54,12 +72,14 @@ def walk_block(
     sites: Sequence[Site],
     tick: Callable[[], None],
     counted: int,
+    weights: Tensor | None,
 ) -> dict[str, InputStatistics]:
     """Run all samples through block `index`, loaded as `module`, from file to file.
 
-    Returns the input statistics per group of `sites` over the first `counted` samples; the others are held out.
+    Returns the input statistics per group of `sites` over the first `counted` samples, tokens counted by `weights`;
+    the other samples are held out.
     """
-    with InputCollector(walker.model, sites) as collector:
+    with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(before)):
             if sample == counted:
                 collector.close()
@@ -74,10 +94,10 @@ def walk_block(
 
 @torch.no_grad()
 def collect_outside(
-    walker: BlockWalker, ids: Tensor, last: HiddenStates, sites: Sequence[Site]
+    walker: BlockWalker, ids: Tensor, last: HiddenStates, sites: Sequence[Site], weights: Tensor | None
 ) -> dict[str, InputStatistics]:
     """Input statistics of sites outside the blocks (the output head): the model's end run on the last hidden states."""
-    with InputCollector(walker.model, sites) as collector:
+    with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(last)):
             walker.logits(ids[sample], last.read(sample).to(walker.device, walker.dtype))
     return collector.statistics

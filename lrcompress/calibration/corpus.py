@@ -66,16 +66,16 @@ def parse_source(spec: str) -> Source:
     return Source(name, field, weight)
 
 
-def documents(source: Source) -> list[str]:
-    """The texts of a source; a plain file is one document, taken as it is."""
+def documents(source: Source, split: str = "train") -> list[str]:
+    """The texts of a source; a plain file is one document, taken as it is. `split` is that of a hub data set."""
     if source.name == "python-docs":
         from pydoc_data.topics import topics
 
         return [topics[key] for key in sorted(topics)]
     if source.name == "wikitext2":
-        return ["\n\n".join(_hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "train"))]
+        return ["\n\n".join(_hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split))]
     if source.name == "c4":
-        return _hub_rows("allenai/c4", "en", "train", limit=4000)
+        return _hub_rows("allenai/c4", "en", split, limit=4000)
     if source.path is None:
         raise InputError(f"source {source.name!r} is sampled from a model and has no documents")
     return _file_documents(source.path, source.field)

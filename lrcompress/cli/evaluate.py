@@ -1,3 +1,64 @@
-"""stub"""
-def evaluate() -> None:
-    """stub"""
+"""lrcompress eval"""
+
+from typing import Annotated
+
+import typer
+
+from lrcompress.cli import options as o
+
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="tokens:SPEC@LENGTH, text:SPEC, tasks:FOLDER_OR_YAML, or an lm-eval task; comma-separated or repeated.",
+    ),
+]
+
+
+def evaluate(
+    model: o.Model,
+    tasks: Tasks = None,
+    against: Annotated[str | None, typer.Option(help="A second model, such as the dense one, beside it.")] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="EXPR", help='Such as "token_perplexity <= 1.3 * against"; exit code 1 where not met.'),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First N blocks or documents of every task.")] = None,
+    batch_size: Annotated[str, typer.Option(help="For lm-eval: a number or auto.")] = "1",
+    compute_dtype: Annotated[str, typer.Option(help="auto is float32 on CPU, the checkpoint's elsewhere.")] = "auto",
+    device: o.Device = "auto",
+    trust_remote_code: o.Trust = False,
+    json_file: o.Json = None,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure a model, compressed or not, alone or against another."""
+    from lrcompress.cli.show import quiet_libraries, show_evaluation
+    from lrcompress.errors import InputError
+    from lrcompress.evaluation.gates import parse_expectation
+    from lrcompress.evaluation.tasks import parse_tasks
+    from lrcompress.recipe import EvaluateSpec, validated
+
+    split = [name for text in tasks or ["tokens:python-docs@512"] for name in text.split(",") if name]
+    if not batch_size.isdigit() and batch_size != "auto":
+        raise InputError(f"--batch-size {batch_size!r}: a number or auto")
+    spec = validated(
+        EvaluateSpec,
+        {
+            "tasks": split, "against": against, "limit": limit, "compute_dtype": compute_dtype,
+            "batch_size": batch_size if batch_size == "auto" else int(batch_size),
+        },
+        "command line",
+    )  # fmt: skip
+    parse_tasks(split)
+    for text in expect or []:
+        parse_expectation(text)
+    from lrcompress.evaluation.compare import evaluate as run_evaluate
+    from lrcompress.report.progress import Reporter
+
+    quiet_libraries()
+    result = run_evaluate(
+        model, spec, expect or [], device=device, trust_remote_code=trust_remote_code, reporter=Reporter(quiet=quiet)
+    )
+    show_evaluation(result, quiet=quiet)
+    o.write_result(json_file, result)
+    if not all(entry["met"] for entry in result["expectations"]):
+        raise typer.Exit(1)

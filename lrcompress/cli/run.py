@@ -1,3 +1,50 @@
-"""stub"""
-def run() -> None:
-    """stub"""
+"""lrcompress run"""
+
+from typing import Annotated
+
+import typer
+
+from lrcompress.cli import options as o
+
+
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A YAML file, or the name of a shipped recipe.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as ratio=0.3 or method.metric=plain."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema and exit.")] = False,
+    json_file: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Compress, evaluate and check, as a recipe says."""
+    from lrcompress.errors import InputError
+    from lrcompress.recipe import Recipe, load_recipe
+
+    if schema:
+        import json
+
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise InputError("no recipe given: name a YAML file or a shipped recipe, such as quickstart")
+    loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
+    from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
+    from lrcompress.pipeline import run_recipe
+    from lrcompress.report.progress import Reporter
+
+    quiet_libraries()
+    result = run_recipe(loaded, overwrite=overwrite, resume=resume, reporter=Reporter(quiet=quiet, verbose=verbose))
+    show_report(result.report, result.folder, quiet=quiet)
+    evaluation = result.report.get("evaluation")
+    if evaluation is not None:
+        show_evaluation(evaluation, quiet=quiet)
+    o.write_result(json_file, result.report)
+    if evaluation is not None and not all(entry["met"] for entry in evaluation["expectations"]):
+        raise typer.Exit(1)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
+from lrcompress.report.inspection import sparkline
 from lrcompress.report.summary import block_kinds, kinds_table
 
 
@@ -63,3 +65,57 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
         out.print("calibrated on python-docs or the model's own text, which is not general text: "
                   "pass --calibration with text like what the model will read")
     out.print(f"wrote {folder}")
+
+
+def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
+    """Metrics of one model or two with the change, then the expectations."""
+    out = console()
+    if not quiet:
+        out.print(evaluation_table(result))
+    for entry in result["expectations"]:
+        mark = "[green]met[/]" if entry["met"] else "[red]MISSED[/]"
+        if not quiet or not entry["met"]:
+            out.print(f"{mark} {entry['expression']}: {entry['value']:.6g} (limit {entry['limit']:.6g})")
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """A row per task and metric."""
+    table = Table(title=result["model"])
+    against = result["against"]
+    for column in ("task", "metric", "value", *(["against", "change"] if against else [])):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, metrics in result["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, int):
+                continue
+            row = [task, metric, f"{value:.4f}"]
+            if against:
+                other = against["results"].get(task, {}).get(metric)
+                row += ["-", "-"] if other is None else [f"{other:.4f}", change(metric, value, other)]
+            table.add_row(*row)
+    return table
+
+
+def change(metric: str, value: float, other: float) -> str:
+    """A factor for perplexities, a difference for everything else."""
+    return f"x{value / other:.3f}" if "perplexity" in metric and other else f"{value - other:+.4f}"
+
+
+def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
+    """Kinds of weights with their formats; a spectrum as a line of bars where it was asked for."""
+    if quiet:
+        return
+    out = console()
+    kinds = block_kinds([t["name"] for t in result["targets"]])
+    out.print(kinds_table(result, kinds))
+    size = result["bytes"]
+    frozen = f", {result['frozen']} dense weights marked frozen" if result["frozen"] else ""
+    out.print(f"{result['dtype']}, checkpoint {size['checkpoint'] / 1e6:.1f} MB{frozen}")
+    if any("spectrum" in t for t in result["targets"]):
+        table = Table(title="singular values, largest to smallest")
+        for column in ("weight", "spectrum", "largest", "smallest"):
+            table.add_column(column)
+        for target in result["targets"]:
+            values = target["spectrum"]
+            table.add_row(target["name"], sparkline(values), f"{values[0]:.3g}", f"{values[-1]:.3g}")
+        out.print(table)

@@ -18,6 +18,9 @@ class MethodOptions(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
+    sink_share: float = pydantic.Field(0.125, ge=0.0, lt=1.0)
+    """Share of a calibration block's weight that its first token gets (see collect.token_weights); 0 as published."""
+
 
 class Method(ABC):
     """A named choice of metric, stored format, allocator and propagation, on plain tensors.

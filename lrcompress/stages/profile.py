@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrcompress.calibration.collect import collect_outside, walk_block
+from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
@@ -81,7 +81,8 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     outside = opened.sites_of(blocks)
     if outside:
         assert opened.calibration is not None
-        statistics = collect_outside(opened.walker, opened.calibration.ids, walk.calibration(blocks), outside)
+        ids = opened.calibration.ids
+        statistics = collect_outside(opened.walker, ids, walk.calibration(blocks), outside, walk.weights)
         _decompose_outside(opened, statistics, artefacts, reporter)
     return artefacts
 
@@ -95,6 +96,7 @@ class HiddenWalk:
         self._opened, self._folder = opened, folder
         self._ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
         self._calibrated = len(opened.calibration.ids)
+        self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
         with torch.no_grad():
             self._width = opened.walker.embed(self._ids[0]).shape[-1]
         if not self.has(0) and not any(self.has(b) for b in range(len(opened.blocks) + 1)):
@@ -123,7 +125,9 @@ class HiddenWalk:
         temporary = self._path(block + 1).with_suffix(".tmp")
         before, after = self._file(self._path(block), len(self)), self._file(temporary, len(self))
         with disk_errors(self._folder):
-            statistics = walk_block(self._opened.walker, block, module, before, after, sites, tick, self._calibrated)
+            statistics = walk_block(
+                self._opened.walker, block, module, before, after, sites, tick, self._calibrated, self.weights
+            )
             os.replace(temporary, self._path(block + 1))
         return statistics
 

@@ -1,0 +1,1 @@
+"""Measuring what compression cost; lm-eval is the engine."""

@@ -1,0 +1,103 @@
+"""Running lm-eval on a loaded model, quietly and offline where the data is local."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lrcompress.errors import InputError
+from lrcompress.evaluation.loading import LoadedModel
+from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
+
+LONGEST = 2048
+"""Longest window of lm-eval's rolling perplexity; a shorter context of the model wins."""
+
+_PERPLEXITIES = [
+    {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+    {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+    {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+]
+
+
+def run_lm_eval(
+    loaded: LoadedModel, task: Task, *, limit: int | None, batch_size: int | str, held_out_only: bool
+) -> dict[str, dict[str, float]]:
+    """Results by task name for one `text:`, `tasks:` or named task; metrics without lm-eval's filter suffix."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
+    engine = HFLM(
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_length=min(context, LONGEST)
+    )
+    names: list[Any]
+    if task.kind == "text":
+        manager = TaskManager(include_defaults=False)
+        names = [text_task(task, held_out_only=held_out_only)]
+    elif task.kind == "folder":
+        assert task.path is not None
+        folder = task.path if task.path.is_dir() else task.path.parent
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        names = _folder_names(manager, task.path)
+    else:
+        manager = TaskManager()
+        if task.given not in manager.all_tasks:
+            from lrcompress.errors import nearest
+
+            raise InputError(f"unknown task {task.given!r}: {nearest(task.given, sorted(manager.all_tasks))}")
+        names = [task.given]
+    try:
+        result = lm_eval.simple_evaluate(
+            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"task {task.given} cannot be run ({reason})") from error
+    return {_key(task, name): _metrics(values) for name, values in result["results"].items()}
+
+
+def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
+    """An lm-eval task of rolling perplexity over a source's documents."""
+    import datasets
+
+    assert task.source is not None
+    texts = evaluation_documents(task.source)
+    rows = held_out_documents(texts) if held_out_only else texts
+    return {
+        "task": "text",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"page": text} for text in rows])},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{page}}",
+        "metric_list": _PERPLEXITIES,
+    }
+
+
+def _folder_names(manager: Any, path: Path) -> list[str]:
+    if path.is_dir():
+        names = sorted(manager.all_tasks)
+    else:
+        import re
+
+        found = re.search(r"^task:\s*(\S+)\s*$", path.read_text(encoding="utf8"), re.MULTILINE)
+        names = [found.group(1)] if found else []
+    if not names:
+        raise InputError(f"{path} defines no lm-eval task")
+    return names
+
+
+def _key(task: Task, name: str) -> str:
+    return task.key if task.kind == "text" else name
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` becomes acc, `acc_stderr,none` acc_stderr; what is no number is left out."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        name, _, filter_name = key.partition(",")
+        if isinstance(value, int | float) and not isinstance(value, bool) and filter_name:
+            found[name if filter_name == "none" else f"{name}_{filter_name}"] = float(value)
+    return found

@@ -1,0 +1,66 @@
+"""Opening a model, compressed or dense, to run it whole."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import lrcompress  # noqa: F401 (registers the stored formats)
+from lrcompress.checkpoint.gguf import convert_gguf
+from lrcompress.checkpoint.opening import check_model, load_tokenizer
+from lrcompress.errors import InputError
+from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
+from lrcompress.report.summary import load_report
+
+
+@dataclass
+class LoadedModel:
+    """label: as the user named it; report: report.json where it is one of ours."""
+
+    label: str
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    report: dict[str, Any] | None
+
+
+@contextmanager
+def loaded_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Iterator[LoadedModel]:
+    """The model NAME on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
+    path = check_model(name)
+    with tempfile.TemporaryDirectory(prefix="lrcompress-eval-") as scratch:
+        if path is not None and path.suffix == ".gguf":
+            convert_gguf(path, Path(scratch))
+            path = Path(scratch)
+        folder = path or Path(name)
+        yield _load(name, folder, device, dtype, trust_remote_code)
+
+
+def _load(label: str, folder: Path, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    where = resolve_device(device)
+    wanted: Any = compute_dtype(where, torch.bfloat16) if dtype == "auto" else resolve_dtype(dtype, torch.float32)
+    if dtype == "auto" and wanted != torch.float32:
+        wanted = "auto"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"model {label} cannot be loaded ({reason})") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
+        raise InputError(f"model {label} lacks weights ({names}): its files and its config do not belong together")
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    report = load_report(folder) if folder.is_dir() else None
+    return LoadedModel(label, folder, model.to(where).eval(), tokenizer, report)

@@ -1,0 +1,139 @@
+"""What the user asks to measure: `tokens:`, `text:`, `tasks:` and lm-eval's own names."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrcompress.calibration.corpus import (
+    BUILT_IN,
+    Source,
+    bos_prefix,
+    cut_blocks,
+    documents,
+    parse_source,
+    sample_from_model,
+    split_held_out,
+    tokenise,
+)
+from lrcompress.errors import InputError
+
+Kind = Literal["tokens", "text", "folder", "name"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as given: `key` is its name in results, unique among the tasks of a call."""
+
+    given: str
+    key: str
+    kind: Kind
+    source: Source | None = None
+    seqlen: int = 0
+    path: Path | None = None
+
+
+def parse_tasks(given: Sequence[str]) -> list[Task]:
+    """Check every task's form and files before anything loads; names of lm-eval's tasks are checked by lm-eval."""
+    tasks = [_parse(text) for text in given]
+    if not tasks:
+        raise InputError("no task to evaluate: pass --tasks, such as tokens:python-docs@512")
+    short = [task.key for task in tasks]
+    return [t if short.count(t.key) == 1 else Task(t.given, t.given, t.kind, t.source, t.seqlen, t.path) for t in tasks]
+
+
+def _parse(text: str) -> Task:
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "tokens":
+        spec, at, length = rest.rpartition("@")
+        if not at or not length.isdigit() or int(length) < 2:
+            raise InputError(f"task {text!r}: write tokens:SPEC@LENGTH, such as tokens:python-docs@512")
+        source = parse_source(spec)
+        return Task(text, f"tokens:{_short(source)}@{length}", "tokens", source, int(length))
+    if colon and kind == "text":
+        source = parse_source(rest)
+        return Task(text, f"text:{_short(source)}", "text", source)
+    if colon and kind == "tasks":
+        path = Path(rest)
+        if not path.exists():
+            raise InputError(f"task {text!r}: {rest} does not exist")
+        return Task(text, f"tasks:{path.name}", "folder", path=path)
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise InputError(f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC or tasks:PATH")
+    return Task(text, text, "name")
+
+
+def _short(source: Source) -> str:
+    return source.name if source.name in BUILT_IN else Path(source.name).name
+
+
+def was_calibrated_on(source: Source, report: dict[str, Any] | None) -> bool:
+    """Whether a checkpoint's report says that it was calibrated on this source."""
+    specs = [] if report is None else [str(c["source"]) for c in report["recipe"]["calibration"]]
+    for spec in specs:
+        name = re.sub(r"\*[0-9.]+$", "", spec)
+        name = re.sub(r"(\.jsonl|\.parquet):.*$", r"\1", name)
+        same_file = source.path is not None and Path(name).exists() and Path(name).samefile(source.name)
+        if name == source.name or same_file:
+            return True
+    return False
+
+
+def task_blocks(
+    task: Task, tokenizer: Any, folder: Path, *, held_out_only: bool, limit: int | None, seed: int = 0
+) -> Tensor:
+    """(blocks, seqlen) of a `tokens:` task: the text as it is, cut into disjoint blocks; the first `limit` of them."""
+    assert task.source is not None
+    prefix = bos_prefix(tokenizer)
+    if task.source.name == "self":
+        blocks = sample_from_model(folder, tokenizer, limit or 8, task.seqlen, seed + 1)
+    else:
+        ids = tokenise(evaluation_documents(task.source), tokenizer)
+        blocks = cut_blocks(split_held_out(ids)[1] if held_out_only else ids, task.seqlen, prefix)
+    if not len(blocks):
+        raise InputError(f"task {task.given}: the text has no whole block of {task.seqlen} tokens: use a shorter length")
+    return blocks if limit is None else blocks[:limit]
+
+
+def evaluation_documents(source: Source) -> list[str]:
+    """The documents to evaluate on: for wikitext2 the test split, in the usual joined form."""
+    if source.name == "wikitext2":
+        return documents(source, split="test")
+    if source.name == "c4":
+        return documents(source, split="validation")
+    return documents(source)
+
+
+def held_out_documents(texts: Sequence[str]) -> list[str]:
+    """The last tenth of the characters of the texts."""
+    total = sum(map(len, texts))
+    skip = total - total // 10
+    kept = []
+    for text in texts:
+        kept.append(text[min(skip, len(text)) :])
+        skip = max(0, skip - len(text))
+    return [text for text in kept if text]
+
+
+@torch.no_grad()
+def token_perplexity(model: Any, blocks: Tensor, tick: Any) -> dict[str, float | int]:
+    """The papers' convention: mean negative log-likelihood over blocks x (length - 1) tokens, exponentiated.
+
+    A non-finite logit is an ArithmeticError; it is never dropped.
+    """
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    for block in blocks:
+        ids = block.to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        loss = float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise ArithmeticError("the model puts out non-finite logits")
+        total, count = total + loss, count + len(block) - 1
+        tick()
+    perplexity = torch.tensor(total / count, dtype=torch.float64).exp()
+    return {"token_perplexity": float(perplexity), "tokens": count, "blocks": len(blocks)}

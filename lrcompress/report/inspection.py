@@ -1,0 +1,111 @@
+"""What a checkpoint holds: formats, ranks, bytes and singular values, from its files."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.checkpoint.gguf import convert_gguf
+from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes
+from lrcompress.checkpoint.opening import OpenedModel, check_model, open_model, short_name
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.formats import build
+from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
+from lrcompress.model.surgery import dense_parts
+from lrcompress.model.targets import find_sites
+from lrcompress.protocols import Site, Spec
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Every linear layer of the blocks as it is stored; with `spectra`, 16 quantiles of its singular values."""
+    with tempfile.TemporaryDirectory(prefix="lrcompress-inspect-") as scratch:
+        opened = _open(model, Path(scratch))
+        manifest = read_manifest(opened.folder) or Manifest("dense", {})
+        reader = opened.reader()
+        config = read_config(opened.folder, trust_remote_code=trust_remote_code)
+        skeleton = empty_model(config, trust_remote_code=trust_remote_code)
+        sites = find_sites(skeleton, find_blocks(skeleton), sorted(manifest.modules), [])
+        inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
+        size = reader.dtype.itemsize
+        targets = []
+        for site in [*sites, *inside]:
+            spec = manifest.modules.get(site.name, Spec("dense", site.shape, site.bias, conv1d=site.conv1d))
+            targets.append(_entry(site, spec, reader, size))
+        if spectra:
+            names = {} if manifest.modules else checkpoint_names(skeleton, reader.names())
+            for entry, site in zip(targets, [*sites, *inside], strict=True):
+                weight = stored_weight(site, manifest.modules.get(site.name), reader, names)
+                entry["spectrum"] = quantiles(torch.linalg.svdvals(weight.double()))
+        targets.sort(key=lambda entry: _order(entry["name"]))
+        return {
+            "schema": 1,
+            "model": model,
+            "method": manifest.method,
+            "dtype": str(reader.dtype).removeprefix("torch."),
+            "frozen": len(manifest.frozen),
+            "bytes": {
+                "targets_dense": sum(t["dense_bytes"] for t in targets),
+                "targets_stored": sum(t["bytes"] for t in targets),
+                "checkpoint": reader.bytes,
+            },
+            "targets": targets,
+        }
+
+
+def _open(model: str, scratch: Path) -> OpenedModel:
+    path = check_model(model)
+    if path is None or (path.is_dir() and read_manifest(path) is None):
+        return open_model(model, scratch)
+    if path.suffix == ".gguf":
+        convert_gguf(path, scratch)
+        path = scratch
+    return OpenedModel(model, path, short_name(model))
+
+
+def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[str, Any]:
+    dense = site.shape[0] * site.shape[1] * size
+    return {
+        "name": site.name,
+        "format": spec.format,
+        "shape": list(site.shape),
+        "rank": spec.parameters.get("rank", min(site.shape)),
+        "bytes": site_bytes(reader, site, spec) if spec.format != "dense" else dense,
+        "dense_bytes": dense,
+        "relative_error": None,
+    }
+
+
+def stored_weight(site: Site, spec: Spec | None, reader: CheckpointReader, names: dict[str, str]) -> Tensor:
+    """The weight (out, in) as the stored tensors give it, float32."""
+    if spec is None:
+        key = names.get(f"{site.name}.weight", f"{site.name}.weight")
+        weight = next(t for _, t in reader.read([key])).float()
+        return weight.T if site.conv1d else weight
+    module = build(spec, torch.float32)
+    stored = dict(reader.read([n for n in reader.names() if n.startswith(site.name + ".")]))
+    local = {k.removeprefix(site.name + "."): v for k, v in stored.items()}
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in local.items()})
+    return dense_parts(module)[0]
+
+
+def quantiles(values: Tensor, count: int = 16) -> list[float]:
+    """`count` singular values, evenly spaced from the largest to the smallest."""
+    index = torch.linspace(0, len(values) - 1, min(count, len(values))).round().long()
+    return [float(v) for v in values[index]]
+
+
+def sparkline(values: list[float]) -> str:
+    """Bars from the largest value down to zero."""
+    top = max(values) or 1.0
+    return "".join(SPARKS[min(len(SPARKS) - 1, int(value / top * len(SPARKS)))] for value in values)
+
+
+def _order(name: str) -> tuple[tuple[int, str], ...]:
+    return tuple((int(p), "") if p.isdigit() else (-1, p) for p in name.split("."))
+
+
+
