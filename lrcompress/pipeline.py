@@ -58,7 +58,7 @@ def compress(
 def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     start, scratch = time.perf_counter(), workspace.scratch
     with reporter.timed("load"):
-        opened = open_request(request, scratch, reporter, calibrate=request.needs_walk)
+        opened = open_request(request, reporter, calibrate=request.needs_walk)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
     artefacts = profile(opened, scratch, reporter)
@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
     request = check_request(recipe)
     with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder:
         scratch = Path(folder)
-        opened = open_request(request, scratch, reporter, calibrate=False)
+        opened = open_request(request, reporter, calibrate=False)
         artefacts = None
         if needs_artefacts(opened):
             if request.needs_walk:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -150,9 +150,9 @@ class TensorSource(Protocol):
 class Allocator(Protocol):
     """How many bytes for which weight."""
 
-    name: str
-    needs_errors: bool
-    needs_spectrum: bool
+    name: ClassVar[str]
+    needs_errors: ClassVar[bool]
+    needs_spectrum: ClassVar[bool]
 
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site name, the sum of bytes at most `budget`; InputError where that is impossible."""

@@ -93,7 +93,7 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 def validated(model: type[M], data: dict[str, Any], origin: str) -> M:
-    """An instance of `model`; the first mistake is an InputError naming its key and, for an unknown one, the nearest."""
+    """An instance of `model`; the first mistake is an InputError naming its key (an unknown one: the nearest)."""
     try:
         return model(**data)
     except pydantic.ValidationError as error:

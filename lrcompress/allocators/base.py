@@ -15,8 +15,10 @@ def check_possible(curves: Sequence[Curve], budget: int) -> None:
     least = sum(int(c.bytes[0]) for c in curves)
     if least > budget:
         dense = sum(c.dense_bytes for c in curves)
-        raise InputError(f"the asked ratio leaves {budget} bytes, the smallest choice needs {least}: "
-                         f"ask for a ratio of at most {1 - least / dense:.4f}")
+        raise InputError(
+            f"the asked ratio leaves {budget} bytes, the smallest choice needs {least}: "
+            f"ask for a ratio of at most {1 - least / dense:.4f}"
+        )
 
 
 def level_within(curve: Curve, limit: float) -> int:

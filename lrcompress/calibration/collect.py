@@ -85,8 +85,10 @@ def walk_block(
                 collector.close()
             hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
             if not bool(torch.isfinite(hidden).all()):
-                raise InputError(f"{walker.blocks[index]} puts out non-finite numbers on calibration sample {sample}: "
-                                 "the checkpoint is damaged or overflows in this dtype")
+                raise InputError(
+                    f"{walker.blocks[index]} puts out non-finite numbers on calibration sample {sample}: "
+                    "the checkpoint is damaged or overflows in this dtype"
+                )
             after.write(sample, hidden)
             tick()
     return collector.statistics

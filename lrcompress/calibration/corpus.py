@@ -167,8 +167,10 @@ def calibration_blocks(
         calibrate, held = split_held_out(tokenise(documents(source), tokenizer))
         blocks = cut_blocks(calibrate, seqlen, prefix)
         if len(blocks) < samples:
-            raise InputError(f"calibration text {source.name} is too short: {len(calibrate)} tokens after holding out a tenth, "
-                             f"{samples} x {seqlen} asked: use fewer --samples, a shorter --seqlen or more text")
+            raise InputError(
+                f"calibration text {source.name} is too short: {len(calibrate)} tokens after holding out a tenth, "
+                f"{samples} x {seqlen} asked: use fewer --samples, a shorter --seqlen or more text"
+            )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
         chosen.append(blocks[order.sort().values])
         held_out.append(cut_blocks(held, seqlen, prefix)[:2])
@@ -197,7 +199,14 @@ def sample_from_model(folder: Path, tokenizer: Any, samples: int, seqlen: int, s
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            min_new_tokens=seqlen - 1, max_new_tokens=seqlen - 1, pad_token_id=start or 0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            min_new_tokens=seqlen - 1,
+            max_new_tokens=seqlen - 1,
+            pad_token_id=start or 0,
         )
     return made[:, :seqlen].to(torch.int64)

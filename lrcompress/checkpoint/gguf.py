@@ -1,6 +1,8 @@
 """A GGUF file as an ordinary folder: dequantised tensor by tensor to float32."""
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.checkpoint.cache import conversion_folder
+from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import empty_model
 
 SHARD_BYTES = 5 * 10**9
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write config, tokenizer and float32 safetensors of `path` into `folder`; does nothing where that is done."""
-    done = folder / "converted"
-    if done.exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+def converted_gguf(path: Path) -> Path:
+    """The folder of `path`'s config, tokenizer and float32 safetensors, made where the cache does not have it."""
+    folder = conversion_folder(path)
+    if folder.exists():
+        return folder
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        _convert(path, temporary)
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     try:
@@ -37,11 +52,12 @@ def convert_gguf(path: Path, folder: Path) -> None:
     found = [names[t.name] for t in reader.tensors if t.name in names]
     missing = {n for n in shapes if n not in found} - set(getattr(model, "_tied_weights_keys", None) or {})
     if missing:
-        raise InputError(f"{path} has no tensor for {min(missing)}: its architecture is not fully known to transformers")
+        raise InputError(
+            f"{path} has no tensor for {min(missing)}: its architecture is not fully known to transformers"
+        )
     writer = ShardedWriter(folder, [(n, torch.empty(shapes[n].shape, device="meta")) for n in found], SHARD_BYTES)
     writer.write(_tensors(reader, names, processor, config))
     writer.close()
-    done.touch()
 
 
 def _read_metadata(path: Path) -> tuple[Any, Any]:
@@ -72,5 +88,7 @@ def _tensors(reader: Any, names: dict[str, str], processor: Any, config: Any) ->
         if tensor.name not in names:
             continue
         weights = dequantize(tensor.data, tensor.tensor_type)
-        result = processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed)
+        result = processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=parsed
+        )
         yield names[tensor.name], torch.from_numpy(np.array(result.weights, dtype=np.float32))

@@ -40,7 +40,9 @@ class Manifest:
             raise InputError(f"quantization_config has quant_method {data.get('quant_method')!r}, not {QUANT_METHOD!r}")
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(f"checkpoint has format version {version}, this lrcompress reads {FORMAT_VERSION}: upgrade it")
+            raise InputError(
+                f"checkpoint has format version {version}, this lrcompress reads {FORMAT_VERSION}: upgrade it"
+            )
         modules, frozen = data.get("modules"), data.get("frozen", [])
         if not isinstance(modules, dict) or not isinstance(frozen, list):
             raise InputError("quantization_config of the checkpoint lists no modules: its config.json is damaged")

@@ -62,20 +62,21 @@ def short_name(model: str) -> str:
     return "demo" if model == "demo" else Path(model.rstrip("/")).name.removesuffix(".gguf")
 
 
-def open_model(model: str, scratch: Path, *, trust_remote_code: bool = False) -> OpenedModel:
-    """MODEL as a folder; a GGUF file is dequantised tensor by tensor into `scratch`.
-
-    A checkpoint that is already compressed or quantised is refused.
-    """
+def open_model(model: str) -> OpenedModel:
+    """MODEL as a folder; a GGUF file is dequantised tensor by tensor into one."""
     path = check_model(model)
     if path is None:
         path = _download(model)
-    opened = OpenedModel(model, path, short_name(model))
-    if path.suffix == ".gguf":
-        from lrcompress.checkpoint.gguf import convert_gguf
+    if path.suffix != ".gguf":
+        return OpenedModel(model, path, short_name(model))
+    from lrcompress.checkpoint.gguf import converted_gguf
 
-        convert_gguf(path, scratch)
-        opened = OpenedModel(model, scratch, short_name(model), from_gguf=True)
+    return OpenedModel(model, converted_gguf(path), short_name(model), from_gguf=True)
+
+
+def open_dense(model: str) -> OpenedModel:
+    """MODEL as a folder; one that is already compressed or quantised is refused."""
+    opened = open_model(model)
     refuse_compressed(opened)
     return opened
 
@@ -100,7 +101,9 @@ def refuse_compressed(opened: OpenedModel) -> None:
     found = config.get("quantization_config") or config.get("compression_config")
     if found:
         kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise InputError(f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint")
+        raise InputError(
+            f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint"
+        )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -111,7 +114,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"no tokenizer can be loaded from {folder} ({reason}): copy its tokenizer files there") from error
+        raise InputError(
+            f"no tokenizer can be loaded from {folder} ({reason}): copy its tokenizer files there"
+        ) from error
 
 
 def _download(model: str) -> Path:
@@ -122,5 +127,6 @@ def _download(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise InputError(f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: "
-                         "check the name") from error
+        raise InputError(
+            f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: check the name"
+        ) from error

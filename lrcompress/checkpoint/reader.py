@@ -26,8 +26,10 @@ class CheckpointReader:
         for path in _shards(folder):
             for name, meta in _header(path).items():
                 if name in self._files:
-                    raise InputError(f"{path} holds tensor {name}, and so does {self._files[name].name}: "
-                                     "remove the shards that do not belong to this checkpoint")
+                    raise InputError(
+                        f"{path} holds tensor {name}, and so does {self._files[name].name}: "
+                        "remove the shards that do not belong to this checkpoint"
+                    )
                 self._files[name], self._meta[name] = path, meta
         if not self._files:
             raise InputError(f"{folder} holds no tensors")
@@ -83,12 +85,16 @@ def _shards(folder: Path) -> list[Path]:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"{index} names the file {name!r}: only .safetensors files beside it are allowed")
             if not (folder / name).is_file():
-                raise InputError(f"{folder / name} is missing, but {index.name} names it: download the checkpoint again")
+                raise InputError(
+                    f"{folder / name} is missing, but {index.name} names it: download the checkpoint again"
+                )
         return [folder / name for name in files]
     single = sorted(folder.glob("*.safetensors"))
     if not single:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cure = "pickled weights are not read; convert them to safetensors" if pickled else "is it a checkpoint's folder?"
+        cure = (
+            "pickled weights are not read; convert them to safetensors" if pickled else "is it a checkpoint's folder?"
+        )
         raise InputError(f"{folder} holds no .safetensors file: {cure}")
     return single
 
@@ -100,7 +106,7 @@ def _header(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+            for name in shard.keys():
                 piece: Any = shard.get_slice(name)
                 kind = piece.get_dtype()
                 if kind not in DTYPE_NAMES:

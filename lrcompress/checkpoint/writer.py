@@ -46,8 +46,10 @@ class ShardedWriter:
         for name, tensor in tensors:
             expected, meta = self._planned[self.done]
             if (name, tensor.shape, tensor.dtype) != (expected, meta.shape, meta.dtype):
-                raise ValueError(f"planned {expected} {tuple(meta.shape)} {meta.dtype}, "
-                                 f"got {name} {tuple(tensor.shape)} {tensor.dtype}")
+                raise ValueError(
+                    f"planned {expected} {tuple(meta.shape)} {meta.dtype}, "
+                    f"got {name} {tuple(tensor.shape)} {tensor.dtype}"
+                )
             with disk_errors(self.folder):
                 self._seek(self.done).write(_raw(tensor))
             self.done += 1

@@ -49,9 +49,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Calibration blocks in all.", 
 Seqlen = Annotated[int, typer.Option(min=8, help="Tokens per calibration block.", rich_help_panel=DATA)]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=DATA)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=OUTPUT)]
-Dtype = Annotated[
-    str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)
-]
+Dtype = Annotated[str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=OUTPUT)
 ]

@@ -62,8 +62,10 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     if report["metric"] == "plain":
         out.print("metric plain reads no calibration text: on small models it destroys the model; measure before use")
     elif report["calibration"] is not None and not report["calibration"]["general"]:
-        out.print("calibrated on python-docs or the model's own text, which is not general text: "
-                  "pass --calibration with text like what the model will read")
+        out.print(
+            "calibrated on python-docs or the model's own text, which is not general text: "
+            "pass --calibration with text like what the model will read"
+        )
     out.print(f"wrote {folder}")
 
 

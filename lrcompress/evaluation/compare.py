@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import judge, parse_expectation
 from lrcompress.evaluation.harness import run_lm_eval
-from lrcompress.evaluation.loading import LoadedModel, loaded_model
+from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, token_perplexity, was_calibrated_on
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
@@ -33,7 +32,7 @@ def evaluate(
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
     report, facts, results = _measure(model, tasks, spec, options, reporter, None)
     seconds["model"] = time.perf_counter() - started
-    against = None
+    against: dict[str, Any] | None = None
     if spec.against is not None:
         started = time.perf_counter()
         against = {"model": spec.against, "results": _measure(spec.against, tasks, spec, options, reporter, report)[2]}
@@ -59,16 +58,16 @@ def _measure(
     reporter: Reporter,
     calibrated: dict[str, Any] | None,
 ) -> tuple[dict[str, Any] | None, dict[str, float], dict[str, dict[str, float]]]:
-    """Report, facts and results of one model; text that `calibrated` (or its own report) used is cut to its held-out end."""
+    """Report, facts and results of one model; of text it (or `calibrated`) was calibrated on, only the held-out end."""
     reporter.say(f"loading {model}")
-    with loaded_model(model, **options) as loaded:
-        results: dict[str, dict[str, float]] = {}
-        for task in tasks:
-            held = task.source is not None and was_calibrated_on(task.source, calibrated or loaded.report)
-            if held:
-                reporter.say(f"{task.key}: the model was calibrated on this text, so only its held-out last tenth counts")
-            results.update(_run(loaded, task, spec, held, reporter))
-        return loaded.report, _facts(loaded), results
+    loaded = load_model(model, **options)
+    results: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        held = task.source is not None and was_calibrated_on(task.source, calibrated or loaded.report)
+        if held:
+            reporter.say(f"{task.key}: the model was calibrated on this text, so only its held-out last tenth counts")
+        results.update(_run(loaded, task, spec, held, reporter))
+    return loaded.report, _facts(loaded), results
 
 
 def _run(
@@ -76,9 +75,7 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
     if task.kind != "tokens":
         reporter.say(f"running {task.given}")
-        return run_lm_eval(
-            loaded, task, limit=spec.limit, batch_size=spec.batch_size, held_out_only=held_out_only
-        )
+        return run_lm_eval(loaded, task, limit=spec.limit, batch_size=spec.batch_size, held_out_only=held_out_only)
     blocks = task_blocks(task, loaded.tokenizer, loaded.folder, held_out_only=held_out_only, limit=spec.limit)
     try:
         with reporter.phase(task.key, len(blocks)) as tick:
@@ -88,9 +85,7 @@ def _run(
 
 
 def _facts(loaded: LoadedModel) -> dict[str, float]:
-    facts: dict[str, float] = {}
-    if Path(loaded.folder).is_dir():
-        facts["bytes"] = float(CheckpointReader(loaded.folder).bytes)
+    facts = {"bytes": float(CheckpointReader(loaded.folder).bytes)}
     if loaded.report is not None:
         facts["stored_ratio"] = float(loaded.report["ratio"]["stored"])
     return facts

@@ -55,7 +55,9 @@ def parse_expectation(text: str) -> Expectation:
     return Expectation(text, task or None, metric, match["op"], number, bool(factor))
 
 
-def judge(expectation: Expectation, results: Results, facts: dict[str, float], against: Results | None) -> dict[str, Any]:
+def judge(
+    expectation: Expectation, results: Results, facts: dict[str, float], against: Results | None
+) -> dict[str, Any]:
     """An entry of `expectations` in the JSON; facts are stored_ratio, bytes and the like.
 
     A metric that was not measured, or is ambiguous, is an InputError.
@@ -69,7 +71,9 @@ def judge(expectation: Expectation, results: Results, facts: dict[str, float], a
     limit = expectation.number
     if expectation.relative:
         if reference is None:
-            raise InputError(f"expectation {expectation.expression!r} needs --against, or a metric that both models have")
+            raise InputError(
+                f"expectation {expectation.expression!r} needs --against, or a metric that both models have"
+            )
         limit *= reference
     met = _OPERATORS[expectation.operator](value, limit)
     return {"expression": expectation.expression, "value": value, "limit": limit, "met": met}
@@ -80,8 +84,10 @@ def _task(expectation: Expectation, results: Results, facts: dict[str, float]) -
     if expectation.task is not None:
         having = [task for task in having if task == expectation.task]
     if len(having) > 1:
-        raise InputError(f"expectation {expectation.expression!r}: several tasks have {expectation.metric} "
-                         f"({', '.join(having)}): write TASK:METRIC")
+        raise InputError(
+            f"expectation {expectation.expression!r}: several tasks have {expectation.metric} "
+            f"({', '.join(having)}): write TASK:METRIC"
+        )
     if not having:
         known = sorted({m for metrics in results.values() for m in metrics} | set(facts))
         name = f"{expectation.task}:{expectation.metric}" if expectation.task else expectation.metric

@@ -1,8 +1,5 @@
 """Opening a model, compressed or dense, to run it whole."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +7,7 @@ from typing import Any
 from torch import nn
 
 import lrcompress  # noqa: F401 (registers the stored formats)
-from lrcompress.checkpoint.gguf import convert_gguf
-from lrcompress.checkpoint.opening import check_model, load_tokenizer
+from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.errors import InputError
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.report.summary import load_report
@@ -28,25 +24,15 @@ class LoadedModel:
     report: dict[str, Any] | None
 
 
-@contextmanager
-def loaded_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> Iterator[LoadedModel]:
-    """The model NAME on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
-    path = check_model(name)
-    with tempfile.TemporaryDirectory(prefix="lrcompress-eval-") as scratch:
-        if path is not None and path.suffix == ".gguf":
-            convert_gguf(path, Path(scratch))
-            path = Path(scratch)
-        folder = path or Path(name)
-        yield _load(name, folder, device, dtype, trust_remote_code)
-
-
-def _load(label: str, folder: Path, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
+def load_model(
+    label: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """The model on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    folder = open_model(label).folder
     where = resolve_device(device)
     wanted: Any = compute_dtype(where, torch.bfloat16) if dtype == "auto" else resolve_dtype(dtype, torch.float32)
     if dtype == "auto" and wanted != torch.float32:
@@ -62,5 +48,4 @@ def _load(label: str, folder: Path, device: str, dtype: str, trust_remote_code: 
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise InputError(f"model {label} lacks weights ({names}): its files and its config do not belong together")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    report = load_report(folder) if folder.is_dir() else None
-    return LoadedModel(label, folder, model.to(where).eval(), tokenizer, report)
+    return LoadedModel(label, folder, model.to(where).eval(), tokenizer, load_report(folder))

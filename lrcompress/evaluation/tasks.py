@@ -63,7 +63,9 @@ def _parse(text: str) -> Task:
             raise InputError(f"task {text!r}: {rest} does not exist")
         return Task(text, f"tasks:{path.name}", "folder", path=path)
     if not re.fullmatch(r"[\w.-]+", text):
-        raise InputError(f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC or tasks:PATH")
+        raise InputError(
+            f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC or tasks:PATH"
+        )
     return Task(text, text, "name")
 
 
@@ -95,7 +97,9 @@ def task_blocks(
         ids = tokenise(evaluation_documents(task.source), tokenizer)
         blocks = cut_blocks(split_held_out(ids)[1] if held_out_only else ids, task.seqlen, prefix)
     if not len(blocks):
-        raise InputError(f"task {task.given}: the text has no whole block of {task.seqlen} tokens: use a shorter length")
+        raise InputError(
+            f"task {task.given}: the text has no whole block of {task.seqlen} tokens: use a shorter length"
+        )
     return blocks if limit is None else blocks[:limit]
 
 

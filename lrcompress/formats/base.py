@@ -24,6 +24,7 @@ class StoredLinear(nn.Module, ABC):
     """
 
     name: ClassVar[str]
+    weight: Tensor
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__()

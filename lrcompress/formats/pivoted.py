@@ -23,6 +23,7 @@ class Pivoted(StoredLinear):
     """
 
     name: ClassVar[str] = "pivoted"
+    order: Tensor
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)

@@ -27,7 +27,7 @@ def symmetric_root(gram: Tensor) -> Tensor:
 
 
 def symmetric_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """R and R⁻¹ (n, n) with R R = gram; eigenvalues are floored at a relative 1e-12, an all-zero gram gives identities."""
+    """R and R⁻¹ (n, n) with R R = gram, eigenvalues floored at a relative 1e-12; an all-zero gram gives identities."""
     values, vectors = torch.linalg.eigh(gram.double())
     if values[-1] <= 0:
         identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)

@@ -44,7 +44,9 @@ class Method(ABC):
         self.options = options
         self.format = format or self.formats[0]
         if self.format not in self.formats:
-            raise InputError(f"method {self.name} has no format {self.format!r}: {nearest(self.format, list(self.formats))}")
+            raise InputError(
+                f"method {self.name} has no format {self.format!r}: {nearest(self.format, list(self.formats))}"
+            )
 
     @property
     @abstractmethod

@@ -146,8 +146,10 @@ class BlockWalker:
                     output = forward(*args, **kwargs)
                 hidden, key = _hidden(args, kwargs)
                 if first_output and hidden.data_ptr() != first_output[-1].data_ptr():
-                    raise InputError(f"{self.blocks[index]} does not read the output of the block before it: "
-                                     "this architecture cannot be walked block by block")
+                    raise InputError(
+                        f"{self.blocks[index]} does not read the output of the block before it: "
+                        "this architecture cannot be walked block by block"
+                    )
                 rest = {k: v for k, v in kwargs.items() if k != key}
                 length = len(output) if isinstance(output, tuple) else 0
                 self.calls.append(Call(args[1:] if key is None else args, rest, key, length))
@@ -172,7 +174,9 @@ class BlockWalker:
             for module in modules:
                 del module.forward
         if len(self.calls) != len(self.blocks):
-            raise InputError(f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked")
+            raise InputError(
+                f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
+            )
         return groups
 
     def _forward(self, ids: Tensor) -> Any:

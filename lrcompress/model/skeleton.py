@@ -17,7 +17,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> object:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"config of {folder} cannot be read ({reason}): is it a causal language model's folder?") from error
+        raise InputError(
+            f"config of {folder} cannot be read ({reason}): is it a causal language model's folder?"
+        ) from error
 
 
 def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
@@ -53,7 +55,9 @@ def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together")
+        raise InputError(
+            f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together"
+        )
     return found
 
 
@@ -77,5 +81,7 @@ def find_blocks(model: nn.Module) -> list[str]:
             if size > best[0]:
                 best = (size, name, len(module))
     if not best[1]:
-        raise InputError("no list of decoder blocks was found in this model: only decoder-only models can be compressed")
+        raise InputError(
+            "no list of decoder blocks was found in this model: only decoder-only models can be compressed"
+        )
     return [f"{best[1]}.{i}" for i in range(best[2])]

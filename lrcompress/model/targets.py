@@ -30,7 +30,9 @@ def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], i
     `re:...`; one that matches nothing is an InputError, and so is a layer whose weight is tied to another.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
-    wanted = _matching(linears, target, "--target") if target else [n for n in linears if _block(n, blocks) < len(blocks)]
+    wanted = (
+        _matching(linears, target, "--target") if target else [n for n in linears if _block(n, blocks) < len(blocks)]
+    )
     dropped = set(_matching(linears, ignore, "--ignore"))
     sites = []
     for name in linears:

@@ -1,15 +1,12 @@
 """What a checkpoint holds: formats, ranks, bytes and singular values, from its files."""
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.gguf import convert_gguf
 from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes
-from lrcompress.checkpoint.opening import OpenedModel, check_model, open_model, short_name
+from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.formats import build
 from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
@@ -22,48 +19,37 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
     """Every linear layer of the blocks as it is stored; with `spectra`, 16 quantiles of its singular values."""
-    with tempfile.TemporaryDirectory(prefix="lrcompress-inspect-") as scratch:
-        opened = _open(model, Path(scratch))
-        manifest = read_manifest(opened.folder) or Manifest("dense", {})
-        reader = opened.reader()
-        config = read_config(opened.folder, trust_remote_code=trust_remote_code)
-        skeleton = empty_model(config, trust_remote_code=trust_remote_code)
-        sites = find_sites(skeleton, find_blocks(skeleton), sorted(manifest.modules), [])
-        inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
-        size = reader.dtype.itemsize
-        targets = []
-        for site in [*sites, *inside]:
-            spec = manifest.modules.get(site.name, Spec("dense", site.shape, site.bias, conv1d=site.conv1d))
-            targets.append(_entry(site, spec, reader, size))
-        if spectra:
-            names = {} if manifest.modules else checkpoint_names(skeleton, reader.names())
-            for entry, site in zip(targets, [*sites, *inside], strict=True):
-                weight = stored_weight(site, manifest.modules.get(site.name), reader, names)
-                entry["spectrum"] = quantiles(torch.linalg.svdvals(weight.double()))
-        targets.sort(key=lambda entry: _order(entry["name"]))
-        return {
-            "schema": 1,
-            "model": model,
-            "method": manifest.method,
-            "dtype": str(reader.dtype).removeprefix("torch."),
-            "frozen": len(manifest.frozen),
-            "bytes": {
-                "targets_dense": sum(t["dense_bytes"] for t in targets),
-                "targets_stored": sum(t["bytes"] for t in targets),
-                "checkpoint": reader.bytes,
-            },
-            "targets": targets,
-        }
-
-
-def _open(model: str, scratch: Path) -> OpenedModel:
-    path = check_model(model)
-    if path is None or (path.is_dir() and read_manifest(path) is None):
-        return open_model(model, scratch)
-    if path.suffix == ".gguf":
-        convert_gguf(path, scratch)
-        path = scratch
-    return OpenedModel(model, path, short_name(model))
+    opened = open_model(model)
+    manifest = read_manifest(opened.folder) or Manifest("dense", {})
+    reader = opened.reader()
+    config = read_config(opened.folder, trust_remote_code=trust_remote_code)
+    skeleton = empty_model(config, trust_remote_code=trust_remote_code)
+    sites = find_sites(skeleton, find_blocks(skeleton), sorted(manifest.modules), [])
+    inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
+    size = reader.dtype.itemsize
+    targets = []
+    for site in [*sites, *inside]:
+        spec = manifest.modules.get(site.name, Spec("dense", site.shape, site.bias, conv1d=site.conv1d))
+        targets.append(_entry(site, spec, reader, size))
+    if spectra:
+        names = {} if manifest.modules else checkpoint_names(skeleton, reader.names())
+        for entry, site in zip(targets, [*sites, *inside], strict=True):
+            weight = stored_weight(site, manifest.modules.get(site.name), reader, names)
+            entry["spectrum"] = quantiles(torch.linalg.svdvals(weight.double()))
+    targets.sort(key=lambda entry: _order(entry["name"]))
+    return {
+        "schema": 1,
+        "model": model,
+        "method": manifest.method,
+        "dtype": str(reader.dtype).removeprefix("torch."),
+        "frozen": len(manifest.frozen),
+        "bytes": {
+            "targets_dense": sum(t["dense_bytes"] for t in targets),
+            "targets_stored": sum(t["bytes"] for t in targets),
+            "checkpoint": reader.bytes,
+        },
+        "targets": targets,
+    }
 
 
 def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[str, Any]:
@@ -106,6 +92,3 @@ def sparkline(values: list[float]) -> str:
 
 def _order(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(p), "") if p.isdigit() else (-1, p) for p in name.split("."))
-
-
-

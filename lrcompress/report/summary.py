@@ -54,7 +54,15 @@ def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
     stored, dense = sum(t["bytes"] for t in targets), sum(t["dense_bytes"] for t in targets)
     errors = [t["relative_error"] for t in targets if t["relative_error"] is not None]
     error = f"{sum(errors) / len(errors):.3f}" if errors else "-"
-    return [str(len(targets)), mix, _span(ranks), _span(full), f"{stored / 1e6:.2f}", f"{1 - stored / dense:.1%}", error]
+    return [
+        str(len(targets)),
+        mix,
+        _span(ranks),
+        _span(full),
+        f"{stored / 1e6:.2f}",
+        f"{1 - stored / dense:.1%}",
+        error,
+    ]
 
 
 def _span(values: Sequence[int]) -> str:
@@ -84,9 +92,13 @@ def card(report: dict[str, Any], recipe: Recipe) -> str:
     hub = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/")) else ""
     measured = _measured(report.get("evaluation"))
     calibration = report["calibration"]
-    text = "none (weights only)" if calibration is None else (
-        f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}"
-        + ("" if calibration["general"] else " (not general text)")
+    text = (
+        "none (weights only)"
+        if calibration is None
+        else (
+            f"{calibration['tokens']} tokens of {', '.join(calibration['sources'])}"
+            + ("" if calibration["general"] else " (not general text)")
+        )
     )
     return f"""---
 library_name: transformers

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
-from lrcompress.checkpoint.opening import OpenedModel, check_model, open_model
+from lrcompress.checkpoint.opening import OpenedModel, check_model, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
@@ -85,11 +84,11 @@ def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[Cal
     return [CalibrationSpec(source=s, samples=n, seqlen=seqlen) for s, n in zip(sources, counts, strict=True) if n]
 
 
-def open_request(request: Request, scratch: Path, reporter: Reporter, *, calibrate: bool = True) -> Opened:
+def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}")
-    model = open_model(recipe.model, scratch / "dense", trust_remote_code=recipe.trust_remote_code)
+    model = open_dense(recipe.model)
     reader = model.reader()
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
@@ -114,8 +113,10 @@ def calibrate_model(opened: Opened) -> None:
     ids = opened.calibration.ids
     vocabulary = _vocabulary(opened.skeleton)
     if int(ids.max()) >= vocabulary:
-        raise InputError(f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
-                         "its tokenizer files belong to another model")
+        raise InputError(
+            f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
+            "its tokenizer files belong to another model"
+        )
     with torch.no_grad():
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = group_sites(opened.sites, groups)
@@ -126,8 +127,10 @@ def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter
     targeted = sum(site.shape[0] * site.shape[1] for site in sites)
     total = sum(parameter.numel() for parameter in model.parameters())
     if targeted < FEW_TARGETS * total:
-        reporter.warn(f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters: "
-                      "the whole-model ratio will be far below the asked one")
+        reporter.warn(
+            f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters: "
+            "the whole-model ratio will be far below the asked one"
+        )
 
 
 def _vocabulary(model: Any) -> int:

@@ -49,7 +49,7 @@ class Artefacts:
         from safetensors import safe_open
 
         with safe_open(self.path(site.block), framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(site.name + "|")]  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(site.name + "|")]
             keys = {name: name.rpartition("|")[2] for name in names}
             return {key: file.get_tensor(name).clone() for name, key in keys.items() if not summary or key in SUMMARY}
 

@@ -165,12 +165,16 @@ class HeldOutCheck:
         if not len(self._ids):
             return
         dense, compressed = (self._perplexity(states) for states in (self._dense, self._hidden))
-        reporter.say(f"held-out calibration text ({len(self._ids)} windows): "
-                     f"perplexity {compressed:.4g}, dense {dense:.4g} (x{compressed / dense:.2f})")
+        reporter.say(
+            f"held-out calibration text ({len(self._ids)} windows): "
+            f"perplexity {compressed:.4g}, dense {dense:.4g} (x{compressed / dense:.2f})"
+        )
         if not compressed <= LOUD_LOSS * dense:
-            reporter.warn(f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times "
-                          "the dense model's: this checkpoint is probably useless; ask for a smaller ratio, "
-                          "another method, or an activation-aware metric")
+            reporter.warn(
+                f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times "
+                "the dense model's: this checkpoint is probably useless; ask for a smaller ratio, "
+                "another method, or an activation-aware metric"
+            )
 
     def _perplexity(self, states: list[Tensor]) -> float:
         walker = self._opened.walker

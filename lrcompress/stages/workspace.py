@@ -74,8 +74,10 @@ class Workspace:
             before = json.loads(path.read_text())
             changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
             if changed:
-                raise InputError(f"cannot resume {self.partial}: {', '.join(changed)} changed since; "
-                                 "run without --resume to start afresh")
+                raise InputError(
+                    f"cannot resume {self.partial}: {', '.join(changed)} changed since; "
+                    "run without --resume to start afresh"
+                )
         else:
             write_json(path, identity)
 
@@ -83,8 +85,10 @@ class Workspace:
         """ResourceError where the disk has less than `needed` bytes free."""
         free = shutil.disk_usage(self.partial).free
         if free < needed:
-            raise ResourceError(f"{self.partial} needs about {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free: "
-                                "free some room, or choose another -o")
+            raise ResourceError(
+                f"{self.partial} needs about {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free: "
+                "free some room, or choose another -o"
+            )
 
     def publish(self) -> None:
         """Remove scratch files and let the output folder appear whole."""
