@@ -3,6 +3,7 @@
 Imported by `import lrcompress` as soon as transformers is (see _autoload).
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class LrcompressQuantizer(HfQuantizer):
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
+        if added:
+            warnings.warn(
+                f"{added} layers have a bias that this architecture has no place for: the dense model computes the same, "
+                "but saving and loading it would lose them; compress with metric=input to export a dense checkpoint",
+                stacklevel=2,
+            )
         return densify(model, dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

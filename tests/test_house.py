@@ -1,0 +1,66 @@
+"""Rules of the house: who may import whom, and what the package may not contain."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lrcompress"
+LAYERS = [
+    ["errors", "budget", "recipe", "registry", "protocols", "_autoload"],
+    ["linalg"],
+    ["formats"],
+    ["allocators"],
+    ["bases"],
+    ["methods"],
+    ["model"],
+    ["calibration"],
+    ["checkpoint"],
+    ["report"],
+    ["evaluation"],
+    ["stages"],
+    ["pipeline"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_layer_imports_only_itself_and_those_above(path):
+    if part(path) in ("__init__", "__main__"):
+        return
+    for name in imports(ast.parse(path.read_text())):
+        if name.startswith("lrcompress."):
+            assert RANK[name.split(".")[1]] <= RANK[part(path)], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_mathematics_knows_no_transformers(path):
+    if RANK.get(part(path), 99) < RANK["model"]:
+        assert not any(n.split(".")[0] == "transformers" for n in imports(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_device_literal_no_architecture_no_pickle(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not node.value.startswith("cuda")
+        if isinstance(node, ast.Attribute):
+            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in ("load", "save"))
+    assert "pickle" not in imports(tree)

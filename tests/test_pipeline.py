@@ -1,0 +1,203 @@
+"""Compression from end to end on tiny models: bytes, statistics, resume, refusals."""
+
+import json
+import struct
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrcompress.calibration.collect import InputCollector, token_weights
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.errors import InputError
+from lrcompress.pipeline import make_plan
+from lrcompress.protocols import InputStatistics
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.profile import HiddenWalk
+from tests.conftest import ARCHITECTURES, compress_tiny
+
+
+def recipe(model, **changes):
+    data = {"model": str(model), "method": "lord", "ratio": 0.3,
+            "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}, **changes}  # fmt: skip
+    return make_recipe(data)
+
+
+def header_bytes(folder, prefix):
+    """Bytes of the tensors under a prefix, from the raw safetensors header."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            head = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        for name, entry in head.items():
+            if name.startswith(prefix):
+                total += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return total
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["lord", "welore"])
+@pytest.mark.parametrize("ratio", [0.15, 0.5])
+def test_stored_ratio_is_counted_from_the_files(make_model, tmp_path, architecture, method, ratio):
+    result = compress_tiny(make_model(architecture), tmp_path / "out", method=method, ratio=ratio)
+    report = result.report
+    stored = 0
+    for target in report["targets"]:
+        in_file = header_bytes(result.folder, target["name"] + ".")
+        original_bias = 4 * target["shape"][0] if architecture in ("gpt2", "opt", "gpt_neox") else 0
+        assert target["bytes"] == in_file - original_bias
+        stored += target["bytes"]
+    dense = report["bytes"]["targets_dense"]
+    assert report["ratio"]["stored"] == pytest.approx(1 - stored / dense)
+    assert ratio <= report["ratio"]["stored"] <= ratio + 0.02  # a rank of a tiny weight is a large step
+    assert report["bytes"]["checkpoint"] == CheckpointReader(result.folder).bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_walking_block_by_block_equals_running_the_model(make_model, tmp_path, architecture):
+    """Statistics and final hidden states of the streamed walk against hooks on the whole model in memory."""
+    request = check_request(recipe(make_model(architecture)))
+    opened = open_request(request, Reporter(quiet=True))
+    walk = HiddenWalk(opened, tmp_path / "hidden")
+    streamed = {}
+    for block in range(len(opened.blocks)):
+        with opened.walker.block(block) as module:
+            streamed |= walk.step(block, module, opened.sites_of(block), lambda: None)
+    model = AutoModelForCausalLM.from_pretrained(make_model(architecture), dtype=torch.float32).eval()
+    ids = opened.calibration.ids
+    weights = token_weights(ids.shape[1], 0.125)
+    with torch.no_grad(), InputCollector(model, opened.sites, weights) as collector:
+        whole = [model(input_ids=row[None], use_cache=False).logits for row in ids]
+    assert streamed.keys() == collector.statistics.keys()
+    for name, found in collector.statistics.items():
+        torch.testing.assert_close(streamed[name].second, found.second, rtol=1e-4, atol=1e-4)
+        assert streamed[name].count == found.count
+    last = walk.calibration(len(opened.blocks))
+    with torch.no_grad():
+        for i, expected in enumerate(whole):
+            torch.testing.assert_close(opened.walker.logits(ids[i], last.read(i)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shared"),
+    [("llama", [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]), ("gpt2", []),
+     ("opt", [{"q_proj", "k_proj", "v_proj"}])],
+)  # fmt: skip
+def test_groups_are_found_from_shared_inputs(make_model, architecture, shared):
+    opened = open_request(check_request(recipe(make_model(architecture))), Reporter(quiet=True))
+    groups = {}
+    for site in opened.sites_of(1):
+        groups.setdefault(site.group, set()).add(site.name.rpartition(".")[2])
+    assert [g for g in groups.values() if len(g) > 1] == shared
+
+
+def test_statistics_merge_exactly():
+    rows = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    whole, first, second = (InputStatistics.zeros(5) for _ in range(3))
+    whole.update(rows)
+    first.update(rows[:20])
+    second.update(rows[20:])
+    first.merge(second)
+    torch.testing.assert_close(first.gram(centred=True), torch.cov(rows.T.double(), correction=0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first.second, whole.second, rtol=1e-6, atol=1e-6)
+
+
+def test_weighted_rows_equal_repeated_rows():
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weighted, repeated = InputStatistics.zeros(4), InputStatistics.zeros(4)
+    weighted.update(rows, torch.tensor([3.0, 1, 1, 1, 1, 1]))
+    repeated.update(torch.cat([rows[:1], rows[:1], rows]))
+    assert weighted.count == repeated.count == 8
+    torch.testing.assert_close(weighted.second, repeated.second)
+    torch.testing.assert_close(weighted.total, repeated.total)
+
+
+def test_the_first_token_gets_the_asked_share():
+    weights = token_weights(1024, 0.125)
+    assert float(weights[0] / weights.sum()) == pytest.approx(0.125)
+    assert weights[1:].unique().tolist() == [1.0]
+    assert token_weights(1024, 0.0) is None
+
+
+def test_the_plan_is_what_is_written(llama, tmp_path):
+    for method in ("lord", "welore"):
+        plan = make_plan(recipe(llama, method=method))
+        result = compress_tiny(llama, tmp_path / method, method=method, ratio=0.3)
+        keys = ("name", "format", "rank", "bytes")
+        assert [[t[k] for k in keys] for t in plan["targets"]] == [[t[k] for k in keys] for t in result.report["targets"]]
+
+
+def test_plain_welore_reads_no_text(llama, tmp_path):
+    method = {"name": "welore", "metric": "plain"}
+    result = compress_tiny(llama, tmp_path / "out", method=method, calibration={"source": "c4"})
+    assert result.report["calibration"] is None
+
+
+def test_target_and_ignore(llama, tmp_path):
+    result = compress_tiny(llama, tmp_path / "out", target=["*.mlp.*"], ignore=["re:layers\\.1\\."])
+    names = [t["name"] for t in result.report["targets"]]
+    assert len(names) == 6
+    assert all(".mlp." in n and ".1." not in n for n in names)
+
+
+def test_the_output_head_when_named(llama, tmp_path):
+    result = compress_tiny(llama, tmp_path / "out", target=["lm_head", "*.mlp.up_proj"])
+    head = next(t for t in result.report["targets"] if t["name"] == "lm_head")
+    assert head["format"] == "pivoted"
+    assert head["relative_error"] > 0
+    AutoModelForCausalLM.from_pretrained(result.folder)
+
+
+def test_a_tied_head_is_refused(make_model, tmp_path):
+    with pytest.raises(InputError, match="shares its weight with"):
+        compress_tiny(make_model("qwen3"), tmp_path / "out", target=["lm_head"])
+
+
+def test_a_compressed_checkpoint_is_refused_as_input(llama, tmp_path):
+    first = compress_tiny(llama, tmp_path / "first")
+    with pytest.raises(InputError, match="already compressed"):
+        compress_tiny(first.folder, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+    assert not (tmp_path / "second.partial").exists()
+
+
+def test_a_useless_result_is_announced(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrcompress.stages.store.LOUD_LOSS", 0.5)
+    result = compress_tiny(llama, tmp_path / "out")
+    assert any("probably useless" in warning for warning in result.report["warnings"])
+
+
+def test_another_seed_reads_other_text(llama, tmp_path):
+    digests = {compress_tiny(llama, tmp_path / str(s), seed=s).report["calibration"]["sha256"] for s in (0, 1)}
+    assert len(digests) == 2
+
+
+def test_same_recipe_same_bytes(llama, tmp_path):
+    folders = [compress_tiny(llama, tmp_path / name).folder for name in ("a", "b")]
+    first, second = ((f / "model.safetensors").read_bytes() for f in folders)
+    assert first == second
+
+
+def test_dtype_to_write(llama, tmp_path):
+    result = compress_tiny(llama, tmp_path / "out", dtype="bfloat16")
+    reader = CheckpointReader(result.folder)
+    assert {reader.meta(n).dtype for n in reader.names()} <= {torch.bfloat16, torch.int16}
+    assert json.loads((result.folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_blocks_begin_with_bos_where_the_tokenizer_adds_one(llama, tmp_path):
+    from lrcompress.calibration.corpus import Source, calibration_blocks
+
+    plain = AutoTokenizer.from_pretrained(llama)
+    from tokenizers.processors import TemplateProcessing
+
+    adding = AutoTokenizer.from_pretrained(llama)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert adding("a").input_ids[0] == 0
+    with_bos = calibration_blocks([(Source("python-docs"), 3, 32)], adding, 0, llama)
+    without = calibration_blocks([(Source("python-docs"), 3, 32)], plain, 0, llama)
+    assert (with_bos.ids[:, 0] == 0).all()
+    assert not (without.ids == 0).any()
+    assert (with_bos.held_out[:, 0] == 0).all()
