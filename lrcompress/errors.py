@@ -19,6 +19,12 @@ class ResourceError(LrcompressError):
     exit_code = 3
 
 
+class Interrupted(LrcompressError):
+    """Stopped by the user, resumable (exit code 130)."""
+
+    exit_code = 130
+
+
 def nearest(word: str, known: list[str]) -> str:
     """A hint naming the known word nearest to `word`, or all of them."""
     import difflib

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lrcompress.checkpoint.opening import check_model, short_name
-from lrcompress.errors import InputError, ResourceError
+from lrcompress.errors import InputError, Interrupted, ResourceError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
@@ -50,6 +50,8 @@ def compress(
             report = _compress(request, workspace, reporter)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ResourceError(memory_hint(request.device)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted: run again with --resume to continue {workspace.partial}") from error
     except ArithmeticError as error:
         raise InputError(str(error)) from error
     return Result(output, report)

@@ -61,6 +61,7 @@ def test_walking_block_by_block_equals_running_the_model(make_model, tmp_path, a
     request = check_request(recipe(make_model(architecture)))
     opened = open_request(request, Reporter(quiet=True))
     walk = HiddenWalk(opened, tmp_path / "hidden")
+    assert walk.start(0) == 0
     streamed = {}
     for block in range(len(opened.blocks)):
         with opened.walker.block(block) as module:

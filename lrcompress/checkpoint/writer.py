@@ -95,6 +95,19 @@ class ShardedWriter:
         return self._file
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path.parent):
+        with temporary.open("wb") as file:
+            file.write(_header(list(tensors.items())))
+            for tensor in tensors.values():
+                file.write(_raw(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk or an exceeded quota into a ResourceError."""

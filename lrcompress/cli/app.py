@@ -52,5 +52,5 @@ def main() -> None:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run again with --resume to continue\n")
+        sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
-from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import InputStatistics, Site
@@ -34,15 +34,14 @@ class Artefacts:
         """Whether the block is finished."""
         return self.path(block).exists()
 
+    def leading(self, blocks: int) -> int:
+        """How many blocks are finished without a gap."""
+        return next((block for block in range(blocks) if not self.done(block)), blocks)
+
     def save(self, block: int, artefacts: dict[str, dict[str, Tensor]]) -> None:
         """Write one block's artefacts: site name to tensors."""
-        from safetensors.torch import save_file
-
-        flat = {f"{site}|{key}": t.cpu().contiguous() for site, part in artefacts.items() for key, t in part.items()}
-        temporary = self.path(block).with_suffix(".tmp")
-        with disk_errors(self.folder):
-            save_file(flat, temporary)
-            os.replace(temporary, self.path(block))
+        flat = {f"{site}|{key}": t for site, part in artefacts.items() for key, t in part.items()}
+        write_tensors(self.path(block), flat)
 
     def load(self, site: Site, *, summary: bool = False) -> dict[str, Tensor]:
         """A site's artefact, or only the small tensors that allocation needs."""
@@ -67,9 +66,10 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
         _decompose_outside(opened, {}, artefacts, reporter)
         return artefacts
     walk = HiddenWalk(opened, scratch / "hidden")
+    first = walk.start(artefacts.leading(blocks))
     with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
         for block in range(blocks):
-            if artefacts.done(block) and walk.has(block + 1):
+            if block < first:
                 for _ in range(len(walk)):
                     tick()
                 continue
@@ -99,15 +99,16 @@ class HiddenWalk:
         self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
         with torch.no_grad():
             self._width = opened.walker.embed(self._ids[0]).shape[-1]
-        if not self.has(0) and not any(self.has(b) for b in range(len(opened.blocks) + 1)):
-            self._embed()
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def has(self, block: int) -> bool:
-        """Whether the hidden states that enter `block` are complete."""
-        return self._path(block).exists()
+    def start(self, finished: int) -> int:
+        """The block to continue at when `finished` blocks are done; 0, with fresh embeddings, where its input is gone."""
+        if finished and self._path(finished).exists():
+            return finished
+        self._embed()
+        return 0
 
     def calibration(self, block: int) -> HiddenStates:
         """The calibration samples' hidden states that enter `block`."""

@@ -1,0 +1,121 @@
+"""Sources of text and how they become blocks."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lrcompress.calibration import corpus
+from lrcompress.calibration.corpus import Source, calibration_blocks, documents, parse_source, shares
+from lrcompress.errors import InputError
+
+
+def test_parsing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}")
+    assert parse_source("python-docs") == Source("python-docs")
+    assert parse_source("c4*3") == Source("c4", weight=3.0)
+    assert parse_source(f"{path}:body*0.5") == Source(str(path), "body", 0.5)
+    starred = tmp_path / "a*b.txt"
+    starred.write_text("x")
+    assert parse_source(str(starred)) == Source(str(starred))
+    with pytest.raises(InputError, match=r"nope\.txt does not exist"):
+        parse_source("nope.txt")
+    with pytest.raises(InputError, match="above zero"):
+        parse_source("c4*0")
+
+
+def test_files_of_every_kind(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_bytes("é\r\n\nx".encode())
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "n": 1}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["p", "q"]}), tmp_path / "a.parquet")
+    assert documents(parse_source(str(tmp_path / "a.txt"))) == ["é\r\n\nx"]
+    assert documents(parse_source(str(tmp_path / "a.jsonl"))) == ["one", "two"]
+    assert documents(parse_source(f"{tmp_path / 'a.parquet'}:body")) == ["p", "q"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "without the text field"),
+        ("a.jsonl", b"not json", "cannot be read"),
+        ("a.jsonl", b"[1]", "without the text field"),
+        ("a.parquet", b"PAR1nonsense", "cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        documents(parse_source(str(path)))
+
+
+def test_hub_sources_ask_for_the_usual_data_sets(monkeypatch):
+    asked = []
+
+    class Rows(list):
+        def take(self, n):
+            return self[:n]
+
+    def load_dataset(path, config, *, split, streaming):
+        asked.append((path, config, split, streaming))
+        return Rows([{"text": "a"}, {"text": ""}, {"text": "b"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert documents(Source("wikitext2"), "test") == ["a\n\n\n\nb"]
+    assert documents(Source("c4")) == ["a", "", "b"]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", False), ("allenai/c4", "en", "train", True)]
+
+
+def test_an_unreachable_hub_is_an_input_error(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        documents(Source("wikitext2"))
+
+
+def test_held_out_text_is_never_calibrated_on(llama, text):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    count = (len(ids) - len(ids) // 10) // 64
+    found = calibration_blocks([(Source("python-docs"), count, 64)], tokenizer, 0, llama)
+    assert torch.equal(found.ids.flatten(), ids[: count * 64])
+    held = ids[len(ids) - len(ids) // 10 :]
+    assert torch.equal(found.held_out.flatten(), held[:128])
+    with pytest.raises(InputError, match="too short"):
+        calibration_blocks([(Source("python-docs"), count + 1, 64)], tokenizer, 0, llama)
+
+
+def test_blocks_are_drawn_by_seed_without_replacement(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    draws = [calibration_blocks([(Source("python-docs"), 20, 64)], tokenizer, s, llama) for s in (0, 0, 1)]
+    assert torch.equal(draws[0].ids, draws[1].ids)
+    assert not torch.equal(draws[0].ids, draws[2].ids)
+    assert len(draws[0].ids.unique(dim=0)) == 20
+
+
+def test_the_models_own_text(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    first, again = (calibration_blocks([(Source("self"), 3, 24)], tokenizer, 5, llama) for _ in range(2))
+    assert first.ids.shape == (3, 24)
+    assert first.held_out.shape == (2, 24)
+    assert torch.equal(first.ids, again.ids)
+
+
+@pytest.mark.parametrize(("weights", "samples"), [([1, 1], 32), ([3, 1], 10), ([1, 1, 1], 32), ([0.1, 5], 3)])
+def test_shares_add_up(weights, samples):
+    found = shares(weights, samples)
+    assert sum(found) == samples
+    assert all(abs(n - w / sum(weights) * samples) < 1 for n, w in zip(found, weights, strict=True))
+
+
+def test_python_docs_are_always_there():
+    assert sum(map(len, documents(Source("python-docs")))) > 300_000
+    assert json.dumps(corpus.BUILT_IN)

@@ -1,0 +1,358 @@
+"""The command line through real processes: exit codes, one-line errors, untouched files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import run_cli
+
+QUICK = ["--samples", "2", "--seqlen", "32"]
+
+
+def compress(model, output, *extra, method="lord", ratio="0.2"):
+    return run_cli("compress", model, "--method", method, "--ratio", ratio, "-o", output, *QUICK, *extra)
+
+
+def tree(folder):
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_help_is_fast_and_imports_no_torch():
+    code = (
+        "import sys, lrcompress.cli as c\n"
+        "sys.argv = ['lrcompress', '--help']\n"
+        "try:\n    c.main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    best = 9.0
+    for _ in range(4):
+        start = time.perf_counter()
+        assert run_cli("--help").returncode == 0
+        best = min(best, time.perf_counter() - start)
+    assert best < 1.0
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "inspect", "methods"])
+def test_every_command_has_help(command):
+    done = run_cli(command, "--help")
+    assert done.returncode == 0
+    assert done.stdout
+
+
+def test_shell_completion():
+    environment = {**os.environ, "_LRCOMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": "lrcompress comp", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv=['lrcompress']; from lrcompress.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "compress" in done.stdout.split()
+
+
+def test_methods_lists_the_registry(tmp_path):
+    assert "arxiv.org" in run_cli("methods").stdout
+    listed = json.loads(run_cli("methods", "--json", "-").stdout)
+    assert {m["name"] for m in listed["methods"]} >= {"lord", "welore"}
+    assert all({"paper", "formats", "options", "allocator"} <= m.keys() for m in listed["methods"])
+
+
+def test_compress_plan_inspect_eval(llama, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "r.json"
+    done = compress(llama, out, "--json", report)
+    assert done.returncode == 0, done.stderr
+    assert "removed" in done.stdout
+    assert "calibrate and decompose" in done.stderr
+    assert json.loads(report.read_text())["ratio"]["asked"] == 0.2
+    assert json.loads(report.read_text()) == json.loads((out / "report.json").read_text())
+    planned = run_cli("plan", llama, "--method", "lord", "--ratio", "0.2", *QUICK, "--json", tmp_path / "p.json")
+    assert planned.returncode == 0
+    assert [t["bytes"] for t in json.loads((tmp_path / "p.json").read_text())["targets"]] == [
+        t["bytes"] for t in json.loads(report.read_text())["targets"]
+    ]
+    inspected = run_cli("inspect", out, "--spectra", "--json", tmp_path / "i.json")
+    assert inspected.returncode == 0, inspected.stderr
+    assert "pivoted" in inspected.stdout
+    targets = json.loads((tmp_path / "i.json").read_text())["targets"]
+    assert {t["name"]: t["bytes"] for t in targets} == {
+        t["name"]: t["bytes"] for t in json.loads(report.read_text())["targets"]
+    }
+    rank = targets[0]["rank"]
+    assert targets[0]["spectrum"][-1] < 1e-4 * targets[0]["spectrum"][0] or rank == min(targets[0]["shape"])
+    assert run_cli("inspect", llama).returncode == 0
+    for limit, code in (("1e9", 0), ("1.0", 1)):
+        judged = run_cli(
+            "eval", out, "--tasks", "tokens:python-docs@32", "--limit", 4, "--against", llama,
+            "--expect", f"token_perplexity <= {limit}", "--json", tmp_path / "e.json",
+        )  # fmt: skip
+        assert judged.returncode == code, judged.stderr
+        result = json.loads((tmp_path / "e.json").read_text())
+        assert result["expectations"][0]["met"] is (code == 0)
+        assert result["against"]["results"]["tokens:python-docs@32"]["token_perplexity"] > 0
+
+
+@pytest.mark.parametrize(
+    ("culprit", "arguments"),
+    [
+        ("nowhere", ["nowhere", "--method", "lord", "--ratio", "0.2"]),
+        ("welore", ["MODEL", "--method", "weelore", "--ratio", "0.2"]),
+        ("1.5", ["MODEL", "--method", "lord", "--ratio", "1.5"]),
+        ("0", ["MODEL", "--method", "lord", "--ratio", "0"]),
+        ("nothing.*", ["MODEL", "--method", "lord", "--ratio", "0.2", "--target", "nothing.*"]),
+        ("re:(", ["MODEL", "--method", "lord", "--ratio", "0.2", "--ignore", "re:("]),
+        ("nope.txt", ["MODEL", "--method", "lord", "--ratio", "0.2", "--calibration", "nope.txt"]),
+        ("tiny.txt", ["MODEL", "--method", "lord", "--ratio", "0.2", "--calibration", "tiny.txt"]),
+        ("uniform", ["MODEL", "--method", "lord", "--ratio", "0.2", "--allocator", "uniforn"]),
+        ("pivoted", ["MODEL", "--method", "lord", "--ratio", "0.2", "--format", "pivotted"]),
+        ("metric", ["MODEL", "--method", "lord", "--ratio", "0.2", "--set", "metrik=plain"]),
+        ("warp", ["MODEL", "--method", "lord", "--ratio", "0.2", "--device", "warp"]),
+        ("float12", ["MODEL", "--method", "lord", "--ratio", "0.2", "--dtype", "float12"]),
+        ("at most", ["MODEL", "--method", "lord", "--ratio", "0.9999"]),
+        ("used", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "used"]),
+        ("file.txt", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "file.txt"]),
+    ],
+)
+def test_bad_usage_names_the_culprit_and_writes_nothing(llama, tmp_path, culprit, arguments):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "keep.txt").write_text("mine")
+    (tmp_path / "tiny.txt").write_text("too short")
+    (tmp_path / "file.txt").write_text("a file")
+    before = tree(tmp_path)
+    arguments = [str(llama) if a == "MODEL" else a for a in arguments]
+    output = [] if "-o" in arguments else ["-o", "out"]
+    done = run_cli("compress", *arguments, *output, *QUICK, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert culprit in done.stderr
+    assert tree(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.txt", "tiny.txt", "used"]
+
+
+def damaged(model, folder, change):
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    change(folder)
+    return folder
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def corrupt_header(folder):
+    path = folder / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[8:40] = b"\x00" * 32
+    path.write_bytes(raw)
+
+
+def huge_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes((10**18).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def nan_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lost_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def unknown_type(folder):
+    (folder / "config.json").write_text('{"model_type": "perpetuum"}')
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        (cut, "model.safetensors"),
+        (corrupt_header, "model.safetensors"),
+        (huge_header, "model.safetensors"),
+        (nan_weight, "model.layers.1.mlp.up_proj.weight"),
+        (lost_tensor, "model.layers.1.mlp.up_proj.weight"),
+        (no_config, "config"),
+        (broken_config, "config"),
+        (unknown_type, "perpetuum"),
+        (no_tokenizer, "tokenizer"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(llama, tmp_path, change, culprit):
+    folder = damaged(llama, tmp_path / "model", change)
+    done = compress(folder, tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert culprit in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) < 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_overwrite_replaces_and_a_failure_leaves_the_old_one(llama, tmp_path):
+    out = tmp_path / "out"
+    assert compress(llama, out).returncode == 0
+    before = tree(out)
+    assert compress(llama, out).returncode == 2
+    broken = damaged(llama, tmp_path / "model", nan_weight)
+    assert compress(broken, out, "--overwrite").returncode == 2
+    assert tree(out) == before
+    assert compress(llama, out, "--overwrite", ratio="0.4").returncode == 0
+    assert json.loads((out / "report.json").read_text())["ratio"]["asked"] == 0.4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_full_disk_is_exit_code_3_and_leaves_nothing_half_written(llama, tmp_path):
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "  # fmt: skip
+    code = limit + "from lrcompress.cli import main; main()"
+    command = [sys.executable, "-c", code, "compress", str(llama), "--method", "lord", "--ratio", "0.2",
+               "-o", str(tmp_path / "out"), *QUICK]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "full" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert compress(llama, tmp_path / "out", "--resume").returncode == 0
+
+
+def start(model, output, *extra, samples=64):
+    command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", "lord", "--ratio", "0.2",
+               "-o", str(output), "--samples", str(samples), "--seqlen", "64", *extra]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < end:
+        time.sleep(0.01)
+
+
+def test_interrupted_with_ctrl_c_and_resumed(llama, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    process = start(llama, out)
+    wait_for(lambda: list(partial.glob("scratch/artefacts/*.safetensors")), process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "--resume" in error
+    assert not out.exists()
+    assert partial.exists()
+    changed = start(llama, out, "--resume", "--seed", "7")
+    _, error = changed.communicate(timeout=120)
+    assert changed.returncode == 2
+    assert "changed since" in error
+    assert start(llama, out, "--resume").wait(timeout=120) == 0
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("moment", ["scratch/artefacts/block-00001.safetensors", "config.json", "scratch/journal.json"])
+def test_killed_and_resumed_gives_the_same_bytes(llama, tmp_path, moment):
+    assert start(llama, tmp_path / "whole").wait(timeout=120) == 0
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    process = start(llama, out)
+    wait_for((partial / moment).exists, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert start(llama, out, "--resume").wait(timeout=120) == 0
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    again = start(llama, out, "--resume")
+    _, error = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert "finished already" in error
+
+
+def test_two_runs_into_one_folder(llama, tmp_path):
+    process = start(llama, tmp_path / "out", samples=4000)
+    wait_for((tmp_path / "out.partial/scratch").exists, process)
+    second = compress(llama, tmp_path / "out")
+    assert second.returncode == 2
+    assert "another run" in second.stderr
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def recipe(tmp_path, llama, **changes):
+    data = {
+        "model": str(llama), "method": {"name": "lord"}, "ratio": 0.2, "output": str(tmp_path / "out"),
+        "calibration": {"source": "python-docs", "samples": 2, "seqlen": 32},
+        "evaluate": {"tasks": ["tokens:python-docs@32"], "against": "dense", "limit": 2},
+        "expect": ["token_perplexity <= 1e9", "stored_ratio >= 0.2"], **changes,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}))
+    return path
+
+
+def test_run_a_recipe(llama, tmp_path):
+    path = recipe(tmp_path, llama)
+    done = run_cli("run", path)
+    assert done.returncode == 0, done.stderr
+    assert "met token_perplexity" in done.stdout
+    card = (tmp_path / "out/README.md").read_text()
+    assert "## Measured" in card
+    again = run_cli("run", tmp_path / "out/recipe.yaml", "-o", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (tmp_path / d / "model.safetensors" for d in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert run_cli("run", path, "--set", "expect.0=token_perplexity <= 1.0", "--overwrite").returncode == 1
+    assert (tmp_path / "out/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"rato": 0.2, "ratio": None}, "'ratio'"),
+        ({"calibration": {"sorce": "c4"}}, "'source'"),
+        ({"ratio": 2}, "ratio"),
+        ({"method": {"name": "lord", "metrc": "plain"}}, "'metric'"),
+        ({"expect": ["nonsense"]}, "nonsense"),
+        ({"evaluate": {"tasks": ["tokens:nope.txt@8"]}}, "nope.txt"),
+        ({"evaluate": None}, "evaluates nothing"),
+        ({"method": None}, "'method' is missing"),
+    ],
+)
+def test_a_bad_recipe_fails_before_anything_loads(llama, tmp_path, changes, hint):
+    done = run_cli("run", recipe(tmp_path, llama, **changes))
+    assert done.returncode == 2
+    assert hint in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_recipe_writes_the_command_line(llama, tmp_path):
+    saved = tmp_path / "saved.yaml"
+    assert compress(llama, tmp_path / "a", "--save-recipe", saved, "--ignore", "*.0.*", "--set", "metric=input").returncode == 0
+    assert run_cli("run", saved, "-o", tmp_path / "b").returncode == 0
+    assert torch.equal(*(load_file(tmp_path / d / "model.safetensors")["model.norm.weight"] for d in "ab"))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_schema_and_shipped_recipes():
+    schema = json.loads(run_cli("run", "--schema").stdout)
+    assert schema["properties"].keys() >= {"model", "method", "ratio", "calibration", "expect"}
+    unknown = run_cli("run", "quickstrat")
+    assert unknown.returncode == 2
+    assert "quickstart" in unknown.stderr
