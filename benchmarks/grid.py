@@ -28,10 +28,42 @@ def point(args: argparse.Namespace, work: Path, method: str, ratio: float, form:
         return json.loads(done.read_text())
     out, report, measured = work / name, work / "report.json", work / "eval.json"
     extra = [x for setting in args.set for x in ("--set", setting)]
-    cli("compress", args.model, "--method", method, "--ratio", ratio, "--format", form, "--allocator", allocator,
-        "--calibration", args.calibration, "--samples", args.samples, "--seqlen", args.seqlen, "-o", out,
-        "--overwrite", "--quiet", "--json", report, *extra)
-    cli("eval", out, "--tasks", f"tokens:{args.text}@{args.seqlen}", "--limit", args.blocks, "--quiet", "--json", measured)
+    cli(
+        "compress",
+        args.model,
+        "--method",
+        method,
+        "--ratio",
+        ratio,
+        "--format",
+        form,
+        "--allocator",
+        allocator,
+        "--calibration",
+        args.calibration,
+        "--samples",
+        args.samples,
+        "--seqlen",
+        args.seqlen,
+        "-o",
+        out,
+        "--overwrite",
+        "--quiet",
+        "--json",
+        report,
+        *extra,
+    )
+    cli(
+        "eval",
+        out,
+        "--tasks",
+        f"tokens:{args.text}@{args.seqlen}",
+        "--limit",
+        args.blocks,
+        "--quiet",
+        "--json",
+        measured,
+    )
     data, result = json.loads(report.read_text()), next(iter(json.loads(measured.read_text())["results"].values()))
     row = {
         "method": method, "allocator": allocator, "format": form, "asked": ratio, "stored": data["ratio"]["stored"],
@@ -66,8 +98,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for point_ in itertools.product(args.methods, args.ratios, args.formats, args.allocators):
         r = point(args, args.work, *point_)
-        print(f"| {r['method']} | {r['allocator']} | {r['format']} | {r['asked']:g} | {r['stored']:.4f} | "
-              f"{r['perplexity']:.2f} | {r['seconds']:.0f} | {r['peak_mb']:.0f} | {r['checkpoint_mb']:.1f} |", flush=True)
+        print(
+            f"| {r['method']} | {r['allocator']} | {r['format']} | {r['asked']:g} | {r['stored']:.4f} | "
+            f"{r['perplexity']:.2f} | {r['seconds']:.0f} | {r['peak_mb']:.0f} | {r['checkpoint_mb']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def compress(
 def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     start, scratch = time.perf_counter(), workspace.scratch
     with reporter.timed("load"):
-        opened = open_request(request, reporter, calibrate=request.needs_walk)
+        opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
     artefacts = profile(opened, scratch, reporter)
@@ -112,8 +112,7 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         opened = open_request(request, reporter, calibrate=False)
         artefacts = None
         if needs_artefacts(opened):
-            if request.needs_walk:
-                calibrate_model(opened)
+            calibrate_model(opened)
             artefacts = profile(opened, scratch, reporter)
         plan = allocate(opened, artefacts)
         return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}

@@ -127,13 +127,24 @@ def test_the_plan_is_what_is_written(llama, tmp_path):
         plan = make_plan(recipe(llama, method=method))
         result = compress_tiny(llama, tmp_path / method, method=method, ratio=0.3)
         keys = ("name", "format", "rank", "bytes")
-        assert [[t[k] for k in keys] for t in plan["targets"]] == [[t[k] for k in keys] for t in result.report["targets"]]
+        assert [[t[k] for k in keys] for t in plan["targets"]] == [
+            [t[k] for k in keys] for t in result.report["targets"]
+        ]
 
 
 def test_plain_welore_reads_no_text(llama, tmp_path):
     method = {"name": "welore", "metric": "plain"}
-    result = compress_tiny(llama, tmp_path / "out", method=method, calibration={"source": "c4"})
+    result = compress_tiny(llama, tmp_path / "out", method=method)
+    other = compress_tiny(llama, tmp_path / "other", method=method, seed=3)
     assert result.report["calibration"] is None
+    first, second = ((r.folder / "model.safetensors").read_bytes() for r in (result, other))
+    assert first == second
+
+
+def test_plain_welore_is_judged_on_held_out_text(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrcompress.stages.store.LOUD_LOSS", 0.5)
+    result = compress_tiny(llama, tmp_path / "out", method={"name": "welore", "metric": "plain"})
+    assert any("probably useless" in warning for warning in result.report["warnings"])
 
 
 def test_target_and_ignore(llama, tmp_path):

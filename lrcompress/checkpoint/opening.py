@@ -57,6 +57,12 @@ def check_model(model: str) -> Path | None:
     return None
 
 
+def is_gguf(model: str) -> bool:
+    """Whether MODEL is a GGUF file."""
+    path = check_model(model)
+    return path is not None and path.suffix == ".gguf"
+
+
 def short_name(model: str) -> str:
     """The part of MODEL that names an output folder."""
     return "demo" if model == "demo" else Path(model.rstrip("/")).name.removesuffix(".gguf")

@@ -55,7 +55,7 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
 
 
 def _calibration(opened: Opened) -> dict[str, Any] | None:
-    if opened.calibration is None:
+    if opened.calibration is None or not opened.request.method.needs_statistics:
         return None
     sources = [spec.source for spec in opened.request.recipe.calibration]
     return {

@@ -9,7 +9,7 @@ from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
-from lrcompress.checkpoint.opening import OpenedModel, check_model, open_dense
+from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
@@ -34,11 +34,6 @@ class Request:
     allocator: Allocator
     sources: list[tuple[Source, int, int]]
     device: torch.device
-
-    @property
-    def needs_walk(self) -> bool:
-        """Whether calibration text runs through the model."""
-        return self.method.needs_statistics
 
 
 @dataclass
@@ -87,7 +82,7 @@ def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[Cal
 def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
     recipe = request.recipe
-    reporter.say(f"opening {recipe.model}")
+    reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_dense(recipe.model)
     reader = model.reader()
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
@@ -105,12 +100,18 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
 
 
 def calibrate_model(opened: Opened) -> None:
-    """Read the text, probe the model with its first block of tokens, group the sites by their inputs."""
+    """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
+
+    A method that needs no statistics still gets the held-out windows, to judge the result by.
+    """
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
-    sources = opened.request.sources
+    wanted = opened.request.method.needs_statistics
+    sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
     opened.calibration = calibration_blocks(sources, tokenizer, recipe.seed, opened.model.folder)
-    ids = opened.calibration.ids
+    ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
+    if not len(ids):
+        raise InputError("the calibration text has no held-out window to judge the result by: use more text")
     vocabulary = _vocabulary(opened.skeleton)
     if int(ids.max()) >= vocabulary:
         raise InputError(

@@ -57,14 +57,6 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     """Decompose every site, block by block; finished blocks are skipped."""
     artefacts = Artefacts(scratch / "artefacts")
     blocks = len(opened.blocks)
-    if not opened.request.needs_walk:
-        with reporter.phase("decompose", blocks) as tick:
-            for block in range(blocks):
-                with opened.walker.block(block):
-                    _decompose_block(opened, block, {}, artefacts, reporter)
-                tick()
-        _decompose_outside(opened, {}, artefacts, reporter)
-        return artefacts
     walk = HiddenWalk(opened, scratch / "hidden")
     first = walk.start(artefacts.leading(blocks))
     with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
@@ -104,7 +96,7 @@ class HiddenWalk:
         return len(self._ids)
 
     def start(self, finished: int) -> int:
-        """The block to continue at when `finished` blocks are done; 0, with fresh embeddings, where its input is gone."""
+        """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
         if finished and self._path(finished).exists():
             return finished
         self._embed()

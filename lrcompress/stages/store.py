@@ -32,7 +32,7 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
     journal = scratch / "journal.json"
     done = _read_journal(journal)
     writer = ShardedWriter(folder, layout.planned, parse_size(opened.request.recipe.shard_size), done)
-    check = HeldOutCheck(opened, scratch) if opened.request.needs_walk else None
+    check = HeldOutCheck(opened, scratch)
     with reporter.phase("write", len(opened.blocks)) as tick:
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, block)
@@ -41,12 +41,10 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
                 writer.commit()
                 write_json(journal, {"done": writer.done})
             if block < len(opened.blocks):
-                if check is not None:
-                    check.step(block, tensors, plan)
+                check.step(block, tensors, plan)
                 tick()
     writer.close()
-    if check is not None:
-        check.judge(reporter)
+    check.judge(reporter)
 
 
 def _read_journal(path: Path) -> int:

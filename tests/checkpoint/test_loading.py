@@ -51,7 +51,9 @@ def compressed(make_model, tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("method", "form"), METHODS)
-def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(make_model, compressed, architecture, method, form):
+def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(
+    make_model, compressed, architecture, method, form
+):
     folder = compressed(architecture, method, form)
     model = load(folder)
     reference = load(make_model(architecture))
@@ -186,7 +188,10 @@ def test_the_folder_is_complete(compressed):
         ({"modules": {"model.layers.0.mlp.up_proj": {"format": "pivoted"}}}, "malformed"),
         ({"modules": {"model.layers.0.mlp.up_proj": {"format": "x", "shape": [48, 32]}}}, "unknown format"),
         ({"modules": {"nowhere": {"format": "low_rank", "shape": [4, 4], "rank": 2}}}, "names nowhere"),
-        ({"modules": {"model.layers.0.mlp.up_proj": {"format": "low_rank", "shape": [10**9, 32], "rank": 2}}}, "makes it"),
+        (
+            {"modules": {"model.layers.0.mlp.up_proj": {"format": "low_rank", "shape": [10**9, 32], "rank": 2}}},
+            "makes it",
+        ),
         ({"modules": {"model.layers.0.mlp.up_proj": {"format": "low_rank", "shape": [48, 32], "rank": 10**9}}}, "rank"),
     ],
 )

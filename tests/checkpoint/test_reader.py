@@ -14,7 +14,10 @@ from lrcompress.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path):
-    save_file({"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)},
+        tmp_path / "model.safetensors",
+    )
     return tmp_path
 
 

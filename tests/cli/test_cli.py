@@ -49,7 +49,12 @@ def test_every_command_has_help(command):
 
 
 def test_shell_completion():
-    environment = {**os.environ, "_LRCOMPRESS_COMPLETE": "complete_bash", "COMP_WORDS": "lrcompress comp", "COMP_CWORD": "1"}
+    environment = {
+        **os.environ,
+        "_LRCOMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": "lrcompress comp",
+        "COMP_CWORD": "1",
+    }
     code = "import sys; sys.argv=['lrcompress']; from lrcompress.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "compress" in done.stdout.split()
@@ -240,7 +245,9 @@ def test_a_full_disk_is_exit_code_3_and_leaves_nothing_half_written(llama, tmp_p
 def start(model, output, *extra, samples=64):
     command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", "lord", "--ratio", "0.2",
                "-o", str(output), "--samples", str(samples), "--seqlen", "64", *extra]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def wait_for(condition, process, seconds=120):
@@ -344,7 +351,10 @@ def test_a_bad_recipe_fails_before_anything_loads(llama, tmp_path, changes, hint
 
 def test_save_recipe_writes_the_command_line(llama, tmp_path):
     saved = tmp_path / "saved.yaml"
-    assert compress(llama, tmp_path / "a", "--save-recipe", saved, "--ignore", "*.0.*", "--set", "metric=input").returncode == 0
+    assert (
+        compress(llama, tmp_path / "a", "--save-recipe", saved, "--ignore", "*.0.*", "--set", "metric=input").returncode
+        == 0
+    )
     assert run_cli("run", saved, "-o", tmp_path / "b").returncode == 0
     assert torch.equal(*(load_file(tmp_path / d / "model.safetensors")["model.norm.weight"] for d in "ab"))
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

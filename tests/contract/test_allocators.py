@@ -19,7 +19,10 @@ def curves(seed: int, count: int = 6, format: str = "auto") -> list[Curve]:
     method = make_method("welore", {}, format)
     made = []
     for i in range(count):
-        shape = (int(torch.randint(20, 60, (), generator=generator)), int(torch.randint(20, 60, (), generator=generator)))
+        shape = (
+            int(torch.randint(20, 60, (), generator=generator)),
+            int(torch.randint(20, 60, (), generator=generator)),
+        )
         curve = method.curve(Site(f"w{i}", shape, i, f"w{i}", False), 2)
         values = torch.rand(min(shape), dtype=torch.float64, generator=generator).sort(descending=True).values * (i + 1)
         tail = torch.cat([(values**2).flip(0).cumsum(0).flip(0), values.new_zeros(1)])

