@@ -19,9 +19,10 @@ from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts
+from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
-from lrcompress.stages.profile import profile
+from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -63,7 +64,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
-    artefacts = profile(opened, scratch, reporter)
+    artefacts = profile_model(opened, scratch, reporter)
     plan = allocate(opened, artefacts)
     write_json(workspace.partial / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
@@ -113,9 +114,15 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         artefacts = None
         if needs_artefacts(opened):
             calibrate_model(opened)
-            artefacts = profile(opened, scratch, reporter)
+            artefacts = profile_model(opened, scratch, reporter)
         plan = allocate(opened, artefacts)
         return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}
+
+
+def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
+    """Statistics and decompositions of every site, by the passes that the method needs."""
+    needs_gradients = opened.request.method.needs_gradients
+    return (profile_backward if needs_gradients else profile)(opened, scratch, reporter)
 
 
 def output_folder(recipe: Recipe) -> Path:

@@ -89,11 +89,13 @@ class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
     count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ.
+    gradients: (out, out) float64 second moment of the loss's gradient at the layer's output, where it was asked for.
     """
 
     count: float
     total: Tensor
     second: Tensor
+    gradients: Tensor | None = None
 
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":

@@ -51,12 +51,17 @@ class Method(ABC):
     @property
     @abstractmethod
     def metric(self) -> str:
-        """What must be preserved: plain, input or centred."""
+        """What must be preserved: plain, input, centred, trace or two_sided."""
 
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration text is read at all."""
         return self.metric != "plain"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass over the calibration text is made."""
+        return self.metric in ("trace", "two_sided")
 
     @abstractmethod
     def curve(self, site: Site, element_size: int) -> Curve:

@@ -3,28 +3,33 @@
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
 from lrcompress.formats import DENSE, FORMATS, spec_bytes
 from lrcompress.linalg.truncation import decompose
+from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
-Metric = Literal["plain", "input", "centred"]
+Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
 
 
 class SpectralOptions(MethodOptions):
     """What every low-rank method may be asked."""
 
     metric: Metric = "input"
+    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
+    """Added to the gradient Gram's eigenvalues, relative to their mean (metric=two_sided)."""
 
 
 class SpectralMethod(Method):
     """W ≈ left @ right, truncated to the level that the allocator chooses.
 
     metric `plain` preserves the weights, `input` the outputs on the calibration inputs, `centred` their deviation
-    from the mean, the mean itself being carried by a bias.
+    from the mean, the mean itself being carried by a bias. `two_sided` preserves the outputs as far as the loss feels
+    them, by the Gram of its gradients (KFAC-SVD); `trace` knows only that Gram's mean eigenvalue, one number a weight.
     """
 
     Options: ClassVar[type[MethodOptions]] = SpectralOptions
@@ -51,13 +56,24 @@ class SpectralMethod(Method):
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         centred = self.metric == "centred"
         gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
-        spectrum = decompose(weight, gram)
+        spectrum = decompose(weight, gram, self._output_gram(statistics))
         artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": spectrum.energies}
         if centred and statistics is not None:
             mean = statistics.mean()
             artefact["mean_output"] = weight.double() @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
+
+    def _output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
+        if not self.needs_gradients or statistics is None:
+            return None
+        if statistics.gradients is None:
+            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
+        gradients = statistics.gradients
+        if self.metric == "trace":
+            mean = gradients.diagonal().mean()
+            return mean * torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device)
+        return damped(gradients, self.options.gradient_damping)  # type: ignore[attr-defined]
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         energies = artefact["energies"]

@@ -68,7 +68,7 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
                     statistics = walk.step(block, module, opened.sites_of(block), tick)
-                _decompose_block(opened, block, statistics, artefacts, reporter)
+                decompose_block(opened, block, statistics, artefacts, reporter)
             walk.drop(block - 1)
     outside = opened.sites_of(blocks)
     if outside:
@@ -87,7 +87,7 @@ class HiddenWalk:
         folder.mkdir(parents=True, exist_ok=True)
         self._opened, self._folder = opened, folder
         self._ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
-        self._calibrated = len(opened.calibration.ids)
+        self.calibrated = len(opened.calibration.ids)
         self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
         with torch.no_grad():
             self._width = opened.walker.embed(self._ids[0]).shape[-1]
@@ -97,57 +97,71 @@ class HiddenWalk:
 
     def start(self, finished: int) -> int:
         """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
-        if finished and self._path(finished).exists():
+        if finished and self.path(finished).exists():
             return finished
         self._embed()
         return 0
 
     def calibration(self, block: int) -> HiddenStates:
         """The calibration samples' hidden states that enter `block`."""
-        return self._file(self._path(block), self._calibrated)
+        return self._file(self.path(block), self.calibrated)
 
     def held_out(self, block: int) -> list[Tensor]:
         """The held-out samples' hidden states that enter `block`."""
-        states = self._file(self._path(block), len(self))
-        return [states.read(i) for i in range(self._calibrated, len(self))]
+        states = self._file(self.path(block), len(self))
+        return [states.read(i) for i in range(self.calibrated, len(self))]
 
     def step(
         self, block: int, module: nn.Module, sites: list[Site], tick: Callable[[], None]
     ) -> dict[str, InputStatistics]:
         """Run `block`, loaded as `module`, on every sample; statistics of the calibration samples only."""
-        temporary = self._path(block + 1).with_suffix(".tmp")
-        before, after = self._file(self._path(block), len(self)), self._file(temporary, len(self))
+        temporary = self.path(block + 1).with_suffix(".tmp")
+        before, after = self._file(self.path(block), len(self)), self._file(temporary, len(self))
         with disk_errors(self._folder):
             statistics = walk_block(
-                self._opened.walker, block, module, before, after, sites, tick, self._calibrated, self.weights
+                self._opened.walker, block, module, before, after, sites, tick, self.calibrated, self.weights
             )
-            os.replace(temporary, self._path(block + 1))
+            os.replace(temporary, self.path(block + 1))
         return statistics
 
-    def drop(self, block: int) -> None:
-        """Forget the hidden states that enter `block`."""
-        self._path(block).unlink(missing_ok=True)
+    def gradient_path(self, block: int) -> Path:
+        """File of the loss's gradients with respect to the hidden states that enter `block`."""
+        return self._folder / f"gradient-{block:05d}.bin"
+
+    def gradients(self, path: Path) -> HiddenStates:
+        """Gradients of the calibration samples in file `path`."""
+        return self._file(path, self.calibrated)
+
+    def drop(self, block: int, *, keep_last: bool = False) -> None:
+        """Forget the hidden states that enter `block`; with `keep_last`, those that leave the last block stay."""
+        if not (keep_last and block == len(self._opened.blocks)):
+            self.path(block).unlink(missing_ok=True)
 
     def _embed(self) -> None:
-        temporary = self._path(0).with_suffix(".tmp")
+        temporary = self.path(0).with_suffix(".tmp")
         states = self._file(temporary, len(self))
         with torch.no_grad(), disk_errors(self._folder):
             for i in range(len(self)):
                 states.write(i, self._opened.walker.embed(self._ids[i]))
-            os.replace(temporary, self._path(0))
+            os.replace(temporary, self.path(0))
 
-    def _path(self, block: int) -> Path:
+    def path(self, block: int) -> Path:
+        """File of the hidden states that enter `block`."""
         return self._folder / f"dense-{block:05d}.bin"
 
     def _file(self, path: Path, samples: int) -> HiddenStates:
         return HiddenStates(path, (samples, self._ids.shape[1], self._width), self._opened.walker.dtype)
 
 
-def _decompose_block(
+def decompose_block(
     opened: Opened, block: int, statistics: dict[str, InputStatistics], artefacts: Artefacts, reporter: Reporter
 ) -> None:
+    """Decompose a loaded block's sites and save them; statistics come per site, or per group where those are equal."""
     with reporter.timed("decompose"):
-        found = {s.name: decompose_site(opened, s, statistics.get(s.group)) for s in opened.sites_of(block)}
+        found = {
+            s.name: decompose_site(opened, s, statistics.get(s.name, statistics.get(s.group)))
+            for s in opened.sites_of(block)
+        }
         artefacts.save(block, found)
 
 
@@ -155,7 +169,7 @@ def _decompose_outside(
     opened: Opened, statistics: dict[str, InputStatistics], artefacts: Artefacts, reporter: Reporter
 ) -> None:
     if opened.sites_of(len(opened.blocks)):
-        _decompose_block(opened, len(opened.blocks), statistics, artefacts, reporter)
+        decompose_block(opened, len(opened.blocks), statistics, artefacts, reporter)
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:

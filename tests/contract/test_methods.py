@@ -84,6 +84,32 @@ def test_unknown_names_are_refused_with_the_nearest():
         make_method("lord", {"metric": "nonsense"})
 
 
+def test_two_sided_errors_are_those_of_the_doubly_weighted_difference():
+    site, dense = Site("w", (24, 40), 0, "w", False), weight((24, 40))
+    found, _ = statistics(40)
+    rows = torch.randn(90, 24, generator=torch.Generator().manual_seed(8)).double() * torch.logspace(0, -2, 24)
+    found.gradients = rows.T @ rows / 90
+    method = make_method("lord", {"metric": "two_sided", "gradient_damping": 0.1})
+    curve = method.curve(site, 4)
+    artefact = method.decompose(site, dense, found)
+    errors = method.errors(artefact, curve)
+    outer = found.gradients + 0.1 * found.gradients.diagonal().mean() * torch.eye(24).double()
+    for level in (0, 5, len(curve.ranks) - 2):
+        rank = int(curve.ranks[level])
+        difference = dense.double() - artefact["left"][:, :rank].double() @ artefact["right"][:rank].double()
+        expected = float((outer @ difference @ found.gram() * difference).sum())
+        assert float(errors[level]) == pytest.approx(expected, rel=1e-3, abs=1e-6 * method.total(artefact))
+
+
+def test_trace_scales_the_errors_of_the_input_metric():
+    site, dense = Site("w", (24, 40), 0, "w", False), weight((24, 40))
+    found, _ = statistics(40)
+    plain = make_method("lord", {"metric": "input"}).decompose(site, dense, found)["energies"]
+    found.gradients = torch.diag(torch.arange(24.0)).double()
+    scaled = make_method("lord", {"metric": "trace"}).decompose(site, dense, found)["energies"]
+    torch.testing.assert_close(scaled, plain * 11.5)
+
+
 def test_centred_with_a_bias_is_at_least_as_near_as_uncentred():
     site, dense = Site("w", (32, 32), 0, "w", False), weight((32, 32))
     found, _ = statistics(32)

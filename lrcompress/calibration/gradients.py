@@ -1,0 +1,114 @@
+"""The loss's gradient at every layer's output, by one backward pass that goes block by block from the end."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.calibration.collect import InputCollector
+from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.errors import InputError
+from lrcompress.model.blocks import BlockWalker
+from lrcompress.protocols import InputStatistics, Site
+
+CHUNK = 256
+"""Tokens whose logits are held at a time."""
+
+
+class GradientCollector:
+    """Context manager: while open, the gradient rows at every site's output are added up during a backward pass."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        self._model, self._sites = model, sites
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "GradientCollector":
+        for site in self._sites:
+            layer = self._model.get_submodule(site.name)
+            self._handles.append(layer.register_forward_hook(self._hook(site)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            if site.name not in self.statistics:
+                self.statistics[site.name] = InputStatistics.zeros(site.shape[0], gradient.device)
+            self.statistics[site.name].update(gradient)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            output.register_hook(add)
+
+        return hook
+
+
+def loss_gradients(
+    walker: BlockWalker, ids: Tensor, last: HiddenStates, out: HiddenStates, sites: Sequence[Site]
+) -> dict[str, InputStatistics]:
+    """Write the gradient of the summed next-token loss with respect to the hidden states that leave the last block.
+
+    Returns the gradient statistics of `sites`, those outside the blocks.
+    """
+    with GradientCollector(walker.model, sites) as collector:
+        for sample in range(len(last)):
+            hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
+            tokens = ids[sample].to(walker.device)
+            for start in range(0, len(tokens) - 1, CHUNK):
+                stop = min(start + CHUNK, len(tokens) - 1)
+                with torch.enable_grad():
+                    logits = walker.logits(tokens[start:stop], hidden[:, start:stop])[0].float()
+                    loss = nn.functional.cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum")
+                    loss.backward()
+            assert hidden.grad is not None
+            out.write(sample, hidden.grad)
+    return collector.statistics
+
+
+def backward_block(
+    walker: BlockWalker,
+    index: int,
+    module: nn.Module,
+    before: HiddenStates,
+    gradient_after: HiddenStates,
+    gradient_before: HiddenStates,
+    sites: Sequence[Site],
+    weights: Tensor | None,
+    tick: Callable[[], None],
+) -> dict[str, InputStatistics]:
+    """Run block `index` forward and backward on every sample of `gradient_after`, from file to file.
+
+    Returns statistics per site: those of its input (shared by its group), with the second moment of the gradients at
+    its own output.
+    """
+    inputs = InputCollector(walker.model, sites, weights)
+    gradients = GradientCollector(walker.model, sites)
+    with inputs, gradients:
+        for sample in range(len(gradient_after)):
+            hidden = before.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
+            with torch.enable_grad():
+                output = walker.run(index, module, hidden)
+                output.backward(gradient_after.read(sample).to(walker.device, output.dtype))
+            assert hidden.grad is not None
+            if not bool(torch.isfinite(hidden.grad).all()):
+                raise InputError(
+                    f"the gradient at {walker.blocks[index]} is not finite on calibration sample {sample}: "
+                    "use metric=input or another --dtype"
+                )
+            gradient_before.write(sample, hidden.grad)
+            tick()
+    return with_gradients(inputs.statistics, gradients.statistics, sites)
+
+
+def with_gradients(
+    inputs: dict[str, InputStatistics], gradients: dict[str, InputStatistics], sites: Sequence[Site]
+) -> dict[str, InputStatistics]:
+    """Statistics per site name from those of its group and its own gradients."""
+    found = {}
+    for site in sites:
+        if site.group in inputs and site.name in gradients:
+            own = inputs[site.group]
+            found[site.name] = InputStatistics(own.count, own.total, own.second, gradients[site.name].gram())
+    return found

@@ -1,0 +1,80 @@
+"""Profiling with gradients: hidden states forward, then statistics and decompositions from the last block back."""
+
+from pathlib import Path
+
+from lrcompress.calibration.collect import collect_outside
+from lrcompress.calibration.gradients import backward_block, loss_gradients, with_gradients
+from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.protocols import InputStatistics
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import Artefacts, HiddenWalk, decompose_block
+
+
+def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
+    """As profile.profile, for methods that need gradients; finished blocks are skipped.
+
+    The hidden states that enter every block stay in scratch files until the backward pass has been there.
+    """
+    artefacts = Artefacts(scratch / "artefacts")
+    walk = HiddenWalk(opened, scratch / "hidden")
+    blocks = len(opened.blocks)
+    with reporter.phase("forward", blocks * len(walk)) as tick, reporter.timed("calibrate"):
+        _forward(opened, walk, tick)
+    if not walk.gradient_path(blocks).exists():
+        with reporter.timed("calibrate"):
+            _loss(opened, walk, artefacts, reporter)
+    with reporter.phase("backward and decompose", blocks * walk.calibrated) as tick:
+        for block in reversed(range(blocks)):
+            if artefacts.done(block):
+                for _ in range(walk.calibrated):
+                    tick()
+                continue
+            with opened.walker.block(block) as module:
+                with reporter.timed("calibrate"):
+                    temporary = walk.gradient_path(block).with_suffix(".tmp")
+                    with disk_errors(scratch):
+                        statistics = backward_block(
+                            opened.walker,
+                            block,
+                            module,
+                            walk.calibration(block),
+                            walk.gradients(walk.gradient_path(block + 1)),
+                            walk.gradients(temporary),
+                            opened.sites_of(block),
+                            walk.weights,
+                            tick,
+                        )
+                        temporary.rename(walk.gradient_path(block))
+                decompose_block(opened, block, statistics, artefacts, reporter)
+            walk.gradient_path(block + 2).unlink(missing_ok=True)
+            walk.drop(block + 1, keep_last=True)
+    return artefacts
+
+
+def _forward(opened: Opened, walk: HiddenWalk, tick: object) -> None:
+    """Hidden states into every block; files that are there already are kept."""
+    blocks = len(opened.blocks)
+    known = [block for block in range(blocks + 1) if walk.path(block).exists()]
+    if blocks in known:
+        return
+    first = walk.start(max(known, default=0))
+    for block in range(first, blocks):
+        with opened.walker.block(block) as module:
+            walk.step(block, module, [], tick)  # type: ignore[arg-type]
+
+
+def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Reporter) -> None:
+    """The gradient that enters the last block from behind, and the sites outside of the blocks."""
+    assert opened.calibration is not None
+    blocks, outside = len(opened.blocks), opened.sites_of(len(opened.blocks))
+    ids, last = opened.calibration.ids, walk.calibration(blocks)
+    inputs: dict[str, InputStatistics] = {}
+    if outside:
+        inputs = collect_outside(opened.walker, ids, last, outside, walk.weights)
+    temporary = walk.gradient_path(blocks).with_suffix(".tmp")
+    with disk_errors(temporary.parent):
+        gradients = loss_gradients(opened.walker, ids, last, walk.gradients(temporary), outside)
+        if outside:
+            decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), artefacts, reporter)
+        temporary.rename(walk.gradient_path(blocks))

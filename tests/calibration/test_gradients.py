@@ -1,0 +1,104 @@
+"""The block-by-block backward pass against autograd on the whole model."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lrcompress.calibration.collect import InputCollector, token_weights
+from lrcompress.calibration.gradients import GradientCollector, backward_block, loss_gradients
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.profile import HiddenWalk
+from tests.conftest import ARCHITECTURES, compress_tiny
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_streamed_gradients_equal_autograd(make_model, tmp_path, monkeypatch, architecture, chunk):
+    monkeypatch.setattr("lrcompress.calibration.gradients.CHUNK", chunk)
+    recipe = make_recipe(
+        {
+            "model": str(make_model(architecture)),
+            "method": {"name": "lord", "metric": "two_sided"},
+            "ratio": 0.3,
+            "calibration": {"source": "python-docs", "samples": 3, "seqlen": 32},
+        }
+    )
+    opened = open_request(check_request(recipe), Reporter(quiet=True))
+    walk, blocks = HiddenWalk(opened, tmp_path / "hidden"), len(opened.blocks)
+    walk.start(0)
+    for block in range(blocks):
+        with opened.walker.block(block) as module:
+            walk.step(block, module, [], lambda: None)
+    ids = opened.calibration.ids
+    loss_gradients(opened.walker, ids, walk.calibration(blocks), walk.gradients(walk.gradient_path(blocks)), [])
+    streamed = {}
+    for block in reversed(range(blocks)):
+        with opened.walker.block(block) as module:
+            streamed |= backward_block(
+                opened.walker,
+                block,
+                module,
+                walk.calibration(block),
+                walk.gradients(walk.gradient_path(block + 1)),
+                walk.gradients(walk.gradient_path(block)),
+                opened.sites_of(block),
+                walk.weights,
+                lambda: None,
+            )
+    model = AutoModelForCausalLM.from_pretrained(make_model(architecture), dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    weights = token_weights(ids.shape[1], 0.125)
+    inputs, gradients = InputCollector(model, opened.sites, weights), GradientCollector(model, opened.sites)
+    with inputs, gradients:
+        for row in ids:
+            logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+    assert streamed.keys() == {site.name for site in opened.sites}
+    for site in opened.sites:
+        expected = gradients.statistics[site.name].gram()
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(
+            streamed[site.name].gradients, expected, rtol=1e-3, atol=1e-5 * float(expected.max())
+        )
+        torch.testing.assert_close(
+            streamed[site.name].second, inputs.statistics[site.group].second, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("metric", ["trace", "two_sided"])
+def test_compressing_with_gradients(llama, tmp_path, metric):
+    method = {"name": "lord", "metric": metric}
+    result = compress_tiny(llama, tmp_path / "out", method=method, target=["*.mlp.*", "lm_head"])
+    assert result.report["metric"] == metric
+    assert result.report["ratio"]["stored"] >= 0.2
+    assert all(t["relative_error"] > 0 for t in result.report["targets"])
+
+
+def test_a_backward_run_resumes(llama, tmp_path, monkeypatch):
+    """Interrupted in the backward pass, continued, the same bytes."""
+    method = {"name": "lord", "metric": "two_sided"}
+    whole = compress_tiny(llama, tmp_path / "whole", method=method)
+    from lrcompress.errors import Interrupted
+    from lrcompress.pipeline import compress
+    from lrcompress.stages import backward
+
+    real, seen = backward.decompose_block, []
+
+    def stop_at_the_second(*args):
+        seen.append(args[1])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(backward, "decompose_block", stop_at_the_second)
+    with pytest.raises(Interrupted):
+        compress_tiny(llama, tmp_path / "out", method=method)
+    monkeypatch.setattr(backward, "decompose_block", real)
+    recipe = make_recipe({**whole.report["recipe"], "output": str(tmp_path / "out")})
+    assert (tmp_path / "out.partial").exists()
+    result = compress(recipe, resume=True)
+    first, second = (f / "model.safetensors" for f in (whole.folder, result.folder))
+    assert first.read_bytes() == second.read_bytes()
