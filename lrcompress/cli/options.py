@@ -98,7 +98,12 @@ def write_result(path: Path | None, data: Any) -> None:
     if str(path) == "-":
         typer.echo(text, nl=False)
         return
+    write_text(path, "--json", text)
+
+
+def write_text(path: Path, option: str, text: str) -> None:
+    """Write what an option asked for; InputError where that is not possible."""
     try:
         path.write_text(text, encoding="utf8")
     except OSError as error:
-        raise InputError(f"--json {path} cannot be written: {error.strerror}") from error
+        raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error

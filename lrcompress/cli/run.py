@@ -1,5 +1,6 @@
 """lrcompress run"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,12 @@ def run(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the expectations as JUnit XML for a pipeline.")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Markdown summary for a pipeline's page.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema and exit.")] = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -37,6 +44,7 @@ def run(
     loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
     from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
     from lrcompress.pipeline import run_recipe
+    from lrcompress.report.ci import junit_xml, markdown_summary
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
@@ -46,5 +54,9 @@ def run(
     if evaluation is not None:
         show_evaluation(evaluation, quiet=quiet)
     o.write_result(json_file, result.report)
+    if junit is not None:
+        o.write_text(junit, "--junit", junit_xml(result.report))
+    if summary is not None:
+        o.write_text(summary, "--summary", markdown_summary(result.report))
     if evaluation is not None and not all(entry["met"] for entry in evaluation["expectations"]):
         raise typer.Exit(1)

@@ -132,16 +132,19 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 
 
 def _measured(evaluation: dict[str, Any] | None) -> str:
-    if not evaluation:
-        return ""
-    against = (evaluation.get("against") or {}).get("results", {})
-    lines = ["## Measured", "", "| task | metric | this | dense |", "|---|---|---|---|"]
+    return "\n".join(["## Measured", "", *metric_rows(evaluation), "", ""]) if evaluation else ""
+
+
+def metric_rows(evaluation: dict[str, Any]) -> list[str]:
+    """A Markdown table of the metrics, beside those of the model compared with."""
+    against = evaluation.get("against") or {"model": "", "results": {}}
+    lines = [f"| task | metric | this | {against['model'] or 'dense'} |", "|---|---|---|---|"]
     for task, metrics in evaluation["results"].items():
         for metric, value in metrics.items():
             if isinstance(value, float):
-                other = against.get(task, {}).get(metric)
+                other = against["results"].get(task, {}).get(metric)
                 lines.append(f"| {task} | {metric} | {value:.4f} | {'' if other is None else format(other, '.4f')} |")
-    return "\n".join([*lines, "", ""])
+    return lines
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -325,8 +326,16 @@ def test_run_a_recipe(llama, tmp_path):
     assert again.returncode == 0, again.stderr
     first, second = (tmp_path / d / "model.safetensors" for d in ("out", "again"))
     assert first.read_bytes() == second.read_bytes()
-    assert run_cli("run", path, "--set", "expect.0=token_perplexity <= 1.0", "--overwrite").returncode == 1
+    junit, summary = tmp_path / "j.xml", tmp_path / "s.md"
+    missed = run_cli(
+        "run", path, "--set", "expect.0=token_perplexity <= 1.0", "--overwrite", "--junit", junit, "--summary", summary
+    )
+    assert missed.returncode == 1
     assert (tmp_path / "out/report.json").exists()
+    suite = ElementTree.parse(junit).getroot().find("testsuite")
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    assert "1.0" in suite.find(".//failure/..").get("name")
+    assert "**missed**" in summary.read_text()
 
 
 @pytest.mark.parametrize(
