@@ -1,5 +1,7 @@
 """One suite over every registered allocator."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,3 +96,54 @@ def test_welore_on_equal_singular_values():
     curve.spectrum = torch.ones_like(curve.spectrum)
     assert normalise(curve).unique().tolist() == [1.0]
     assert ALLOCATORS.get("welore")().allocate([curve], int(0.5 * curve.dense_bytes))
+
+
+def test_marginal_error_is_optimal_on_small_instances():
+    """Against every combination of levels; the relaxation may lose at most what one step removes."""
+    import itertools
+
+    for seed in range(5):
+        found = [thinned(curve, 7) for curve in curves(seed, 4)]
+        dense = sum(c.dense_bytes for c in found)
+        for kept in (0.4, 0.6, 0.8):
+            budget = int(kept * dense)
+            levels = ALLOCATORS.get("marginal_error")().allocate(found, budget)
+            ours = sum(float(c.errors[levels[c.name]]) for c in found)
+            best = min(
+                sum(float(c.errors[i]) for c, i in zip(found, choice, strict=True))
+                for choice in itertools.product(*(range(len(c.bytes)) for c in found))
+                if sum(int(c.bytes[i]) for c, i in zip(found, choice, strict=True)) <= budget
+            )
+            largest_step = max(float(-c.errors.diff().min()) for c in found)
+            assert best - 1e-9 <= ours <= best + largest_step
+
+
+def thinned(curve: Curve, levels: int) -> Curve:
+    index = torch.linspace(0, len(curve.bytes) - 1, levels).round().long().unique()
+    return Curve(
+        curve.name, curve.ranks[index], curve.bytes[index], curve.dense_bytes, curve.errors[index], curve.spectrum
+    )
+
+
+def test_marginal_error_skips_a_weight_that_costs_nothing():
+    """A weight of rank one gets its rank and no more than the remainder."""
+    found = curves(2, 3, format="low_rank")
+    found[0].errors = torch.zeros_like(found[0].errors)
+    levels = ALLOCATORS.get("marginal_error")().allocate(found, int(0.5 * sum(c.dense_bytes for c in found)))
+    assert levels[found[0].name] <= 1
+
+
+def test_the_lower_hull_is_convex_and_below_every_point():
+    from lrcompress.allocators.marginal_error import lower_hull
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.arange(50).tolist()
+    y = torch.rand(50, generator=generator).sort(descending=True).values.tolist()
+    hull = lower_hull(x, y)
+    assert hull[0] == 0
+    assert hull[-1] == 49
+    slopes = [(y[b] - y[a]) / (x[b] - x[a]) for a, b in itertools.pairwise(hull)]
+    assert slopes == sorted(slopes)
+    for a, b in itertools.pairwise(hull):
+        for i in range(a, b + 1):
+            assert y[i] >= y[a] + (y[b] - y[a]) * (i - a) / (b - a) - 1e-12

@@ -21,6 +21,22 @@ def statistics(features: int) -> tuple[InputStatistics, torch.Tensor]:
     return found, rows
 
 
+def with_gradients(found: InputStatistics, outputs: int) -> InputStatistics:
+    """The same statistics with output gradients of unequal sizes."""
+    rows = torch.randn(90, outputs, generator=torch.Generator().manual_seed(8)).double() * torch.logspace(
+        0, -1, outputs
+    )
+    return InputStatistics(found.count, found.total, found.second, rows.T @ rows / 90)
+
+
+def error_metric(method, found: InputStatistics, outputs: int) -> torch.Tensor:
+    """What the method's squared errors weigh the outputs by."""
+    if not method.needs_gradients:
+        return torch.eye(outputs, dtype=torch.float64)
+    damping = method.options.gradient_damping * found.gradients.diagonal().mean()
+    return found.gradients + damping * torch.eye(outputs, dtype=torch.float64)
+
+
 def weight(shape: tuple[int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
@@ -39,6 +55,7 @@ class TestMethod:
         method = make_method(name, {}, form)
         site, dense = Site("w", shape, 0, "w", bias), weight(shape)
         found, rows = statistics(shape[1])
+        found = with_gradients(found, shape[0])
         offset = torch.randn(shape[0]) if bias else None
         curve = method.curve(site, 4)
         artefact = method.decompose(site, dense, found)
@@ -51,13 +68,13 @@ class TestMethod:
             module = build(spec, torch.float32)
             module.load_state_dict({**method.encode(spec, artefact, offset), "weight": torch.empty(0)})
             expected = rows @ dense.T + (0 if offset is None else offset)
-            difference = module(rows) - expected
-            measured = float(difference.double().pow(2).sum() / len(rows))
+            difference = (module(rows) - expected).detach().double()
+            measured = float((difference @ error_metric(method, found, shape[0]) * difference).sum() / len(rows))
             assert measured == pytest.approx(float(errors[level]), rel=2e-2, abs=2e-5 * method.total(artefact))
 
     def test_the_same_input_gives_the_same_bits(self, name, form, shape, bias):
         method, site = make_method(name, {}, form), Site("w", shape, 0, "w", bias)
-        found, _ = statistics(shape[1])
+        found = with_gradients(statistics(shape[1])[0], shape[0])
         spec = method.spec(site, 3, 2)
         first, second = (method.encode(spec, method.decompose(site, weight(shape), found), None) for _ in range(2))
         assert all(torch.equal(first[key], second[key]) for key in first)
