@@ -127,3 +127,11 @@ def component_codes(left: Tensor, right: Tensor, bits: int) -> tuple[Tensor, Ten
     b, b_scale = symmetric_codes(left.double().T, bits)
     scale = storable((a_scale * b_scale).flatten() * 4.0 ** (bits - 1))
     return a.to(torch.int32), b.to(torch.int32), scale
+
+
+def rounded_factors(left: Tensor, right: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """left (m, r) and right (r, n) as they multiply once stored in `bits` bits, float64; 16 bits change nothing."""
+    if bits == 16:
+        return left.double(), right.double()
+    a, b, scale = component_codes(left, right, bits)
+    return b.T * (scale / 4.0 ** (bits - 1)), a.double()

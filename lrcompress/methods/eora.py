@@ -8,7 +8,7 @@ from torch import Tensor
 from lrcompress.bases import Base, BaseOptions, parse_base
 from lrcompress.errors import InputError
 from lrcompress.formats import spec_bytes
-from lrcompress.formats.sum import Sum, component_codes
+from lrcompress.formats.sum import Sum, rounded_factors
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
 from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
@@ -78,6 +78,8 @@ class Eora(SpectralMethod):
         if self.options.factor_bits < 16:
             spectrum = Spectrum(artefact["left"], artefact["right"], artefact["energies"])
             artefact["tail"] = coded_errors(spectrum, error, metric, self.options.factor_bits)
+        if self.metric == "centred" and statistics is not None:
+            artefact["mean"] = statistics.mean()
         artefact["size"] = _inner(weight, weight, metric).clamp_min(0)
         return artefact | {f"base.{key}": tensor for key, tensor in base.tensors.items()}
 
@@ -105,8 +107,9 @@ class Eora(SpectralMethod):
         base = {k.removeprefix("base."): t for k, t in artefact.items() if k.startswith("base.")}
         rank = spec.rank
         left, right = artefact["left"][:, :rank], artefact["right"][:rank]
-        if "mean_output" in artefact:
-            moved = artefact["mean_output"] - left.double() @ artefact["mean_latent"][:rank]
+        if "mean" in artefact:
+            stored_left, stored_right = rounded_factors(left, right, self.options.factor_bits)
+            moved = artefact["mean_output"] - stored_left @ (stored_right @ artefact["mean"])
             bias = (moved if bias is None else bias.double() + moved).float()
         if rank == 0:
             return base if bias is None else {**base, "bias": bias}
@@ -116,11 +119,9 @@ class Eora(SpectralMethod):
 def coded_errors(spectrum: Spectrum, error: Tensor, gram: Tensor | None, bits: int) -> Tensor:
     """(k + 1,) float64: squared error in the metric of the first 0..k components, rounded to `bits` bits.
 
-    ‖E - Σ_i<r c_i b_i a_iᵀ‖² for every r from the components' inner products with E (m, n) and with each other.
+    ‖E - Σ_i<r b_i a_iᵀ‖² for every r from the components' inner products with E (m, n) and with each other.
     """
-    a, b, scale = component_codes(spectrum.left, spectrum.right, bits)
-    right = a.double() * (scale / 4.0 ** (bits - 1))[:, None]
-    left = b.double().T
+    left, right = rounded_factors(spectrum.left, spectrum.right, bits)
     weighted = right if gram is None else right @ gram
     with_error = ((left.T @ error) * weighted).sum(1)
     mutual = (left.T @ left) * (weighted @ right.T)

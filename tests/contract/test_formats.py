@@ -8,7 +8,7 @@ from lrcompress.errors import InputError
 from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.semi_sparse import SemiSparse, top_two
-from lrcompress.formats.sum import component_codes
+from lrcompress.formats.sum import rounded_factors
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
@@ -35,11 +35,8 @@ def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
     if form == "sum":
         bits, base = int(name.split()[1]), {"format": name.split()[-1], **parameters}
         parameters = {"base": base, "correction": {"format": "low_rank", "rank": rank, "bits": bits}}
-        if bits < 16:
-            a, b, scale = component_codes(left, right, bits)
-            weight = weight + ((b.T * scale / 4.0 ** (bits - 1)) @ a.double()).float()
-        else:
-            weight = weight + left @ right
+        rounded_left, rounded_right = rounded_factors(left, right, bits)
+        weight = weight + (rounded_left @ rounded_right).float()
         stored = FORMATS.get(form).encode(stored, left, right, bits, values)
     elif bias:
         stored = {**stored, "bias": values}
@@ -229,7 +226,6 @@ def test_low_bit_factors_round_the_correction_only(bits):
     """The rounded correction is near the exact one: about 1 % at 8 bits, a fifth at 4."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 8, generator=generator), torch.randn(8, 96, generator=generator)
-    a, b, scale = component_codes(left, right, bits)
-    rounded = (b.T * scale / 4.0 ** (bits - 1)) @ a.double()
-    error = (rounded - left @ right).norm() / (left @ right).norm()
+    rounded_left, rounded_right = rounded_factors(left, right, bits)
+    error = (rounded_left @ rounded_right - left @ right).norm() / (left @ right).norm()
     assert error < {8: 0.012, 4: 0.2}[bits]
