@@ -20,7 +20,7 @@ Ratio = Annotated[
 ]
 Rank = Annotated[
     int | None,
-    typer.Option(min=0, help="eora: one rank for every correction instead of a ratio.", rich_help_panel=MODEL),
+    typer.Option(help="eora: one rank for every correction instead of a ratio.", rich_help_panel=MODEL),
 ]
 Base = Annotated[
     str | None,
