@@ -127,7 +127,9 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
 
 def output_folder(recipe: Recipe) -> Path:
     """Where the recipe's checkpoint goes."""
-    name = f"{short_name(recipe.model)}-{recipe.method.name}-{recipe.ratio:g}"
+    base = [] if recipe.base is None else [recipe.base.replace(":", "-").replace("/", "-")]
+    amount = f"r{recipe.rank}" if recipe.ratio is None else f"{recipe.ratio:g}"
+    name = "-".join([short_name(recipe.model), recipe.method.name, *base, amount])
     return Path(recipe.output or name).expanduser()
 
 
@@ -140,7 +142,8 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "model": opened.request.recipe.model,
         "method": opened.request.method.name,
         "metric": opened.request.method.metric,
-        "allocator": opened.request.allocator.name,
+        "allocator": opened.request.amount_by,
+        "base": opened.request.method.base,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "ratio": {"asked": opened.request.recipe.ratio, "planned": 1 - stored / dense,
                   "whole_model": (dense - stored) / whole},
@@ -164,6 +167,8 @@ def identity(opened: Opened) -> dict[str, Any]:
 def disk_need(opened: Opened) -> int:
     """Bytes of scratch files and output together, an upper bound."""
     factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
+    if opened.request.method.base is not None:
+        factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     output = opened.reader.bytes // opened.reader.dtype.itemsize * opened.dtype.itemsize
     hidden = 0
     if opened.calibration is not None:

@@ -39,6 +39,12 @@ class Spec:
     parameters: dict[str, Any] = field(default_factory=dict)
     """What the format declares, such as {"rank": 300}."""
 
+    @property
+    def rank(self) -> int:
+        """Rank of a dense weight, or of the low-rank part of a stored one: 0 where it has none."""
+        full = min(self.shape) if self.format == "dense" else 0
+        return int(self.parameters.get("correction", self.parameters).get("rank", full))
+
     def as_json(self) -> dict[str, Any]:
         """A JSON object; inverse of `from_json`."""
         data = asdict(self)

@@ -52,7 +52,12 @@ class Recipe(_Strict):
 
     model: str
     method: MethodSpec
-    ratio: float = pydantic.Field(gt=0, lt=1)
+    ratio: float | None = pydantic.Field(None, gt=0, lt=1)
+    """Fraction of the targets' stored bytes to remove."""
+    rank: int | None = pydantic.Field(None, ge=0)
+    """One rank for all weights instead of a ratio (eora: of the correction)."""
+    base: str | None = None
+    """What eora corrects, such as rtn:4:64."""
     calibration: list[CalibrationSpec] = pydantic.Field(default_factory=lambda: [CalibrationSpec()])
     output: str | None = None
     allocator: str | None = None
@@ -83,6 +88,14 @@ class Recipe(_Strict):
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _how_much(self) -> "Recipe":
+        if self.ratio is None and self.rank is None:
+            raise ValueError("key 'ratio' is missing: say which fraction of the bytes to remove (eora: or a rank)")
+        if self.ratio is not None and self.rank is not None:
+            raise ValueError(f"ratio {self.ratio:g} and rank {self.rank} were both asked: give one of them")
+        return self
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to write the same files."""
@@ -181,6 +194,8 @@ def _explain(error: pydantic.ValidationError) -> str:
         return f"unknown key {where!r}: {nearest(key, _known_keys(first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"key {where!r} is missing"
+    if not where:  # a rule on several keys together says it all itself
+        return first["msg"].removeprefix("Value error, ")
     return f"{where} = {first['input']!r}: {first['msg']}"
 
 

@@ -1,6 +1,7 @@
 """The registry of allocators and what they share."""
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 
 from lrcompress.errors import InputError
@@ -17,8 +18,13 @@ def check_possible(curves: Sequence[Curve], budget: int) -> None:
         dense = sum(c.dense_bytes for c in curves)
         raise InputError(
             f"the asked ratio leaves {budget} bytes, the smallest choice needs {least}: "
-            f"ask for a ratio of at most {1 - least / dense:.4f}"
+            f"ask for a ratio of at most {largest_ratio(least, dense):.4f}"
         )
+
+
+def largest_ratio(least: int, dense: int) -> float:
+    """The ratio that leaves `least` of `dense` bytes, rounded down to four places so that it can be asked for."""
+    return math.floor((1 - least / dense) * 1e4) / 1e4
 
 
 def level_within(curve: Curve, limit: float) -> int:

@@ -1,20 +1,22 @@
-"""Bytes where they lower the error most: one Lagrange multiplier over all weights."""
+"""Marginal error: bytes go where they lower the squared error most, one price per byte for all weights."""
 
+import heapq
 import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lrcompress.allocators.base import ALLOCATORS, check_possible, spend
+import torch
+
+from lrcompress.allocators.base import ALLOCATORS, check_possible
 from lrcompress.protocols import Curve
 
 
 @ALLOCATORS.register
 class MarginalError:
-    """Minimises the sum of squared errors within the budget, keeping a weight dense where that is cheaper.
+    """One Lagrange multiplier on squared error per stored byte, over the lower convex hull of every curve.
 
-    Every curve is reduced to its lower convex hull; the hulls' steps are taken in the order of error removed per byte,
-    which is the optimum of the relaxed problem for every budget that a step ends at. What is left of the budget buys
-    the best single levels. The errors must be comparable across weights, as those of the trace and two_sided metrics.
+    Steps along the hulls are taken from the steepest to the flattest while they fit; that is the least sum of errors
+    for the bytes they use. What is left buys, again and again, the best affordable step, off the hulls too.
     """
 
     name: ClassVar[str] = "marginal_error"
@@ -24,58 +26,67 @@ class MarginalError:
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site; see protocols.Allocator."""
         check_possible(curves, budget)
-        levels = {curve.name: 0 for curve in curves}
-        left = budget - sum(int(curve.bytes[0]) for curve in curves)
-        steps = []
-        for order, curve in enumerate(curves):
-            hull = lower_hull(_bytes(curve), _errors(curve))
-            steps += [(-gain, order, level, cost) for gain, level, cost in _steps(curve, hull)]
-        blocked: set[int] = set()
-        for _, order, level, cost in sorted(steps):
-            if order in blocked or cost > left:
-                blocked.add(order)  # a later step of this curve begins where this one would have ended
-                continue
-            levels[curves[order].name], left = level, left - cost
-        return spend(curves, levels, budget, _urgency)
-
-
-def lower_hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
-    """Indices of the lower convex hull of the points (x ascending, y descending), from the first to the last."""
-    hull: list[int] = []
-    for i in range(len(x)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
+        levels = [0] * len(curves)
+        left = budget - sum(int(c.bytes[0]) for c in curves)
+        steps = sorted((-gain, i, end, cost) for i, c in enumerate(curves) for gain, end, cost in hull_steps(c))
+        for _, i, end, cost in steps:
+            if cost > left:
                 break
-            hull.pop()
-        hull.append(i)
-    return hull
+            levels[i], left = end, left - cost
+        _spend(curves, levels, left)
+        return {curve.name: level for curve, level in zip(curves, levels, strict=True)}
 
 
-def _bytes(curve: Curve) -> list[int]:
-    return [int(value) for value in curve.bytes.tolist()]
-
-
-def _errors(curve: Curve) -> list[float]:
+def hull_steps(curve: Curve) -> list[tuple[float, int, int]]:
+    """(error removed per byte, level reached, bytes) of each edge of the lower convex hull, steepest first."""
     if curve.errors is None:
         raise ValueError(f"the marginal_error allocator needs the errors of {curve.name}")
-    return [float(value) for value in curve.errors.tolist()]
-
-
-def _steps(curve: Curve, hull: list[int]) -> list[tuple[float, int, int]]:
-    """(error removed per byte, level reached, bytes) of every edge of a hull."""
-    cost, error = _bytes(curve), _errors(curve)
+    errors, costs = curve.errors.tolist(), curve.bytes.tolist()
     steps: list[tuple[float, int, int]] = []
-    for a, b in itertools.pairwise(hull):
-        gain = (error[a] - error[b]) / (cost[b] - cost[a])
-        # Rounding must not let a later edge sort before an earlier one.
-        steps.append((min([gain, *(g for g, _, _ in steps[-1:])]), b, cost[b] - cost[a]))
+    corners = [0]
+    for level in range(1, len(costs)):
+        while len(corners) > 1 and _slope(errors, costs, corners[-2], corners[-1]) >= _slope(
+            errors, costs, corners[-1], level
+        ):
+            corners.pop()
+        corners.append(level)
+    for start, end in itertools.pairwise(corners):
+        gain = -_slope(errors, costs, start, end)
+        if gain > 0:
+            steps.append((gain, end, costs[end] - costs[start]))
     return steps
 
 
-def _urgency(curve: Curve, level: int) -> float:
-    """Minus the error that the next level removes per byte."""
-    if curve.errors is None or level + 1 >= len(curve.bytes):
-        return 0.0
-    gain = float(curve.errors[level] - curve.errors[level + 1])
-    return -gain / float(curve.bytes[level + 1] - curve.bytes[level])
+def _slope(errors: list[float], costs: list[int], start: int, end: int) -> float:
+    return (errors[end] - errors[start]) / (costs[end] - costs[start])
+
+
+def _spend(curves: Sequence[Curve], levels: list[int], left: int) -> None:
+    """Raise `levels` by the affordable step of the largest gain per byte until none that does no harm fits."""
+    queue: list[tuple[float, int, int]] = []
+
+    def offer(i: int) -> None:
+        best = _best_step(curves[i], levels[i], left)
+        if best is not None:
+            heapq.heappush(queue, (-best[0], i, best[1]))
+
+    for i in range(len(curves)):
+        offer(i)
+    while queue:
+        _, i, level = heapq.heappop(queue)
+        cost = int(curves[i].bytes[level] - curves[i].bytes[levels[i]])
+        if cost <= left:
+            levels[i], left = level, left - cost
+        offer(i)
+
+
+def _best_step(curve: Curve, level: int, left: int) -> tuple[float, int] | None:
+    """The largest error removed per byte, and the level that it leads to, within `left` bytes."""
+    assert curve.errors is not None
+    costs = curve.bytes[level + 1 :] - curve.bytes[level]
+    fitting = int((costs <= left).sum())
+    if not fitting:
+        return None
+    gains = (curve.errors[level] - curve.errors[level + 1 : level + 1 + fitting]) / costs[:fitting]
+    best = int(torch.argmax(gains))
+    return (float(gains[best]), level + 1 + best) if gains[best] >= 0 else None

@@ -11,7 +11,9 @@ from lrcompress.cli import options as o
 def compress(
     model: o.Model,
     method: o.Method,
-    ratio: o.Ratio,
+    ratio: o.Ratio = None,
+    rank: o.Rank = None,
+    base: o.Base = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="Output folder [default: ./MODEL-METHOD-RATIO].", rich_help_panel=o.OUTPUT),
@@ -47,9 +49,10 @@ def compress(
 ) -> None:
     """Compress a checkpoint and write one that transformers loads."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, settings=settings, calibration=calibration, samples=samples,
-        seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [], ignore=ignore or [],
-        seed=seed, device=device, dtype=dtype, shard_size=shard_size, trust_remote_code=trust_remote_code,
+        model=model, method=method, ratio=ratio, rank=rank, base=base, settings=settings, calibration=calibration,
+        samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
+        ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
     from lrcompress.pipeline import compress as run_compress

@@ -15,10 +15,24 @@ OUTPUT = "Output"
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.", show_default=False)]
 Method = Annotated[str, typer.Option(help="Compression method; see `lrcompress methods`.", rich_help_panel=MODEL)]
 Ratio = Annotated[
-    float, typer.Option(help="Fraction of the targets' stored bytes to remove, in (0, 1).", rich_help_panel=MODEL)
+    float | None,
+    typer.Option(help="Fraction of the targets' stored bytes to remove, in (0, 1).", rich_help_panel=MODEL),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="eora: one rank for every correction instead of a ratio.", rich_help_panel=MODEL),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="What eora corrects: rtn:4:64, gptq:3:64 (bits:group), magnitude:2:4, wanda:2:4, sparsegpt:2:4.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Allocator = Annotated[
-    str | None, typer.Option(help="How many bytes for which weight: uniform, welore.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(help="How many bytes for which weight: uniform, welore, marginal_error.", rich_help_panel=MODEL),
 ]
 Format = Annotated[
     str | None,
@@ -64,7 +78,7 @@ def recipe_from_flags(
     *,
     model: str,
     method: str,
-    ratio: float,
+    ratio: float | None,
     settings: list[str] | None,
     calibration: list[str] | None,
     samples: int,
@@ -75,7 +89,9 @@ def recipe_from_flags(
     from lrcompress.budget import check_ratio
     from lrcompress.stages.prepare import share_samples
 
-    check_ratio(ratio)
+    if ratio is not None:
+        check_ratio(ratio)
+        rest["ratio"] = ratio
     options = dict(split_assignment(text) for text in settings or [])
     if "name" in options:
         raise InputError("--set name=...: the method is chosen with --method")
@@ -83,7 +99,7 @@ def recipe_from_flags(
     data = {key: value for key, value in rest.items() if value is not None}
     calibrations = [spec.model_dump() for spec in specs]
     return make_recipe(
-        {"model": model, "method": {"name": method, **options}, "ratio": ratio, "calibration": calibrations, **data},
+        {"model": model, "method": {"name": method, **options}, "calibration": calibrations, **data},
         "command line",
     )
 

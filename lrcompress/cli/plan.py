@@ -6,7 +6,9 @@ from lrcompress.cli import options as o
 def plan(
     model: o.Model,
     method: o.Method,
-    ratio: o.Ratio,
+    ratio: o.Ratio = None,
+    rank: o.Rank = None,
+    base: o.Base = None,
     settings: o.Set = None,
     allocator: o.Allocator = None,
     format: o.Format = None,
@@ -25,9 +27,9 @@ def plan(
 ) -> None:
     """Show what would be stored where, without writing a checkpoint."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, settings=settings, calibration=calibration, samples=samples,
-        seqlen=seqlen, allocator=allocator, format=format, target=target or [], ignore=ignore or [], seed=seed,
-        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        model=model, method=method, ratio=ratio, rank=rank, base=base, settings=settings, calibration=calibration,
+        samples=samples, seqlen=seqlen, allocator=allocator, format=format, target=target or [],
+        ignore=ignore or [], seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan
     from lrcompress.pipeline import make_plan

@@ -59,7 +59,7 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
         f"checkpoint {size['checkpoint'] / 1e6:.1f} MB; {seconds['total']:.0f} s, "
         f"peak memory {report['peak_rss_bytes'] / 1e6:.0f} MB"
     )
-    if report["metric"] == "plain":
+    if report["metric"] == "plain" and report["base"] is None:
         out.print("metric plain reads no calibration text: on small models it destroys the model; measure before use")
     elif report["calibration"] is not None and not report["calibration"]["general"]:
         out.print(

@@ -39,9 +39,16 @@ class Method(ABC):
     default_allocator: ClassVar[str] = "uniform"
     freezes_dense: ClassVar[bool] = False
     """Weights that stay dense are marked frozen in the manifest (WeLore's N-LRC)."""
+    default_base: ClassVar[str | None] = None
+    """What the method corrects where no --base is given; None where it takes none."""
+    takes_rank: ClassVar[bool] = False
+    """Whether one rank for all weights (--rank) may be asked instead of a ratio."""
 
-    def __init__(self, options: MethodOptions, format: str | None = None) -> None:
+    def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         self.options = options
+        if base is not None and self.default_base is None:
+            raise InputError(f"method {self.name} takes no --base ({base!r}): it is for methods that correct one, eora")
+        self.base = base or self.default_base
         self.format = format or self.formats[0]
         if self.format not in self.formats:
             raise InputError(
@@ -88,7 +95,7 @@ class Method(ABC):
         """The stored tensors of `spec`, float32 or integer; bias is that of the dense layer."""
 
 
-def make_method(name: str, options: dict[str, Any], format: str | None = None) -> Method:
+def make_method(name: str, options: dict[str, Any], format: str | None = None, base: str | None = None) -> Method:
     """The registered method with validated options; an unknown option is an InputError that names the nearest."""
     cls = METHODS.get(name)
     known = list(cls.Options.model_fields)
@@ -96,7 +103,7 @@ def make_method(name: str, options: dict[str, Any], format: str | None = None) -
         if key not in known:
             raise InputError(f"method {name} has no option {key!r}: {nearest(key, known)}")
     try:
-        return cls(cls.Options(**options), format)
+        return cls(cls.Options(**options), format, base)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

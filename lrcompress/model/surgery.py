@@ -15,10 +15,18 @@ def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None
 
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every stored format by the ordinary layer that computes the same."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, StoredLinear):
-            model.set_submodule(name, dense_layer(module, dtype))
+    for name, module in stored_layers(model).items():
+        model.set_submodule(name, dense_layer(module, dtype))
     return model
+
+
+def stored_layers(model: nn.Module) -> dict[str, StoredLinear]:
+    """Name to module of every weight that is held in a stored format; the parts of a sum are no layers of their own."""
+    found: dict[str, StoredLinear] = {}
+    for name, module in model.named_modules():  # a module comes before its parts
+        if isinstance(module, StoredLinear) and name.rpartition(".")[0] not in found:
+            found[name] = module
+    return found
 
 
 @torch.no_grad()

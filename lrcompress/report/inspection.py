@@ -58,7 +58,7 @@ def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[
         "name": site.name,
         "format": spec.format,
         "shape": list(site.shape),
-        "rank": spec.parameters.get("rank", min(site.shape)),
+        "rank": spec.rank,
         "bytes": site_bytes(reader, site, spec) if spec.format != "dense" else dense,
         "dense_bytes": dense,
         "relative_error": None,

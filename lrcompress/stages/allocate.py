@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lrcompress.budget import kept_bytes
+import torch
+
 from lrcompress.protocols import Curve, Site, Spec
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.profile import Artefacts
 
 
@@ -27,7 +28,7 @@ class Plan:
                 "name": site.name,
                 "format": spec.format,
                 "shape": list(site.shape),
-                "rank": spec.parameters.get("rank", min(site.shape)),
+                "rank": spec.rank,
                 "bytes": self.bytes[site.name],
                 "dense_bytes": self.dense_bytes[site.name],
                 "relative_error": self.relative_errors[site.name],
@@ -38,11 +39,13 @@ class Plan:
 def needs_artefacts(opened: Opened) -> bool:
     """Whether the allocator decides by decompositions."""
     allocator = opened.request.allocator
+    if opened.request.recipe.rank is not None:
+        return False
     return allocator.needs_errors or allocator.needs_spectrum
 
 
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
-    """Choose a level per site within the bytes that the ratio leaves."""
+    """Choose a level per site: the asked rank's, or the allocator's within the bytes that the ratio leaves."""
     request, size = opened.request, opened.dtype.itemsize
     curves: list[Curve] = []
     totals: dict[str, float] = {}
@@ -53,8 +56,10 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
             curve.errors, curve.spectrum = summary["errors"], summary.get("spectrum")
             totals[site.name] = float(summary["total"])
         curves.append(curve)
-    budget = kept_bytes((curve.dense_bytes for curve in curves), request.recipe.ratio)
-    levels = request.allocator.allocate(curves, budget)
+    if request.recipe.rank is not None:
+        levels = {curve.name: rank_level(curve, request.recipe.rank) for curve in curves}
+    else:
+        levels = request.allocator.allocate(curves, budget_of(request, curves))
     plan = Plan({}, {}, {}, {})
     for site, curve in zip(opened.sites, curves, strict=True):
         level = levels[site.name]
@@ -63,6 +68,11 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
         plan.dense_bytes[site.name] = curve.dense_bytes
         plan.relative_errors[site.name] = relative_error(curve, level, totals.get(site.name))
     return plan
+
+
+def rank_level(curve: Curve, rank: int) -> int:
+    """The level of `rank`; the dense one where that rank would not be smaller."""
+    return int(torch.searchsorted(curve.ranks, torch.tensor(rank)).clamp_max(len(curve.ranks) - 1))
 
 
 def level_spec(opened: Opened, site: Site, curve: Curve, level: int) -> Spec:

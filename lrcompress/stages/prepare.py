@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
+from lrcompress.allocators.base import check_possible, largest_ratio
+from lrcompress.budget import kept_bytes
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
@@ -17,7 +19,7 @@ from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites, group_sites
-from lrcompress.protocols import Allocator, Site
+from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
 
@@ -34,6 +36,11 @@ class Request:
     allocator: Allocator
     sources: list[tuple[Source, int, int]]
     device: torch.device
+
+    @property
+    def amount_by(self) -> str:
+        """What decides on a weight's level: the allocator, or the one rank that was asked for."""
+        return self.allocator.name if self.recipe.rank is None else "rank"
 
 
 @dataclass
@@ -61,7 +68,11 @@ class Opened:
 
 def check_request(recipe: Recipe) -> Request:
     """Look every name of the recipe up before anything is loaded or written."""
-    method = make_method(recipe.method.name, recipe.method.options, recipe.format)
+    method = make_method(recipe.method.name, recipe.method.options, recipe.format, recipe.base)
+    if recipe.rank is not None and not method.takes_rank:
+        raise InputError(f"method {method.name} takes no --rank {recipe.rank}: ask for a --ratio")
+    if recipe.rank is not None and recipe.allocator is not None:
+        raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
@@ -94,9 +105,32 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+    check_amount(opened)
     if calibrate:
         calibrate_model(opened)
     return opened
+
+
+def budget_of(request: Request, curves: Sequence[Curve]) -> int:
+    """The bytes that the asked ratio leaves; InputError, before anything is decomposed, where no choice is so small."""
+    assert request.recipe.ratio is not None
+    budget = kept_bytes((curve.dense_bytes for curve in curves), request.recipe.ratio)
+    least, dense = sum(int(c.bytes[0]) for c in curves), sum(c.dense_bytes for c in curves)
+    if least > budget and request.method.base is not None:
+        largest = largest_ratio(least, dense)
+        raise InputError(
+            f"--ratio {request.recipe.ratio:g} is more than base {request.method.base} alone removes: ask for a ratio "
+            f"of at most {largest:.4f}, which leaves no correction, or for a smaller base"
+        )
+    check_possible(curves, budget)
+    return budget
+
+
+def check_amount(opened: Opened) -> None:
+    """Refuse a ratio that cannot be reached, before any text is read."""
+    if opened.request.recipe.ratio is not None:
+        curves = [opened.request.method.curve(site, opened.dtype.itemsize) for site in opened.sites]
+        budget_of(opened.request, curves)
 
 
 def calibrate_model(opened: Opened) -> None:

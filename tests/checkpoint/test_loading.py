@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
-from lrcompress.model.surgery import dense_parts
+from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.conftest import ARCHITECTURES, compress_tiny
 
 METHODS = [("lord", "auto"), ("lord", "low_rank"), ("welore", "auto"), ("welore", "pivoted")]
@@ -58,13 +58,12 @@ def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(
     model = load(folder)
     reference = load(make_model(architecture))
     replaced = 0
-    for name, module in model.named_modules():
-        if isinstance(module, StoredLinear):
-            layer = reference.get_submodule(name)
-            weight, bias = dense_parts(module)
-            layer.weight.data = weight.T if module.spec.conv1d else weight
-            layer.bias = None if bias is None else torch.nn.Parameter(bias)
-            replaced += 1
+    for name, module in stored_layers(model).items():
+        layer = reference.get_submodule(name)
+        weight, bias = dense_parts(module)
+        layer.weight.data = weight.T if module.spec.conv1d else weight
+        layer.bias = None if bias is None else torch.nn.Parameter(bias)
+        replaced += 1
     assert replaced >= 3
     torch.testing.assert_close(logits(model, IDS), logits(reference, IDS), rtol=1e-3, atol=1e-3)
     out = model.generate(IDS, max_new_tokens=3, do_sample=False)

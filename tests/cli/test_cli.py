@@ -121,6 +121,16 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
         ("at most", ["MODEL", "--method", "lord", "--ratio", "0.9999"]),
         ("used", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "used"]),
         ("file.txt", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "file.txt"]),
+        ("'ratio' is missing", ["MODEL", "--method", "lord"]),
+        ("--rank 3", ["MODEL", "--method", "lord", "--rank", "3"]),
+        ("--base", ["MODEL", "--method", "welore", "--ratio", "0.2", "--base", "rtn:4:64"]),
+        ("both", ["MODEL", "--method", "eora", "--ratio", "0.2", "--rank", "3"]),
+        ("rank = -3", ["MODEL", "--method", "eora", "--rank", "-3"]),
+        ("rtn:BITS:GROUP", ["MODEL", "--method", "eora", "--rank", "3", "--base", "rtn:5:64"]),
+        ("'gptq'", ["MODEL", "--method", "eora", "--rank", "3", "--base", "gtpq:4:64"]),
+        ("existing checkpoints", ["MODEL", "--method", "eora", "--rank", "3", "--base", "MODEL"]),
+        ("act_order", ["MODEL", "--method", "eora", "--rank", "3", "--base", "wanda:2:4", "--set", "act_order=true"]),
+        ("at most 0.", ["MODEL", "--method", "eora", "--ratio", "0.95", "--base", "rtn:4:16"]),
     ],
 )
 def test_bad_usage_names_the_culprit_and_writes_nothing(llama, tmp_path, culprit, arguments):
@@ -137,6 +147,21 @@ def test_bad_usage_names_the_culprit_and_writes_nothing(llama, tmp_path, culprit
     assert culprit in done.stderr
     assert tree(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.txt", "tiny.txt", "used"]
+
+
+def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
+    done = run_cli("compress", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / f"{llama.name}-eora-rtn-3-16-r2"
+    report = json.loads((out / "report.json").read_text())
+    assert report["ratio"]["asked"] is None
+    assert {t["format"] for t in report["targets"]} == {"sum"}
+    planned = run_cli("plan", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", "--json", "-", "--quiet")
+    assert json.loads(planned.stdout)["bytes"]["targets_stored"] == report["bytes"]["targets_stored"]
+    assert run_cli("inspect", out, "--spectra").returncode == 0
+    assert run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2).returncode == 0
+    assert run_cli("run", out / "recipe.yaml", "-o", tmp_path / "again").returncode == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def damaged(model, folder, change):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrcompress.allocators import ALLOCATORS
+from lrcompress.allocators.marginal_error import hull_steps
 from lrcompress.allocators.welore import normalise
 from lrcompress.errors import InputError
 from lrcompress.methods import make_method
@@ -70,6 +71,17 @@ def test_an_impossible_budget_names_the_largest_ratio(name):
         ALLOCATORS.get(name)().allocate(curves(1), 10)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_named_ratio_is_possible(name, seed):
+    found = curves(seed)
+    dense = sum(c.dense_bytes for c in found)
+    with pytest.raises(InputError) as refused:
+        ALLOCATORS.get(name)().allocate(found, 10)
+    ratio = float(str(refused.value).rsplit(" ", 1)[1])
+    assert ALLOCATORS.get(name)().allocate(found, int((1 - ratio) * dense))
+
+
 def test_uniform_keeps_the_same_share_everywhere():
     found = curves(5)
     levels = ALLOCATORS.get("uniform")().allocate(found, int(0.6 * sum(c.dense_bytes for c in found)))
@@ -98,52 +110,60 @@ def test_welore_on_equal_singular_values():
     assert ALLOCATORS.get("welore")().allocate([curve], int(0.5 * curve.dense_bytes))
 
 
-def test_marginal_error_is_optimal_on_small_instances():
-    """Against every combination of levels; the relaxation may lose at most what one step removes."""
-    import itertools
-
-    for seed in range(5):
-        found = [thinned(curve, 7) for curve in curves(seed, 4)]
-        dense = sum(c.dense_bytes for c in found)
-        for kept in (0.4, 0.6, 0.8):
-            budget = int(kept * dense)
-            levels = ALLOCATORS.get("marginal_error")().allocate(found, budget)
-            ours = sum(float(c.errors[levels[c.name]]) for c in found)
-            best = min(
-                sum(float(c.errors[i]) for c, i in zip(found, choice, strict=True))
-                for choice in itertools.product(*(range(len(c.bytes)) for c in found))
-                if sum(int(c.bytes[i]) for c, i in zip(found, choice, strict=True)) <= budget
-            )
-            largest_step = max(float(-c.errors.diff().min()) for c in found)
-            assert best - 1e-9 <= ours <= best + largest_step
+def small(seed: int, convex: bool) -> list[Curve]:
+    """Three curves of five levels with random steps, convex or not."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(3):
+        costs = torch.randint(1, 9, (5,), generator=generator).cumsum(0)
+        gains = torch.rand(4, dtype=torch.float64, generator=generator)
+        if convex:
+            gains = gains.sort(descending=True).values * costs.diff()
+        errors = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
+        made.append(Curve(f"w{i}", torch.tensor([1, 2, 3, 4, 9]), costs, int(costs[-1]), errors))
+    return made
 
 
-def thinned(curve: Curve, levels: int) -> Curve:
-    index = torch.linspace(0, len(curve.bytes) - 1, levels).round().long().unique()
-    return Curve(
-        curve.name, curve.ranks[index], curve.bytes[index], curve.dense_bytes, curve.errors[index], curve.spectrum
+@pytest.mark.parametrize("convex", [True, False])
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
+def test_marginal_error_against_every_choice(convex, seed, share):
+    """Never further from the best of all choices than one step of a hull, the bound of the Lagrangian solution."""
+    found = small(seed, convex)
+    least, most = sum(int(c.bytes[0]) for c in found), sum(int(c.bytes[-1]) for c in found)
+    budget = int(least + share * (most - least))
+    levels = ALLOCATORS.get("marginal_error")().allocate(found, budget)
+    assert stored(found, levels) <= budget
+    reached = sum(float(c.errors[levels[c.name]]) for c in found)
+    best = min(
+        sum(float(c.errors[i]) for c, i in zip(found, choice, strict=True))
+        for choice in itertools.product(range(5), repeat=3)
+        if sum(int(c.bytes[i]) for c, i in zip(found, choice, strict=True)) <= budget
     )
+    step = max(gain * cost for c in found for gain, _, cost in hull_steps(c))
+    assert reached <= best + step
 
 
-def test_marginal_error_skips_a_weight_that_costs_nothing():
-    """A weight of rank one gets its rank and no more than the remainder."""
-    found = curves(2, 3, format="low_rank")
-    found[0].errors = torch.zeros_like(found[0].errors)
-    levels = ALLOCATORS.get("marginal_error")().allocate(found, int(0.5 * sum(c.dense_bytes for c in found)))
-    assert levels[found[0].name] <= 1
+@pytest.mark.parametrize("seed", range(30))
+def test_marginal_error_is_the_best_choice_at_a_price(seed):
+    """Where the budget is what one price per byte buys, nothing cheaper is as good."""
+    found = small(seed, convex=False)
+    steps = sorted((-gain, i, cost) for i, c in enumerate(found) for gain, _, cost in hull_steps(c))
+    budget = sum(int(c.bytes[0]) for c in found) + sum(cost for _, _, cost in steps[: len(steps) // 2])
+    levels = ALLOCATORS.get("marginal_error")().allocate(found, budget)
+    reached = sum(float(c.errors[levels[c.name]]) for c in found)
+    for choice in itertools.product(range(5), repeat=3):
+        if sum(int(c.bytes[i]) for c, i in zip(found, choice, strict=True)) <= budget:
+            assert reached <= sum(float(c.errors[i]) for c, i in zip(found, choice, strict=True)) + 1e-12
 
 
-def test_the_lower_hull_is_convex_and_below_every_point():
-    from lrcompress.allocators.marginal_error import lower_hull
+def test_marginal_error_buys_nothing_that_does_harm():
+    """Errors may rise with a level where factors have few bits."""
+    curve = Curve("w", torch.tensor([0, 1, 9]), torch.tensor([1, 2, 10]), 10, torch.tensor([1.0, 1.5, 0.0]).double())
+    assert ALLOCATORS.get("marginal_error")().allocate([curve], 9) == {"w": 0}
+    assert ALLOCATORS.get("marginal_error")().allocate([curve], 10) == {"w": 2}
 
-    generator = torch.Generator().manual_seed(0)
-    x = torch.arange(50).tolist()
-    y = torch.rand(50, generator=generator).sort(descending=True).values.tolist()
-    hull = lower_hull(x, y)
-    assert hull[0] == 0
-    assert hull[-1] == 49
-    slopes = [(y[b] - y[a]) / (x[b] - x[a]) for a, b in itertools.pairwise(hull)]
-    assert slopes == sorted(slopes)
-    for a, b in itertools.pairwise(hull):
-        for i in range(a, b + 1):
-            assert y[i] >= y[a] + (y[b] - y[a]) * (i - a) / (b - a) - 1e-12
+
+def test_marginal_error_needs_errors():
+    with pytest.raises(ValueError, match="needs the errors of w"):
+        hull_steps(Curve("w", torch.tensor([1, 2]), torch.tensor([1, 2]), 2))

@@ -6,19 +6,63 @@ from safetensors.torch import load_file, save_file
 
 from lrcompress.errors import InputError
 from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
+from lrcompress.formats.quantized import Quantized
+from lrcompress.formats.semi_sparse import SemiSparse, top_two
+from lrcompress.formats.sum import rounded_factors
+from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
 FACTORED = ["low_rank", "pivoted"]
+BASES = ["quantized", "semi_sparse"]
+SUMS = ["sum 16 of quantized", "sum 8 of quantized", "sum 4 of semi_sparse"]
+ALL = [*FACTORED, *BASES, *SUMS]
 SHAPES = [(24, 40), (40, 24), (24, 24)]
+BITS = {1: (8, 5), 5: (4, 7), 11: (3, 7), 23: (2, 64), 96: (3, 64)}
+"""Bits and group of the example that stands for a rank."""
 
 
 def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
+    """Spec, stored tensors, weight and bias of an example in a format; `rank` picks its size."""
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(shape[0], rank, generator=generator)
     right = torch.randn(rank, shape[1], generator=generator)
     values = torch.randn(shape[0], generator=generator) if bias else None
-    spec = Spec(name, shape, bias, bias, parameters={"rank": rank})
-    return spec, FORMATS.get(name).encode(left, right, values), left @ right, values
+    if name in FACTORED:
+        spec = Spec(name, shape, bias, bias, parameters={"rank": rank})
+        return spec, FORMATS.get(name).encode(left, right, values), left @ right, values
+    parameters, stored, weight = base_example(name.split()[-1], shape, rank, generator)
+    form = name.split()[0]
+    if form == "sum":
+        bits, base = int(name.split()[1]), {"format": name.split()[-1], **parameters}
+        parameters = {"base": base, "correction": {"format": "low_rank", "rank": rank, "bits": bits}}
+        rounded_left, rounded_right = rounded_factors(left, right, bits)
+        weight = weight + (rounded_left @ rounded_right).float()
+        stored = FORMATS.get(form).encode(stored, left, right, bits, values)
+    elif bias:
+        stored = {**stored, "bias": values}
+    return Spec(form, shape, bias, bias, parameters=parameters), stored, weight, values
+
+
+def base_example(name: str, shape: tuple[int, int], rank: int, generator: torch.Generator):
+    """Parameters, stored tensors and weight of a base, made entry by entry."""
+    if name == "semi_sparse":
+        weight = torch.randn(shape, generator=generator)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for row in range(shape[0]):
+            for start in range(0, shape[1], 4):
+                kept = torch.randperm(min(4, shape[1] - start), generator=generator)[:2] + start
+                mask[row, kept] = True
+        return {"pattern": "2:4"}, SemiSparse.encode(weight, mask, None), weight * mask
+    bits, group = BITS[rank]
+    groups = -(-shape[1] // group)
+    codes = torch.randint(2**bits, shape, generator=generator)
+    zeros = torch.randint(2**bits, (shape[0], groups), generator=generator)
+    scale = torch.rand(shape[0], groups, generator=generator).bfloat16().float()
+    weight = torch.empty(shape)
+    for column in range(shape[1]):
+        weight[:, column] = (codes[:, column] - zeros[:, column // group]) * scale[:, column // group]
+    # A group wider than the row is the whole row.
+    return {"bits": bits, "group": group}, Quantized.encode(codes, scale, zeros, bits, None), weight
 
 
 def loaded(spec: Spec, stored, dtype=torch.float32):
@@ -28,10 +72,10 @@ def loaded(spec: Spec, stored, dtype=torch.float32):
 
 
 def test_every_registered_format_is_in_this_suite():
-    assert sorted(FACTORED) == FORMATS.names()
+    assert sorted({name.split()[0] for name in ALL}) == FORMATS.names()
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [1, 11, 23])
@@ -72,7 +116,7 @@ class TestFormat:
         assert Spec.from_json("x", spec.as_json()) == spec
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", ALL)
 def test_factors_are_trainable_and_indices_are_buffers(name):
     spec, stored, _, _ = example(name, (24, 40), 5, True)
     module = loaded(spec, stored)
@@ -88,7 +132,7 @@ def test_an_impossible_rank_is_refused_before_anything_is_allocated(name, rank):
         build(Spec(name, (24, 40), parameters={"rank": rank}), torch.float32)
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", ALL)
 def test_bfloat16_storage_costs_nothing_visible(name):
     """Rounding the factors to bfloat16 errs no more than rounding the dense matrix does, within a factor."""
     spec, stored, weight, _ = example(name, (256, 192), 96, False)
@@ -104,3 +148,84 @@ def test_pivoted_is_never_larger_than_dense_and_smaller_than_low_rank():
         low_rank = spec_numbers(Spec("low_rank", (256, 192), parameters={"rank": rank}))
         assert low_rank == rank * (256 + 192)
         assert pivoted <= 256 * 192 + 256
+
+
+@pytest.mark.parametrize("bits", sorted(UNITS))
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 41])
+def test_packed_codes_come_back(bits, count):
+    codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(count))
+    packed = pack(codes, bits)
+    assert packed.shape == (3, packed_length(count, bits))
+    assert 8 * packed.shape[1] < bits * count + 8 * 3
+    assert torch.equal(unpack(packed, bits, count).long(), codes)
+
+
+def test_three_bits_are_laid_out_as_documented():
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]])
+    word = sum(int(code) << (3 * i) for i, code in enumerate(codes[0]))
+    assert pack(codes, 3).tolist() == [list(word.to_bytes(3, "little"))]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 6, 7, 8])
+def test_semi_sparse_of_any_width(columns):
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    mask = top_two(weight.abs())
+    for start in range(0, columns, 4):
+        assert (mask[:, start : start + 4].sum(1) == min(2, columns - start)).all()
+    module = loaded(
+        Spec("semi_sparse", (5, columns), parameters={"pattern": "2:4"}), SemiSparse.encode(weight, mask, None)
+    )
+    assert torch.equal(module.dense(), weight * mask)
+
+
+def test_bits_of_a_weight():
+    """What the formats cost in bfloat16: 3 bits in groups of 64 and 2:4, everything counted."""
+    shape = (256, 1536)
+    quantized = spec_bytes(Spec("quantized", shape, parameters={"bits": 3, "group": 64}), 2)
+    assert 8 * quantized / (256 * 1536) == pytest.approx(3 + 16 / 64 + 3 / 64)
+    assert 8 * spec_bytes(Spec("semi_sparse", shape, parameters={"pattern": "2:4"}), 2) / (256 * 1536) == 9
+
+
+GOOD = {
+    "base": {"format": "quantized", "bits": 3, "group": 8},
+    "correction": {"format": "low_rank", "rank": 3, "bits": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("quantized", {"bits": 5, "group": 64}, "5 bits"),
+        ("quantized", {"bits": True, "group": 64}, "bits"),
+        ("quantized", {"bits": 4, "group": 0}, "groups of 0"),
+        ("quantized", {"bits": 4}, "groups of None"),
+        ("semi_sparse", {"pattern": "4:8"}, "4:8"),
+        ("semi_sparse", {}, "pattern"),
+        ("sum", {}, "base"),
+        ("sum", {"base": "rtn", "correction": {}}, "base"),
+        ("sum", {**GOOD, "base": {"format": "x"}}, "unknown format"),
+        ("sum", {**GOOD, "base": {"format": "sum", **GOOD}}, "sum of sum"),
+        ("sum", {**GOOD, "base": {"format": "quantized", "bits": 3}}, "groups of None"),
+        ("sum", {**GOOD, "correction": {"format": "pivoted", "rank": 3}}, "its correction is low_rank"),
+        ("sum", {**GOOD, "correction": {"format": "low_rank", "rank": 25, "bits": 8}}, "rank 25"),
+        ("sum", {**GOOD, "correction": {"format": "low_rank", "rank": 3, "bits": 7}}, "7 bits"),
+    ],
+)
+def test_impossible_parameters_are_refused_before_anything_is_allocated(name, parameters, message):
+    with pytest.raises(InputError, match=message):
+        build(Spec(name, (24, 40), parameters=parameters), torch.float32)
+
+
+def test_a_sum_has_one_tensor_under_the_dense_parameter_name():
+    names = stored_tensors(Spec("sum", (24, 40), parameters=GOOD), torch.bfloat16)
+    assert [n for n in names if n.rpartition(".")[2] == "weight"] == ["weight"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bit_factors_round_the_correction_only(bits):
+    """The rounded correction is near the exact one: about 1 % at 8 bits, a fifth at 4."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, 8, generator=generator), torch.randn(8, 96, generator=generator)
+    rounded_left, rounded_right = rounded_factors(left, right, bits)
+    error = (rounded_left @ rounded_right - left @ right).norm() / (left @ right).norm()
+    assert error < {8: 0.012, 4: 0.2}[bits]

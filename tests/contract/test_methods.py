@@ -8,6 +8,7 @@ from lrcompress.formats import build, spec_bytes
 from lrcompress.methods import METHODS, make_method
 from lrcompress.protocols import InputStatistics, Site
 
+BASES = ["rtn:4:64", "rtn:3:16", "gptq:3:7", "magnitude:2:4", "wanda:2:4", "sparsegpt:2:4"]
 PAIRS = [(name, form) for name in METHODS.names() for form in METHODS.get(name).formats]
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -143,3 +144,74 @@ def test_welore_keeps_weights_dense_below_the_asked_reduction():
     published = make_method("welore", {"min_rank_reduction": 0.5})
     curve = published.curve(Site("w", (40, 40), 0, "w", False), 2)
     assert curve.ranks.tolist() == [*range(1, 21), 40]
+
+
+def stored_module(method, site, artefact, rank, offset=None):
+    spec = method.spec(site, rank, 4)
+    module = build(spec, torch.float32)
+    module.load_state_dict({**method.encode(spec, artefact, offset), "weight": torch.empty(0)})
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("metric", ["input", "centred", "plain"])
+def test_eora_errs_as_its_curve_says_over_every_base(base, bits, metric):
+    """Also with factors of few bits, whose rounding the curve knows."""
+    method = make_method("eora", {"factor_bits": bits, "metric": metric}, base=base)
+    site, dense = Site("w", (24, 40), 0, "w", True), weight((24, 40))
+    found, rows = statistics(40)
+    offset = torch.randn(24, generator=torch.Generator().manual_seed(2))
+    curve = method.curve(site, 4)
+    artefact = method.decompose(site, dense, found)
+    errors = method.errors(artefact, curve)
+    assert int(curve.ranks[0]) == 0
+    assert method.spec(site, 0, 4).format != "sum"
+    for level in range(len(curve.ranks) - 1):
+        module = stored_module(method, site, artefact, int(curve.ranks[level]), offset)
+        assert spec_bytes(module.spec, 4) == int(curve.bytes[level])
+        difference = module(rows) - rows @ dense.T - offset
+        measured = float(difference.double().pow(2).sum() / len(rows))
+        if metric == "plain":
+            measured = float((module.dense() - dense).double().pow(2).sum())
+        assert measured == pytest.approx(float(errors[level]), rel=1e-2, abs=2e-5 * method.total(artefact))
+    assert method.total(artefact) > 0
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_eora_beats_plain_compensation_in_the_metric(base, rank):
+    site, dense = Site("w", (24, 40), 0, "w", False), weight((24, 40))
+    found, _ = statistics(40)
+    errors = []
+    for metric in ("input", "plain"):
+        method = make_method("eora", {"metric": metric}, base=base)
+        difference = dense - stored_module(method, site, method.decompose(site, dense, found), rank).dense()
+        errors.append(float(((difference.double() @ found.gram()) * difference).sum()))
+    assert errors[0] < errors[1]
+
+
+def test_eora_reads_text_only_where_something_needs_it():
+    assert make_method("eora", {"metric": "plain"}, base="gptq:4:64").needs_statistics
+    assert make_method("eora", {}, base="rtn:4:64").needs_statistics
+    plain = make_method("eora", {"metric": "plain"}, base="rtn:4:64")
+    assert not plain.needs_statistics
+    site = Site("w", (24, 40), 0, "w", False)
+    assert plain.decompose(site, weight((24, 40)), None)["energies"].shape == (24,)
+
+
+def test_eora_refuses_what_means_nothing():
+    with pytest.raises(InputError, match="act_order of method eora means nothing to base rtn:4:64"):
+        make_method("eora", {"act_order": True}, base="rtn:4:64")
+    with pytest.raises(InputError, match="factor_bits"):
+        make_method("eora", {"factor_bits": 5})
+    with pytest.raises(InputError, match="did you mean 'sparsegpt'"):
+        make_method("eora", {}, base="sparsgpt:2:4")
+    with pytest.raises(InputError, match="method lord takes no --base"):
+        make_method("lord", {}, base="rtn:4:64")
+
+
+def test_a_base_that_is_not_smaller_leaves_the_weight_dense():
+    curve = make_method("eora", {}, base="rtn:8:1").curve(Site("w", (24, 40), 0, "w", False), 2)
+    assert curve.ranks.tolist() == [24]
+    assert curve.bytes.tolist() == [24 * 40 * 2]

@@ -1,0 +1,136 @@
+"""EoRA: a compressed base and a low-rank correction of its error in the eigenspace of the inputs (arXiv 2410.21271)."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lrcompress.bases import Base, BaseOptions, parse_base
+from lrcompress.errors import InputError
+from lrcompress.formats import spec_bytes
+from lrcompress.formats.sum import Sum, rounded_factors
+from lrcompress.linalg.truncation import Spectrum
+from lrcompress.methods.base import METHODS, MethodOptions
+from lrcompress.methods.spectral import SpectralMethod, SpectralOptions
+from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+
+
+class EoraOptions(SpectralOptions):
+    """Options of eora; metric `plain` is plain-SVD compensation."""
+
+    metric: Literal["plain", "input", "centred"] = "input"  # type: ignore[assignment]
+    factor_bits: Literal[16, 8, 4] = 16
+    """Bits of a number of the correction's factors; 16 stands for the checkpoint's dtype."""
+    act_order: bool = False
+    """gptq: columns of the largest inputs first, grids from the original weights."""
+    clip_search: bool = False
+    """rtn and gptq: per group the best of several ranges instead of the whole one."""
+
+
+@METHODS.register
+class Eora(SpectralMethod):
+    """W ≈ base(W) + L R with L R the best low-rank approximation of W - base(W) in the metric of the inputs.
+
+    Level 0 of a curve is the base alone, level r a correction of rank r, the last one the dense weight.
+    """
+
+    name: ClassVar[str] = "eora"
+    title: ClassVar[str] = "EoRA"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2410.21271"
+    summary: ClassVar[str] = "a quantised or 2:4 base (--base), its error corrected by low rank in the inputs' metric"
+    Options: ClassVar[type[MethodOptions]] = EoraOptions
+    formats: ClassVar[tuple[str, ...]] = ("sum",)
+    default_allocator: ClassVar[str] = "marginal_error"
+    default_base: ClassVar[str | None] = "gptq:4:64"
+    takes_rank: ClassVar[bool] = True
+    options: EoraOptions
+
+    def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
+        super().__init__(options, format, base)
+        wanted = BaseOptions(self.options.act_order, self.options.clip_search)
+        self._base: Base = parse_base(str(self.base), wanted)
+        for key in ("act_order", "clip_search"):
+            if getattr(wanted, key) and key not in self._base.takes:
+                raise InputError(f"option {key} of method {self.name} means nothing to base {self.base}: leave it out")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self._base.needs_gram or super().needs_statistics
+
+    def curve(self, site: Site, element_size: int) -> Curve:
+        dense = site.shape[0] * site.shape[1] * element_size
+        first, second = (spec_bytes(self.spec(site, rank, element_size), element_size) for rank in (0, 1))
+        # Every component costs the same, so the bytes of a rank need no spec of their own.
+        costs = first + (second - first) * torch.arange(min(site.shape))
+        costs = costs[costs < dense]
+        ranks = torch.cat([torch.arange(len(costs)), torch.tensor([min(site.shape)])])
+        return Curve(site.name, ranks, torch.cat([costs, torch.tensor([dense])]), dense)
+
+    def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        weight = weight.double()
+        gram = None if statistics is None else statistics.gram()
+        base = self._base.compress(weight, gram if self._base.needs_gram else None)
+        error = weight - base.dense
+        artefact = super().decompose(site, error, statistics)
+        metric = None
+        if statistics is not None and self.metric != "plain":
+            metric = statistics.gram(centred=self.metric == "centred")
+        if self.options.factor_bits < 16:
+            spectrum = Spectrum(artefact["left"], artefact["right"], artefact["energies"])
+            artefact["tail"] = coded_errors(spectrum, error, metric, self.options.factor_bits)
+        if self.metric == "centred" and statistics is not None:
+            artefact["mean"] = statistics.mean()
+        artefact["size"] = _inner(weight, weight, metric).clamp_min(0)
+        return artefact | {f"base.{key}": tensor for key, tensor in base.tensors.items()}
+
+    def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        if "tail" not in artefact:
+            return super().errors(artefact, curve)
+        errors = artefact["tail"][curve.ranks]
+        errors[-1] = 0.0
+        return errors
+
+    def total(self, artefact: dict[str, Tensor]) -> float:
+        return float(artefact["size"])
+
+    def spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        base = self._base.spec(site.shape)
+        adds_bias = self.metric == "centred"
+        bias, added = adds_bias or site.bias, adds_bias and not site.bias
+        if rank == 0:
+            return Spec(base.format, site.shape, bias, added, site.conv1d, base.parameters)
+        correction = {"format": "low_rank", "rank": rank, "bits": self.options.factor_bits}
+        parameters = {"base": {"format": base.format, **base.parameters}, "correction": correction}
+        return Spec("sum", site.shape, bias, added, site.conv1d, parameters)
+
+    def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        base = {k.removeprefix("base."): t for k, t in artefact.items() if k.startswith("base.")}
+        rank = spec.rank
+        left, right = artefact["left"][:, :rank], artefact["right"][:rank]
+        if "mean" in artefact:
+            stored_left, stored_right = rounded_factors(left, right, self.options.factor_bits)
+            moved = artefact["mean_output"] - stored_left @ (stored_right @ artefact["mean"])
+            bias = (moved if bias is None else bias.double() + moved).float()
+        if rank == 0:
+            return base if bias is None else {**base, "bias": bias}
+        return Sum.encode(base, left, right, self.options.factor_bits, bias)
+
+
+def coded_errors(spectrum: Spectrum, error: Tensor, gram: Tensor | None, bits: int) -> Tensor:
+    """(k + 1,) float64: squared error in the metric of the first 0..k components, rounded to `bits` bits.
+
+    ‖E - Σ_i<r b_i a_iᵀ‖² for every r from the components' inner products with E (m, n) and with each other.
+    """
+    left, right = rounded_factors(spectrum.left, spectrum.right, bits)
+    weighted = right if gram is None else right @ gram
+    with_error = ((left.T @ error) * weighted).sum(1)
+    mutual = (left.T @ left) * (weighted @ right.T)
+    own = 2 * mutual.tril(-1).sum(1) + mutual.diagonal()
+    steps = own - 2 * with_error
+    whole = _inner(error, error, gram)
+    return torch.cat([whole[None], whole + steps.cumsum(0)]).clamp_min(0)
+
+
+def _inner(left: Tensor, right: Tensor, gram: Tensor | None) -> Tensor:
+    """tr(left G rightᵀ) of two matrices (m, n), the identity where there is no gram."""
+    return ((left if gram is None else left @ gram) * right).sum()
