@@ -40,6 +40,9 @@ class Method(ABC):
     freezes_dense: ClassVar[bool] = False
     """Weights that stay dense are marked frozen in the manifest (WeLore's N-LRC)."""
 
+    errors_are_exact: ClassVar[bool] = True
+    """`errors` are those of what is stored; False where they are estimates, good for comparing weights and levels."""
+
     def __init__(self, options: MethodOptions, format: str | None = None) -> None:
         self.options = options
         self.format = format or self.formats[0]
