@@ -8,21 +8,38 @@ from lrcompress.errors import InputError
 from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.semi_sparse import SemiSparse, top_two
+from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.formats.sum import rounded_factors
+from lrcompress.linalg.dictionary import largest
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
 FACTORED = ["low_rank", "pivoted"]
+DICTIONARY = "sparse_dictionary"
 BASES = ["quantized", "semi_sparse"]
 SUMS = ["sum 16 of quantized", "sum 8 of quantized", "sum 4 of semi_sparse"]
-ALL = [*FACTORED, *BASES, *SUMS]
+ALL = [*FACTORED, *BASES, *SUMS, DICTIONARY]
 SHAPES = [(24, 40), (40, 24), (24, 24)]
 BITS = {1: (8, 5), 5: (4, 7), 11: (3, 7), 23: (2, 64), 96: (3, 64)}
 """Bits and group of the example that stands for a rank."""
 
 
+def dictionary_example(shape: tuple[int, int], rank: int, bias: bool, **more: int):
+    """A dictionary of twice as many atoms as every output has coefficients, where there are so many outputs."""
+    generator = torch.Generator().manual_seed(rank)
+    atoms = min(2 * rank, shape[0])
+    values = torch.randn(shape[0], generator=generator) if bias else None
+    spec = Spec(DICTIONARY, shape, bias, bias, parameters={"rank": rank, "atoms": atoms, **more})
+    dictionary = torch.randn(atoms, shape[1], generator=generator)
+    support = largest(torch.rand(shape[0], atoms, generator=generator), rank)
+    codes = torch.randn(shape[0], atoms, generator=generator) * support
+    return spec, SparseDictionary.encode(spec, dictionary, codes, support, values), codes @ dictionary, values
+
+
 def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
     """Spec, stored tensors, weight and bias of an example in a format; `rank` picks its size."""
+    if name == DICTIONARY:
+        return dictionary_example(shape, rank, bias)
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(shape[0], rank, generator=generator)
     right = torch.randn(rank, shape[1], generator=generator)
@@ -125,11 +142,11 @@ def test_factors_are_trainable_and_indices_are_buffers(name):
     assert not any(b.is_floating_point() and b.numel() for b in module.buffers())
 
 
-@pytest.mark.parametrize("name", FACTORED)
+@pytest.mark.parametrize("name", [*FACTORED, DICTIONARY])
 @pytest.mark.parametrize("rank", [0, -1, 25, 1.5, None, True, "3"])
 def test_an_impossible_rank_is_refused_before_anything_is_allocated(name, rank):
     with pytest.raises(InputError, match="rank"):
-        build(Spec(name, (24, 40), parameters={"rank": rank}), torch.float32)
+        build(Spec(name, (24, 40), parameters={"rank": rank, "atoms": 20}), torch.float32)
 
 
 @pytest.mark.parametrize("name", ALL)

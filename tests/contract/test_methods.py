@@ -63,6 +63,7 @@ class TestMethod:
         errors = method.errors(artefact, curve)
         assert errors[-1] == 0
         assert (errors.diff() <= 1e-9).all()
+        total, before = method.total(artefact), float("inf")
         for level in (0, len(curve.ranks) // 2, len(curve.ranks) - 2):
             spec = method.spec(site, int(curve.ranks[level]), 4)
             assert spec_bytes(spec, 4) == int(curve.bytes[level])
@@ -71,7 +72,13 @@ class TestMethod:
             expected = rows @ dense.T + (0 if offset is None else offset)
             difference = (module(rows) - expected).detach().double()
             measured = float((difference @ error_metric(method, found, shape[0]) * difference).sum() / len(rows))
-            assert measured == pytest.approx(float(errors[level]), rel=2e-2, abs=2e-5 * method.total(artefact))
+            if method.errors_are_exact:
+                assert measured == pytest.approx(float(errors[level]), rel=2e-2, abs=2e-5 * total)
+            else:
+                assert measured <= 1.5 * float(errors[level]) + 1e-3 * total
+                assert measured >= 0.5 * float(errors[level]) - 1e-3 * total
+                assert measured <= before
+            before = measured
 
     def test_the_same_input_gives_the_same_bits(self, name, form, shape, bias):
         method, site = make_method(name, {}, form), Site("w", shape, 0, "w", bias)

@@ -1,0 +1,156 @@
+"""Sparse dictionary: W ≈ S D with a dense dictionary and exactly s coefficients per output (CoSpaDi, 2509.22075)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.errors import InputError
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, index_dtype
+from lrcompress.protocols import Spec
+
+BITS = (8, 16)
+
+
+@FORMATS.register
+class SparseDictionary(StoredLinear):
+    """y = S (D x) + b with `dictionary` D (k, in) and `coefficients` (out, s), the nonzeros of S (out, k) by row.
+
+    `positions` says where they are, in ascending order: a mask of out * k bits, packed eight to a byte, or (out, s)
+    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. S is stored sparse and
+    multiplied dense: half full, it is no faster otherwise.
+    """
+
+    name: ClassVar[str] = "sparse_dictionary"
+    dictionary: Tensor
+    coefficients: Tensor
+    positions: Tensor
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype)
+        atoms, nonzeros = _sizes(spec)
+        self._declare("dictionary", (atoms, self.in_features), _bits(spec, "dictionary_bits"), dtype)
+        self._declare("coefficients", (self.out_features, nonzeros), _bits(spec, "coefficient_bits"), dtype)
+        shape, kind = _positions(spec)
+        self.register_buffer("positions", torch.empty(shape, dtype=kind))
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
+
+    def _declare(self, name: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
+        if bits == 16:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+        else:
+            self.register_buffer(name, torch.empty(shape, dtype=torch.int8))
+            self.register_parameter(f"{name}_scale", nn.Parameter(torch.empty(shape[0], dtype=dtype)))
+
+    @classmethod
+    def check(cls, spec: Spec) -> None:
+        atoms = spec.parameters.get("atoms")
+        if not isinstance(atoms, int) or isinstance(atoms, bool) or not 1 <= atoms <= spec.shape[0]:
+            raise InputError(
+                f"format {spec.format} of shape {spec.shape} has {atoms!r} atoms: 1 to {spec.shape[0]} are possible"
+            )
+        check_rank(spec, largest=atoms)
+        for key in ("dictionary_bits", "coefficient_bits"):
+            if spec.parameters.get(key, 16) not in BITS:
+                raise InputError(f"format {spec.format} has {key} {spec.parameters[key]!r}: 8 and 16 are possible")
+
+    @classmethod
+    def bytes(cls, spec: Spec, element_size: int) -> int:
+        (m, n), (atoms, nonzeros) = spec.shape, _sizes(spec)
+        shape, kind = _positions(spec)
+        total = kind.itemsize * torch.Size(shape).numel() + added_bias_bytes(spec, element_size)
+        for rows, width, key in ((atoms, n, "dictionary_bits"), (m, nonzeros, "coefficient_bits")):
+            total += rows * (width + element_size if _bits(spec, key) == 8 else width * element_size)
+        return total
+
+    @classmethod
+    def encode(
+        cls, spec: Spec, dictionary: Tensor, codes: Tensor, support: Tensor, bias: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Stored tensors of codes (out, k), read on support (out, k) bool with s true per row, @ dictionary (k, in)."""
+        nonzeros = spec.parameters["rank"]
+        index = support.nonzero()[:, 1].reshape(len(support), nonzeros)
+        stored = {
+            **_quantised("dictionary", dictionary, _bits(spec, "dictionary_bits")),
+            **_quantised("coefficients", codes.gather(1, index), _bits(spec, "coefficient_bits")),
+            "positions": pack_bits(support) if _masked(spec) else index.to(_positions(spec)[1]),
+        }
+        return stored if bias is None else {**stored, "bias": bias}
+
+    def codes(self) -> Tensor:
+        """S (out, k), dense, in the factors' dtype."""
+        values = self._values("coefficients")
+        dense = values.new_zeros(self.out_features, self.spec.parameters["atoms"])
+        if _masked(self.spec):
+            support = unpack_bits(self.positions, dense.shape[0], dense.shape[1])
+            return dense.masked_scatter(support, values)
+        return dense.scatter(1, self.positions.long(), values)
+
+    def _values(self, name: str) -> Tensor:
+        stored = getattr(self, name)
+        if stored.is_floating_point():
+            return stored
+        scale = getattr(self, f"{name}_scale")
+        return stored.to(scale.dtype) * scale[:, None]
+
+    def dense(self) -> Tensor:
+        return self.codes() @ self._values("dictionary")
+
+    def dense_bias(self) -> Tensor | None:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = nn.functional.linear(x, self._values("dictionary"))
+        return nn.functional.linear(latent, self.codes(), self.bias)
+
+
+def _sizes(spec: Spec) -> tuple[int, int]:
+    """Atoms k and coefficients per output s."""
+    return spec.parameters["atoms"], spec.parameters["rank"]
+
+
+def _bits(spec: Spec, key: str) -> int:
+    return int(spec.parameters.get(key, 16))
+
+
+def _masked(spec: Spec) -> bool:
+    """Whether positions are a bit mask; at equal size they are."""
+    atoms, nonzeros = _sizes(spec)
+    return (spec.shape[0] * atoms + 7) // 8 <= spec.shape[0] * nonzeros * index_dtype(atoms).itemsize
+
+
+def _positions(spec: Spec) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of `positions`."""
+    atoms, nonzeros = _sizes(spec)
+    if _masked(spec):
+        return ((spec.shape[0] * atoms + 7) // 8,), torch.uint8
+    return (spec.shape[0], nonzeros), index_dtype(atoms)
+
+
+def _quantised(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
+    """`values` (rows, width) as they are, or as int8 with the scale of every row.
+
+    A scale is rounded to bfloat16 before it is used, so that it is stored exactly in any dtype of 16 bits.
+    """
+    if bits == 16:
+        return {name: values}
+    scale = (values.abs().amax(1) / 127).bfloat16().to(values.dtype)
+    safe = torch.where(scale > 0, scale, 1.0)
+    return {
+        name: (values / safe[:, None]).round().clamp(-127, 127).to(torch.int8),
+        f"{name}_scale": scale,
+    }
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(ceil(numel / 8),) uint8: the bool mask in row-major order, the first bit lowest; the last byte is filled up."""
+    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) bool; inverse of `pack_bits`."""
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] & weights) > 0
+    return bits.flatten()[: rows * columns].reshape(rows, columns)

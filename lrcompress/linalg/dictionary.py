@@ -1,0 +1,136 @@
+"""The two halves of Y ≈ C D, a dense dictionary and sparse codes: each by least squares for the other.
+
+The papers write W_w = D S with the output channels as columns; here everything is transposed, as torch stores a
+weight: target Y (n, p) with the n output channels as rows, dictionary D (k, p) with the atoms as rows, codes C (n, k).
+All functions take leading batch dimensions, work on all channels at once, and leave their inputs as they are.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+RIDGES = {torch.float32: 1e-6, torch.float64: 1e-11}
+"""Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
+
+
+@dataclass
+class SparseCode:
+    """Y ≈ codes @ dictionary.
+
+    dictionary: (..., k, p). codes: (..., n, k), zero outside support. support: (..., n, k) bool, exactly s per row
+    (a coefficient on it may be zero). objectives: squared error after the start and after every round, per batch.
+    """
+
+    dictionary: Tensor
+    codes: Tensor
+    support: Tensor
+    objectives: list[Tensor] = field(default_factory=list)
+
+    def error(self, target: Tensor) -> Tensor:
+        """(...) squared error ‖Y - C D‖², in float64."""
+        return (target - self.codes @ self.dictionary).double().square().sum((-2, -1))
+
+
+def check_finite(target: Tensor) -> None:
+    """ArithmeticError where the target has a non-finite entry."""
+    if not bool(torch.isfinite(target).all()):
+        raise ArithmeticError("the whitened weight has non-finite entries")
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """(..., n, k) bool: the `count` largest magnitudes of every row of scores (..., n, k)."""
+    chosen = scores.abs().topk(count, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def leading_directions(target: Tensor, count: int) -> Tensor:
+    """(..., count, p) leading right singular vectors of Y (..., n, p) as rows, count <= p, orthonormal."""
+    exact = target.double()
+    _, vectors = torch.linalg.eigh(exact.mT @ exact)
+    return vectors.flip(-1)[..., :count].mT.to(target.dtype)
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal rows to (..., k, p), k <= p: U Vᵀ of its SVD, computed in float64.
+
+    From the k x k eigenproblem and one Newton-Schulz step where that is exact enough, else from the SVD.
+    """
+    exact = matrix.double()
+    values, vectors = torch.linalg.eigh(exact @ exact.mT)
+    if bool((values[..., 0] <= 1e-10 * values[..., -1]).any()):
+        u, _, vt = torch.linalg.svd(exact, full_matrices=False)
+        return (u @ vt).to(matrix.dtype)
+    rows = (vectors / values.sqrt()[..., None, :]) @ (vectors.mT @ exact)
+    rows = 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
+    return rows.to(matrix.dtype)
+
+
+def normalised(dictionary: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Atoms (..., k, p) of norm 1 and codes (..., n, k) with the same product; a zero atom stays as it is."""
+    norms = dictionary.norm(dim=-1)
+    norms = torch.where(norms > torch.finfo(norms.dtype).tiny, norms, 1.0)
+    return dictionary / norms[..., None], codes * norms[..., None, :]
+
+
+def overcomplete(target: Tensor, start: SparseCode, atoms: int) -> SparseCode:
+    """`start` with further atoms: the residuals of the rows that it serves worst, unused as yet."""
+    more = atoms - start.dictionary.shape[-2]
+    if more <= 0:
+        return start
+    residual = target - start.codes @ start.dictionary
+    worst = residual.square().sum(-1).topk(more, dim=-1).indices
+    extra = residual.gather(-2, worst[..., None].expand(*worst.shape, target.shape[-1]))
+    dictionary = torch.cat([start.dictionary, extra], dim=-2)
+    blank = start.codes.new_zeros(*start.codes.shape[:-1], more)
+    codes, support = torch.cat([start.codes, blank], -1), torch.cat([start.support, blank.bool()], -1)
+    dictionary, codes = normalised(dictionary, codes)
+    return SparseCode(dictionary, codes, support, start.objectives)
+
+
+def least_squares_dictionary(target: Tensor, codes: Tensor, previous: Tensor | None = None) -> Tensor:
+    """D (..., k, p) that minimises ‖Y - C D‖² for C (..., n, k): a combination of the rows of Y.
+
+    As such it is optimal in every metric Y -> Y R at once, so whitened codes give the dictionary of the plain weight
+    without an inverse of the Gram. The normal equations are scaled to a unit diagonal and solved in float64. Atoms
+    that no code uses keep their `previous` rows (zero where there are none).
+    """
+    gram = (codes.mT @ codes).double()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+    scaled = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(dead.double())
+    right = scale[..., None] * (codes.mT @ target).double()
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for stronger in (1.0, 1e3):
+        factor, failed = torch.linalg.cholesky_ex(scaled + stronger * RIDGES[codes.dtype] * eye)
+        if not bool(failed.any()):
+            break
+    else:
+        raise ArithmeticError("the normal equations of the codes are singular")
+    found = (scale[..., None] * torch.cholesky_solve(right, factor)).to(target.dtype)
+    return found if previous is None else torch.where(dead[..., None], previous, found)
+
+
+def least_squares_codes(gram: Tensor, products: Tensor, support: Tensor, start: Tensor, steps: int) -> Tensor:
+    """C (..., n, k) on `support` that minimises ‖Y - C D‖², all rows at once by masked conjugate gradients.
+
+    gram: D Dᵀ (..., k, k); products: Y Dᵀ (..., n, k); start: (..., n, k), used on the support. Every step lowers
+    the error of every row that is not yet optimal.
+    """
+    mask = support.to(products.dtype)
+    codes = start * mask
+    residual = (products - codes @ gram).mul_(mask)
+    direction = residual.clone()
+    size = residual.square().sum(-1, keepdim=True)
+    for _ in range(steps):
+        image = (direction @ gram).mul_(mask)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        # Rows at their optimum have no direction left: 0 / 0.
+        length = torch.where(curvature > 0, size / curvature, 0.0)
+        codes = codes.addcmul_(direction, length)
+        residual = residual.addcmul_(image, length, value=-1)
+        fresh = residual.square().sum(-1, keepdim=True)
+        direction = direction.mul_(torch.where(size > 0, fresh / size, 0.0)).add_(residual)
+        size = fresh
+    return codes

@@ -1,0 +1,134 @@
+"""Solvers of Y ≈ C D with exactly s coefficients in every row of C; see dictionary.py for the convention."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrcompress.linalg.dictionary import (
+    SparseCode,
+    check_finite,
+    largest,
+    leading_directions,
+    least_squares_codes,
+    least_squares_dictionary,
+    normalised,
+    polar,
+)
+from lrcompress.linalg.ksvd import ksvd
+
+RELAXATION = 1.8
+"""A dictionary step goes this many times as far as the least-squares dictionary. The error for given codes is a
+parabola along that line, so below 2 it still falls; measured, the alternation needs half as many rounds."""
+
+STEP_GROWTH, STEP_LIMIT = 1.2, 2.0
+"""A row whose new support was better takes longer gradient steps, one that refused it halves its step."""
+
+
+def procrustes(target: Tensor, atoms: int, nonzeros: int, rounds: int) -> SparseCode:
+    """Orthonormal dictionary and hard threshold in turn (COMPOT, 2602.15200); atoms <= min(n, p).
+
+    Begins at the leading singular vectors; C = H_s(Y Dᵀ) is optimal for an orthonormal D, D = polar(Cᵀ Y) for C.
+    """
+    check_finite(target)
+    dictionary = leading_directions(target, atoms)
+    energy = target.double().square().sum((-2, -1))
+    objectives: list[Tensor] = []
+    for step in range(rounds + 1):
+        codes = target @ dictionary.mT
+        support = largest(codes, nonzeros)
+        codes = codes * support
+        objectives.append((energy - codes.double().square().sum((-2, -1))).clamp_min(0))
+        if step < rounds:
+            dictionary = polar(codes.mT @ target)
+    return SparseCode(dictionary, codes, support, objectives)
+
+
+def htp(
+    target: Tensor, atoms: int, nonzeros: int, rounds: int, *, warm_rounds: int = 2, refit_steps: int = 3
+) -> SparseCode:
+    """Free dictionary and hard thresholding pursuit in turn, begun by `warm_rounds` of procrustes; atoms <= n.
+
+    As in GeoPair: D by least squares, here over-relaxed, then supports from a gradient step and coefficients
+    refitted on them by least squares. No round raises the objective.
+    """
+    check_finite(target)
+    first = min(atoms, *target.shape[-2:])
+    start = procrustes(target, first, min(nonzeros, first), warm_rounds)
+    objectives = start.objectives
+    code = _widened(target, start, atoms, nonzeros)
+    pursuit = Pursuit(target, nonzeros, refit_steps)
+    for _ in range(rounds):
+        best = least_squares_dictionary(target, code.codes, code.dictionary)
+        relaxed = torch.lerp(code.dictionary, best, RELAXATION)
+        code = pursuit.step(*normalised(relaxed, code.codes), code.support)
+        objectives.append(pursuit.error)
+    if rounds:  # the relaxed dictionary went past the best one for the last codes
+        best = least_squares_dictionary(target, code.codes, code.dictionary)
+        code = SparseCode(*normalised(best, code.codes), code.support)
+        objectives.append(code.error(target))
+    return SparseCode(code.dictionary, code.codes, code.support, objectives)
+
+
+def _widened(target: Tensor, start: SparseCode, atoms: int, nonzeros: int) -> SparseCode:
+    """`start` with `atoms` atoms, the further ones the residuals of the rows served worst, and `nonzeros` per row."""
+    dictionary, codes, support = start.dictionary, start.codes, start.support
+    more = atoms - dictionary.shape[-2]
+    if more > 0:
+        residual = target - codes @ dictionary
+        worst = residual.square().sum(-1).topk(more, dim=-1).indices
+        extra = residual.gather(-2, worst[..., None].expand(*worst.shape, target.shape[-1]))
+        blank = codes.new_zeros(*codes.shape[:-1], more)
+        dictionary, codes = normalised(torch.cat([dictionary, extra], -2), torch.cat([codes, blank], -1))
+        support = torch.cat([support, blank.bool()], -1)
+    if nonzeros > start.support.shape[-1]:
+        support = largest(torch.where(support, torch.inf, target @ dictionary.mT), nonzeros)
+    return SparseCode(dictionary, codes, support)
+
+
+class Pursuit:
+    """Hard thresholding pursuit, a step at a time, on the rows of a target (..., n, p), each with its own length."""
+
+    error: Tensor
+    """(...) squared error after the last step, float64."""
+
+    def __init__(self, target: Tensor, nonzeros: int, refit_steps: int) -> None:
+        self._target, self._nonzeros, self._refit_steps = target, nonzeros, refit_steps
+        self._length = target.new_ones(*target.shape[:-1], 1)
+        self._energy = target.double().square().sum((-2, -1))
+
+    def step(self, dictionary: Tensor, codes: Tensor, support: Tensor) -> SparseCode:
+        """Supports and codes (..., n, k) for a dictionary (..., k, p) of atoms of norm 1; no row gets worse."""
+        gram, products = dictionary @ dictionary.mT, self._target @ dictionary.mT
+        gradient = products - codes @ gram
+        before = (codes * (products + gradient)).sum(-1, keepdim=True)
+        proposed = largest(codes.addcmul(gradient, self._length), self._nonzeros)
+        refitted = least_squares_codes(gram, products, proposed, codes, self._refit_steps)
+        after = (refitted * (2 * products - refitted @ gram)).sum(-1, keepdim=True)
+        better = after > before
+        self._length = torch.where(better, (self._length * STEP_GROWTH).clamp_max(STEP_LIMIT), self._length / 2)
+        explained = torch.where(better, after, before).double().sum((-2, -1))
+        self.error = (self._energy - explained).clamp_min(0)
+        return SparseCode(dictionary, torch.where(better, refitted, codes), torch.where(better, proposed, support))
+
+
+Solver = Callable[[Tensor, int, int, int], SparseCode]
+SOLVERS: dict[str, Solver] = {"htp": htp, "procrustes": procrustes, "ksvd": ksvd}
+
+
+def solve(
+    target: Tensor, atoms: int, nonzeros: int, solver: str, rounds: int, output_weights: Tensor | None = None
+) -> SparseCode:
+    """The code of target Y (..., n, p) by one of `SOLVERS`.
+
+    output_weights (..., n): how much an error of each row counts (the diagonal of the output gradients' Gram);
+    weights below 1e-6 of their mean count as that.
+    """
+    run = SOLVERS[solver]
+    if output_weights is None:
+        return run(target, atoms, nonzeros, rounds)
+    mean = output_weights.mean(-1, keepdim=True)
+    root = torch.where(mean > 0, output_weights.clamp_min(1e-6 * mean), 1.0).sqrt()[..., None].to(target.dtype)
+    code = run(root * target, atoms, nonzeros, rounds)
+    code.codes = code.codes / root
+    return code

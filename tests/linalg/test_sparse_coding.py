@@ -1,0 +1,234 @@
+"""Sparse dictionaries against oracles: planted ones, torch.linalg.lstsq, and properties that every solver keeps."""
+
+import pytest
+import torch
+
+from lrcompress.linalg.dictionary import (
+    largest,
+    least_squares_codes,
+    least_squares_dictionary,
+    normalised,
+    polar,
+)
+from lrcompress.linalg.ksvd import pursue, update_atoms
+from lrcompress.linalg.sparse_coding import SOLVERS, htp, procrustes, solve
+
+ALL = sorted(SOLVERS)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def decaying(outputs: int, features: int, seed: int = 0) -> torch.Tensor:
+    """A target with the steep spectrum of a whitened weight."""
+    return random(outputs, features, seed=seed) * torch.logspace(0, -2, features, dtype=torch.float64)
+
+
+def planted(outputs: int, features: int, atoms: int, nonzeros: int):
+    dictionary, _ = normalised(random(atoms, features, seed=1), torch.zeros(1, atoms, dtype=torch.float64))
+    support = largest(random(outputs, atoms, seed=2), nonzeros)
+    signs = random(outputs, atoms, seed=3).sign() * (1 + random(outputs, atoms, seed=4).abs())
+    return dictionary, signs * support, support
+
+
+def check(code, target: torch.Tensor, atoms: int, nonzeros: int) -> None:
+    """What every solver promises."""
+    assert code.dictionary.shape == (*target.shape[:-2], atoms, target.shape[-1])
+    assert (code.support.sum(-1) == nonzeros).all()
+    assert not code.codes[~code.support].any()
+    for tensor in (code.dictionary, code.codes):
+        assert torch.isfinite(tensor).all()
+        assert tensor.dtype == target.dtype
+    energy = target.double().square().sum((-2, -1))
+    for earlier, later in zip(code.objectives, code.objectives[1:], strict=False):
+        assert (later <= earlier + 1e-9 * energy + 1e-300).all()
+    torch.testing.assert_close(
+        code.objectives[-1], code.error(target), rtol=1e-6, atol=1e-9 * float(energy.max()) + 1e-300
+    )
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.parametrize(
+    ("shape", "atoms", "nonzeros"),
+    [((40, 24), 12, 6), ((24, 40), 12, 6), ((30, 30), 30, 7), ((40, 24), 10, 1), ((40, 24), 8, 8), ((9, 7), 1, 1)],
+)
+def test_shapes_counts_and_an_objective_that_never_rises(solver, shape, atoms, nonzeros):
+    target = decaying(*shape)
+    kept = target.clone()
+    code = solve(target, atoms, nonzeros, solver, 6)
+    check(code, target, atoms, nonzeros)
+    assert torch.equal(target, kept)
+    again = solve(target, atoms, nonzeros, solver, 6)
+    assert torch.equal(code.codes, again.codes)
+    assert torch.equal(code.dictionary, again.dictionary)
+
+
+@pytest.mark.parametrize("solver", ["htp", "ksvd"])
+@pytest.mark.parametrize("nonzeros", [1, 5, 24, 28])
+def test_more_atoms_than_features(solver, nonzeros):
+    target = random(60, 20)
+    code = solve(target, 30, nonzeros, solver, 6)
+    check(code, target, 30, nonzeros)
+    if nonzeros > 1:  # an overcomplete dictionary does no worse than a complete one
+        complete = solve(target, 20, min(nonzeros, 20), solver, 6)
+        assert code.error(target) <= complete.error(target) * 1.05 + 1e-9 * target.square().sum()
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.parametrize("kind", ["zero", "rank one", "few tokens", "dead outputs", "dead inputs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_targets(solver, kind, dtype):
+    target = decaying(30, 20)
+    if kind == "zero":
+        target = torch.zeros_like(target)
+    elif kind == "rank one":
+        target = torch.outer(target[:, 0], target[0])
+    elif kind == "few tokens":
+        target = target @ random(20, 3) @ random(3, 20, seed=5)
+    elif kind == "dead outputs":
+        target[::2] = 0
+    else:
+        target[:, ::2] = 0
+    target = target.to(dtype)
+    code = solve(target, 12, 6, solver, 4)
+    assert (code.support.sum(-1) == 6).all()
+    assert torch.isfinite(code.codes).all()
+    assert torch.isfinite(code.dictionary).all()
+    if kind in ("zero", "rank one", "few tokens"):  # of rank at most s: exactly representable
+        assert code.error(target) <= (1e-9 if dtype == torch.float32 else 1e-17) * target.double().square().sum()
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_targets_are_refused(solver, bad):
+    target = random(12, 8)
+    target[3, 2] = bad
+    with pytest.raises(ArithmeticError, match="non-finite"):
+        solve(target, 4, 2, solver, 2)
+
+
+def test_procrustes_keeps_its_dictionary_orthonormal():
+    target = decaying(40, 24)
+    code = procrustes(target, 12, 6, 5)
+    torch.testing.assert_close(code.dictionary @ code.dictionary.T, torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(code.codes, (target @ code.dictionary.T) * code.support)
+    u, _, vt = torch.linalg.svd(random(5, 9), full_matrices=False)
+    torch.testing.assert_close(polar(random(5, 9)), u @ vt)
+    singular = torch.outer(random(5), random(9))
+    torch.testing.assert_close(polar(singular) @ polar(singular).T, torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (64, 64)])
+def test_a_free_dictionary_with_refitted_codes_beats_an_orthonormal_one(shape):
+    target = decaying(*shape)
+    orthonormal = procrustes(target, 16, 8, 12).error(target)
+    free = htp(target, 16, 8, 12)
+    assert free.error(target) < 0.95 * orthonormal
+    singular_values = torch.linalg.svdvals(target).square()
+    assert singular_values[16:].sum() <= free.error(target) <= singular_values[8:].sum()
+
+
+def test_ksvd_recovers_a_planted_dictionary_up_to_order_and_sign():
+    """Nine of ten atoms, as the K-SVD paper finds them in the same experiment."""
+    dictionary, codes, _ = planted(1500, 20, 20, 3)
+    code = solve(codes @ dictionary, 20, 3, "ksvd", 40)
+    found = (code.dictionary @ dictionary.T).abs().amax(0)
+    assert (found > 0.99).sum() >= 18
+
+
+@pytest.mark.parametrize("solver", ["htp", "ksvd"])
+def test_a_planted_dictionary_is_a_fixed_point(solver):
+    """From the true dictionary the supports and codes are found exactly."""
+    dictionary, codes, support = planted(100, 32, 16, 3)
+    target = codes @ dictionary
+    if solver == "ksvd":
+        found, where = pursue(target, dictionary, 3)
+    else:
+        start = largest(target @ dictionary.T, 3)
+        found = start * (target @ dictionary.T)
+        from lrcompress.linalg.sparse_coding import Pursuit
+
+        pursuit, where = Pursuit(target, 3, 20), start
+        for _ in range(30):
+            step = pursuit.step(dictionary, found, where)
+            found, where = step.codes, step.support
+    exact = (where == support).all(-1)
+    assert exact.double().mean() > 0.9
+    torch.testing.assert_close(found[exact], codes[exact], rtol=1e-5, atol=1e-5)
+
+
+def test_refitted_codes_are_the_least_squares_ones():
+    target, dictionary = random(20, 15), random(12, 15, seed=1)
+    support = largest(random(20, 12, seed=2), 5)
+    gram, products = dictionary @ dictionary.T, target @ dictionary.T
+    codes = least_squares_codes(gram, products, support, torch.zeros_like(products), 40)
+    for row in range(20):
+        atoms = support[row]
+        expected = torch.linalg.lstsq(dictionary[atoms].T, target[row]).solution
+        torch.testing.assert_close(codes[row, atoms], expected, rtol=1e-8, atol=1e-8)
+    assert not codes[~support].any()
+
+
+def test_the_dictionary_is_the_least_squares_one_in_every_metric():
+    target, codes, root = random(30, 10), random(30, 6, seed=1), random(10, 10, seed=2)
+    found = least_squares_dictionary(target, codes)
+    torch.testing.assert_close(found, torch.linalg.lstsq(codes, target).solution, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found @ root, least_squares_dictionary(target @ root, codes), rtol=1e-8, atol=1e-8)
+    codes[:, 2] = 0
+    assert not least_squares_dictionary(target, codes)[2].any()
+    assert torch.equal(least_squares_dictionary(target, codes, torch.ones(6, 10).double())[2], torch.ones(10).double())
+
+
+def test_pursuit_is_orthogonal_matching_pursuit():
+    target, (dictionary, _) = random(25, 10), normalised(random(14, 10, seed=1), torch.zeros(1, 14).double())
+    codes, support = pursue(target, dictionary, 4)
+    for row in range(25):
+        chosen: list[int] = []
+        left = target[row]
+        for _ in range(4):
+            scores = (dictionary @ left).abs()
+            scores[chosen] = -1
+            chosen.append(int(scores.argmax()))
+            solution = torch.linalg.lstsq(dictionary[chosen].T, target[row]).solution
+            left = target[row] - solution @ dictionary[chosen]
+        assert sorted(chosen) == support[row].nonzero().flatten().tolist()
+        torch.testing.assert_close(codes[row, chosen], solution, rtol=1e-5, atol=1e-5)
+
+
+def test_atom_updates_lower_the_error_and_keep_the_support():
+    target = decaying(40, 16)
+    dictionary, _ = normalised(random(10, 16, seed=1), torch.zeros(1, 10).double())
+    codes, support = pursue(target, dictionary, 3)
+    new, values = update_atoms(target, dictionary, codes, support)
+    assert (target - values @ new).square().sum() < (target - codes @ dictionary).square().sum()
+    assert not values[~support].any()
+    torch.testing.assert_close(new.norm(dim=1), torch.ones(10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_weights_of_equal_shape_are_solved_together(solver):
+    targets = torch.stack([decaying(20, 12, seed=i) for i in range(3)])
+    together = solve(targets, 8, 4, solver, 3)
+    for i in range(3):
+        alone = solve(targets[i], 8, 4, solver, 3)
+        torch.testing.assert_close(together.error(targets)[i], alone.error(targets[i]))
+    check(together, targets, 8, 4)
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_outputs_may_be_weighed(solver):
+    target = decaying(40, 24)
+    weights = torch.logspace(0, 3, 40, dtype=torch.float64)
+
+    def weighed(code):
+        return float((weights * (target - code.codes @ code.dictionary).square().sum(-1)).sum())
+
+    aware = solve(target, 12, 5, solver, 10, output_weights=weights)
+    assert (aware.support.sum(-1) == 5).all()
+    assert weighed(aware) < 0.8 * weighed(solve(target, 12, 5, solver, 10))
+    for same in (torch.ones(40), torch.zeros(40)):
+        again = solve(target, 12, 5, solver, 10, output_weights=same.double())
+        torch.testing.assert_close(again.codes, solve(target, 12, 5, solver, 10).codes)
+    weights[3] = 0
+    assert torch.isfinite(solve(target, 12, 5, solver, 10, output_weights=weights).codes).all()
