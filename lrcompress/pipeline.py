@@ -22,6 +22,7 @@ from lrcompress.stages.allocate import Plan, allocate, needs_artefacts
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import profile
+from lrcompress.stages.propagate import compensation
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -63,7 +64,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
-    artefacts = profile(opened, scratch, reporter)
+    artefacts = profile(opened, scratch, reporter, compensation(opened))
     plan = allocate(opened, artefacts)
     write_json(workspace.partial / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
