@@ -23,6 +23,7 @@ from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
+from lrcompress.stages.propagate import compensation
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -121,8 +122,9 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
 
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     """Statistics and decompositions of every site, by the passes that the method needs."""
-    needs_gradients = opened.request.method.needs_gradients
-    return (profile_backward if needs_gradients else profile)(opened, scratch, reporter)
+    if opened.request.method.needs_gradients:
+        return profile_backward(opened, scratch, reporter)
+    return profile(opened, scratch, reporter, compensation(opened))
 
 
 def output_folder(recipe: Recipe) -> Path:

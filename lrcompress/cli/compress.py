@@ -16,7 +16,9 @@ def compress(
     base: o.Base = None,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="Output folder [default: ./MODEL-METHOD-RATIO].", rich_help_panel=o.OUTPUT),
+        typer.Option(
+            "--output", "-o", help="Output folder [default: ./MODEL-METHOD[-BASE]-RATIO].", rich_help_panel=o.OUTPUT
+        ),
     ] = None,
     settings: o.Set = None,
     allocator: o.Allocator = None,

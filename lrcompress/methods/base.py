@@ -1,7 +1,7 @@
 """What a method answers; a new one is one file beside this one."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pydantic
 from torch import Tensor
@@ -20,6 +20,8 @@ class MethodOptions(pydantic.BaseModel):
 
     sink_share: float = pydantic.Field(0.125, ge=0.0, lt=1.0)
     """Share of a calibration block's weight that its first token gets (see collect.token_weights); 0 as published."""
+    propagation: Literal["one_pass", "sequential"] = "one_pass"
+    """Whose inputs a block's statistics are of: the dense model's, or what the compressed blocks before it give."""
 
 
 class Method(ABC):

@@ -46,7 +46,7 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
                             tick,
                         )
                         temporary.rename(walk.gradient_path(block))
-                decompose_block(opened, block, statistics, artefacts, reporter)
+                artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.gradient_path(block + 2).unlink(missing_ok=True)
             walk.drop(block + 1, keep_last=True)
     return artefacts
@@ -76,5 +76,6 @@ def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Repo
     with disk_errors(temporary.parent):
         gradients = loss_gradients(opened.walker, ids, last, walk.gradients(temporary), outside)
         if outside:
-            decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), artefacts, reporter)
+            found = decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), reporter)
+            artefacts.save(blocks, found)
         temporary.rename(walk.gradient_path(blocks))

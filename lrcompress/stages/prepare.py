@@ -74,6 +74,14 @@ def check_request(recipe: Recipe) -> Request:
     if recipe.rank is not None and recipe.allocator is not None:
         raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
+    if method.options.propagation == "sequential":
+        if method.needs_gradients:
+            raise InputError(f"propagation=sequential has no gradients for metric {method.metric}: use metric=input")
+        if recipe.rank is None and (allocator.needs_errors or allocator.needs_spectrum):
+            raise InputError(
+                f"propagation=sequential needs the levels beforehand, allocator {allocator.name} decides afterwards: "
+                f"ask for --allocator uniform{' or a --rank' if method.takes_rank else ''}"
+            )
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))

@@ -53,8 +53,15 @@ class Artefacts:
             return {key: file.get_tensor(name).clone() for name, key in keys.items() if not summary or key in SUMMARY}
 
 
-def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
-    """Decompose every site, block by block; finished blocks are skipped."""
+Compensate = Callable[[int, nn.Module, dict[str, dict[str, Tensor]], HiddenStates, HiddenStates], None]
+"""(block, its loaded module, its artefacts, states that enter it, states that leave it: rewritten in place)."""
+
+
+def profile(opened: Opened, scratch: Path, reporter: Reporter, compensate: Compensate | None = None) -> Artefacts:
+    """Decompose every site, block by block; finished blocks are skipped.
+
+    With `compensate` the calibration samples go on as the compressed block gives them, the held-out ones stay dense.
+    """
     artefacts = Artefacts(scratch / "artefacts")
     blocks = len(opened.blocks)
     walk = HiddenWalk(opened, scratch / "hidden")
@@ -68,14 +75,18 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
                     statistics = walk.step(block, module, opened.sites_of(block), tick)
-                decompose_block(opened, block, statistics, artefacts, reporter)
+                found = decompose_block(opened, block, statistics, reporter)
+                if compensate is not None:
+                    with reporter.timed("calibrate"):
+                        compensate(block, module, found, walk.calibration(block), walk.calibration(block + 1))
+                artefacts.save(block, found)
             walk.drop(block - 1)
     outside = opened.sites_of(blocks)
     if outside:
         assert opened.calibration is not None
         ids = opened.calibration.ids
         statistics = collect_outside(opened.walker, ids, walk.calibration(blocks), outside, walk.weights)
-        _decompose_outside(opened, statistics, artefacts, reporter)
+        artefacts.save(blocks, decompose_block(opened, blocks, statistics, reporter))
     return artefacts
 
 
@@ -154,22 +165,14 @@ class HiddenWalk:
 
 
 def decompose_block(
-    opened: Opened, block: int, statistics: dict[str, InputStatistics], artefacts: Artefacts, reporter: Reporter
-) -> None:
-    """Decompose a loaded block's sites and save them; statistics come per site, or per group where those are equal."""
+    opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter
+) -> dict[str, dict[str, Tensor]]:
+    """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
     with reporter.timed("decompose"):
-        found = {
+        return {
             s.name: decompose_site(opened, s, statistics.get(s.name, statistics.get(s.group)))
             for s in opened.sites_of(block)
         }
-        artefacts.save(block, found)
-
-
-def _decompose_outside(
-    opened: Opened, statistics: dict[str, InputStatistics], artefacts: Artefacts, reporter: Reporter
-) -> None:
-    if opened.sites_of(len(opened.blocks)):
-        decompose_block(opened, len(opened.blocks), statistics, artefacts, reporter)
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:

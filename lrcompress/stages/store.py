@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +54,19 @@ def _read_journal(path: Path) -> int:
     return int(json.loads(path.read_text())["done"]) if path.exists() else 0
 
 
+def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a compressed site on the CPU, in the written dtype."""
+    key = opened.walker.names.get(site.name + ".bias")
+    bias = next(t for _, t in opened.reader.read([key])).float() if site.bias and key else None
+    raw, dtype = opened.request.method.encode(spec, artefact, bias), opened.dtype
+    stored = {k: t.to(dtype) if t.is_floating_point() else t for k, t in raw.items()}
+    stored["weight"] = torch.empty(0, dtype=dtype)
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArithmeticError(f"{site.name}: {name} does not fit into {dtype}")
+    return {k: t.cpu() for k, t in stored.items()}
+
+
 class Encoder:
     """The stored tensors of one block's sites, encoded once and kept while the block is being written."""
 
@@ -65,22 +79,10 @@ class Encoder:
         """State dict of a compressed site, in the written dtype."""
         if name not in self._encoded:
             site = self._sites[name]
-            spec, dtype = self._plan.specs[name], self._opened.dtype
-            bias = self._bias(site)
             device = decomposition_device(self._opened.request.device)
             artefact = {key: tensor.to(device) for key, tensor in self._artefacts.load(site).items()}
-            raw = self._opened.request.method.encode(spec, artefact, bias)
-            stored = {k: t.to(dtype) if t.is_floating_point() else t for k, t in raw.items()}
-            stored["weight"] = torch.empty(0, dtype=dtype)
-            for key, tensor in stored.items():
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise ArithmeticError(f"{name}: {key} does not fit into {dtype}")
-            self._encoded[name] = {k: t.cpu() for k, t in stored.items()}
+            self._encoded[name] = encode_site(self._opened, site, self._plan.specs[name], artefact)
         return self._encoded[name]
-
-    def _bias(self, site: Site) -> Tensor | None:
-        key = self._opened.walker.names.get(site.name + ".bias")
-        return next(t for _, t in self._opened.reader.read([key])).float() if site.bias and key else None
 
 
 class Layout:
@@ -147,15 +149,8 @@ class HeldOutCheck:
         walker, opened = self._opened.walker, self._opened
         compressed = [s for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE]
         with walker.block(block) as module:
-            originals = {s.name: walker.model.get_submodule(s.name) for s in compressed}
-            for site in compressed:
-                spec = plan.specs[site.name]
-                walker.model.set_submodule(site.name, loaded(spec, encoder(site.name), walker.device, walker.dtype))
-            try:
+            with installed(opened, {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}):
                 self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
-            finally:
-                for name, original in originals.items():
-                    walker.model.set_submodule(name, original)
 
     @torch.no_grad()
     def judge(self, reporter: Reporter) -> None:
@@ -182,6 +177,20 @@ class HeldOutCheck:
             total += float(nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum"))
             count += len(ids) - 1
         return math.exp(min(total / count, 700.0))
+
+
+@contextmanager
+def installed(opened: Opened, stored: dict[str, tuple[Spec, dict[str, Tensor]]]) -> Iterator[None]:
+    """While open, the loaded block has the named layers in their stored formats, given as spec and tensors."""
+    walker = opened.walker
+    originals = {name: walker.model.get_submodule(name) for name in stored}
+    try:
+        for name, (spec, tensors) in stored.items():
+            walker.model.set_submodule(name, loaded(spec, tensors, walker.device, walker.dtype))
+        yield
+    finally:
+        for name, original in originals.items():
+            walker.model.set_submodule(name, original)
 
 
 def loaded(spec: Spec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -91,7 +91,7 @@ def test_a_backward_run_resumes(llama, tmp_path, monkeypatch):
         seen.append(args[1])
         if len(seen) == 2:
             raise KeyboardInterrupt
-        real(*args)
+        return real(*args)
 
     monkeypatch.setattr(backward, "decompose_block", stop_at_the_second)
     with pytest.raises(Interrupted):

@@ -66,6 +66,7 @@ def test_methods_lists_the_registry(tmp_path):
     listed = json.loads(run_cli("methods", "--json", "-").stdout)
     assert {m["name"] for m in listed["methods"]} >= {"lord", "welore"}
     assert all({"paper", "formats", "options", "allocator"} <= m.keys() for m in listed["methods"])
+    assert {b["example"] for b in listed["bases"]} >= {"rtn:4:64", "gptq:3:64", "wanda:2:4"}
 
 
 def test_compress_plan_inspect_eval(llama, tmp_path):
