@@ -15,7 +15,13 @@ from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.conftest import ARCHITECTURES, compress_tiny
 
-METHODS = [("lord", "auto"), ("lord", "low_rank"), ("welore", "auto"), ("welore", "pivoted")]
+METHODS = [
+    ("lord", "auto"),
+    ("lord", "low_rank"),
+    ("welore", "auto"),
+    ("welore", "pivoted"),
+    ("cospadi", "sparse_dictionary"),
+]
 
 
 def load(folder, **kwargs):

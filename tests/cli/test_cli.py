@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lrcompress.recipe import load_recipe, shipped_recipes
 from tests.conftest import run_cli
 
 QUICK = ["--samples", "2", "--seqlen", "32"]
@@ -398,6 +399,9 @@ def test_save_recipe_writes_the_command_line(llama, tmp_path):
 def test_schema_and_shipped_recipes():
     schema = json.loads(run_cli("run", "--schema").stdout)
     assert schema["properties"].keys() >= {"model", "method", "ratio", "calibration", "expect"}
+    for name in shipped_recipes():
+        assert load_recipe(name, []).output
+    assert shipped_recipes().keys() >= {"quickstart", "cospadi"}
     unknown = run_cli("run", "quickstrat")
     assert unknown.returncode == 2
     assert "quickstart" in unknown.stderr
