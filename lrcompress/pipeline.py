@@ -138,7 +138,7 @@ def output_folder(recipe: Recipe) -> Path:
 def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
     """plan.json: the decision as an artefact."""
     dense, stored = sum(plan.dense_bytes.values()), sum(plan.bytes.values())
-    whole = opened.reader.bytes // opened.reader.dtype.itemsize * opened.dtype.itemsize
+    whole = opened.dense_checkpoint_bytes
     return {
         "schema": 1,
         "model": opened.request.recipe.model,
@@ -171,7 +171,7 @@ def disk_need(opened: Opened) -> int:
     factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
     if opened.request.method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
-    output = opened.reader.bytes // opened.reader.dtype.itemsize * opened.dtype.itemsize
+    output = opened.dense_checkpoint_bytes
     hidden = 0
     if opened.calibration is not None:
         tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()

@@ -45,7 +45,15 @@ class Calibration:
 
 
 def parse_source(spec: str) -> Source:
-    """`NAME`, `PATH`, `PATH.jsonl:field`, each with `*WEIGHT`; a file that does not exist is an InputError."""
+    """As `split_source`; a file that does not exist is an InputError."""
+    source = split_source(spec)
+    if source.path is not None and not source.path.is_file():
+        raise InputError(f"calibration text {source.name} does not exist: give a file or one of {', '.join(BUILT_IN)}")
+    return source
+
+
+def split_source(spec: str) -> Source:
+    """`NAME`, `PATH`, `PATH.jsonl:field`, each with `*WEIGHT`, taken apart without a look at the disk."""
     text, star, share = spec.rpartition("*")
     weight = 1.0
     if star:
@@ -61,8 +69,6 @@ def parse_source(spec: str) -> Source:
     head, colon, tail = text.rpartition(":")
     if colon and head.endswith((".jsonl", ".parquet")):
         name, field = head, tail
-    if name not in BUILT_IN and not Path(name).is_file():
-        raise InputError(f"calibration text {name} does not exist: give a file or one of {', '.join(BUILT_IN)}")
     return Source(name, field, weight)
 
 

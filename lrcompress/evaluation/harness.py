@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, nearest
 from lrcompress.evaluation.loading import LoadedModel
 from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
 
@@ -44,8 +44,6 @@ def run_lm_eval(
     else:
         manager = TaskManager()
         if task.given not in manager.all_tasks:
-            from lrcompress.errors import nearest
-
             raise InputError(f"unknown task {task.given!r}: {nearest(task.given, sorted(manager.all_tasks))}")
         names = [task.given]
     try:

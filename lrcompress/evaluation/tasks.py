@@ -18,6 +18,7 @@ from lrcompress.calibration.corpus import (
     parse_source,
     sample_from_model,
     split_held_out,
+    split_source,
     tokenise,
 )
 from lrcompress.errors import InputError
@@ -77,8 +78,7 @@ def was_calibrated_on(source: Source, report: dict[str, Any] | None) -> bool:
     """Whether a checkpoint's report says that it was calibrated on this source."""
     specs = [] if report is None else [str(c["source"]) for c in report["recipe"]["calibration"]]
     for spec in specs:
-        name = re.sub(r"\*[0-9.]+$", "", spec)
-        name = re.sub(r"(\.jsonl|\.parquet):.*$", r"\1", name)
+        name = split_source(spec).name
         same_file = source.path is not None and Path(name).exists() and Path(name).samefile(source.name)
         if name == source.name or same_file:
             return True

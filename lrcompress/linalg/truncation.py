@@ -23,8 +23,12 @@ class Spectrum:
 
     def errors(self) -> Tensor:
         """(k + 1,) float64: squared error in the metric at rank 0..k."""
-        tail = self.energies.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
+        return tail_energies(self.energies)
+
+
+def tail_energies(energies: Tensor) -> Tensor:
+    """(k + 1,) sums of the energies (k,) from 0..k on: what a truncation to rank 0..k discards."""
+    return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
 
 
 def decompose(weight: Tensor, input_gram: Tensor | None = None, output_gram: Tensor | None = None) -> Spectrum:

@@ -10,7 +10,7 @@ from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.linalg.dictionary import least_squares_dictionary
 from lrcompress.linalg.sparse_coding import solve
-from lrcompress.linalg.truncation import decompose
+from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
@@ -87,7 +87,7 @@ class Cospadi(Method):
         """
         energies, out = artefact["energies"], len(artefact["weight"])
         full = len(energies)
-        tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+        tail = tail_energies(energies)
         shape = (out, artefact["weight"].shape[1])
         found = []
         for nonzeros in curve.ranks[:-1].tolist():

@@ -7,8 +7,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from lrcompress.formats import DENSE, FORMATS, spec_bytes
-from lrcompress.linalg.truncation import decompose
+from lrcompress.formats import FORMATS, spec_bytes
+from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
@@ -76,9 +76,7 @@ class SpectralMethod(Method):
         return damped(gradients, self.options.gradient_damping)  # type: ignore[attr-defined]
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
-        energies = artefact["energies"]
-        tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-        errors = tail[curve.ranks]
+        errors = tail_energies(artefact["energies"])[curve.ranks]
         errors[-1] = 0.0
         return errors
 
@@ -121,6 +119,3 @@ def _candidates(
             bytes_, name = min(options)
             stored.append((rank, bytes_, name))
     return stored
-
-
-__all__ = ["DENSE", "Metric", "SpectralMethod", "SpectralOptions"]

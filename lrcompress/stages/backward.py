@@ -1,5 +1,6 @@
 """Profiling with gradients: hidden states forward, then statistics and decompositions from the last block back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lrcompress.calibration.collect import collect_outside
@@ -52,7 +53,7 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     return artefacts
 
 
-def _forward(opened: Opened, walk: HiddenWalk, tick: object) -> None:
+def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None:
     """Hidden states into every block; files that are there already are kept."""
     blocks = len(opened.blocks)
     known = [block for block in range(blocks + 1) if walk.path(block).exists()]
@@ -61,7 +62,7 @@ def _forward(opened: Opened, walk: HiddenWalk, tick: object) -> None:
     first = walk.start(max(known, default=0))
     for block in range(first, blocks):
         with opened.walker.block(block) as module:
-            walk.step(block, module, [], tick)  # type: ignore[arg-type]
+            walk.step(block, module, [], tick)
 
 
 def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Reporter) -> None:

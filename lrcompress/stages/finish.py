@@ -18,12 +18,11 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
     """The report so far; evaluation adds to it. `seconds.total` covers everything up to here."""
     recipe = opened.request.recipe
     reader = CheckpointReader(folder)
-    size = opened.dtype.itemsize
     ratio = Ratio(
         asked=recipe.ratio,
         targets_dense=sum(plan.dense_bytes.values()),
         targets_stored=sum(site_bytes(reader, s, plan.specs[s.name]) for s in opened.sites),
-        checkpoint_dense=opened.reader.bytes // opened.reader.dtype.itemsize * size,
+        checkpoint_dense=opened.dense_checkpoint_bytes,
         checkpoint=reader.bytes,
         numbers_dense=sum(s.shape[0] * s.shape[1] for s in opened.sites),
         numbers_stored=sum(site_numbers(reader, s, plan.specs[s.name]) for s in opened.sites),

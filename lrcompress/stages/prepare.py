@@ -61,6 +61,11 @@ class Opened:
         """Module names of the decoder blocks."""
         return self.walker.blocks
 
+    @property
+    def dense_checkpoint_bytes(self) -> int:
+        """Bytes of the whole dense checkpoint at the dtype to write."""
+        return self.reader.bytes // self.reader.dtype.itemsize * self.dtype.itemsize
+
     def sites_of(self, block: int) -> list[Site]:
         """The sites of one block; block len(blocks) is everything outside."""
         return [site for site in self.sites if site.block == block]
@@ -88,8 +93,8 @@ def check_request(recipe: Recipe) -> Request:
 
 
 def split_samples(specs: Sequence[CalibrationSpec]) -> list[tuple[Source, int, int]]:
-    """(source, samples, seqlen) each; specs of one mapping that share samples were split by weight beforehand."""
-    return [(parse_source(spec.source), spec.samples, spec.seqlen) for spec in specs if spec.samples]
+    """(source, samples, seqlen) each; their files are checked."""
+    return [(parse_source(spec.source), spec.samples, spec.seqlen) for spec in specs]
 
 
 def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[CalibrationSpec]:

@@ -1,5 +1,6 @@
 """Writing the checkpoint: what was decomposed, at the planned levels, block by block."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -49,8 +50,6 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
 
 
 def _read_journal(path: Path) -> int:
-    import json
-
     return int(json.loads(path.read_text())["done"]) if path.exists() else 0
 
 
