@@ -18,12 +18,12 @@ from lrcompress.model.device import memory_hint
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import write_card
-from lrcompress.stages.allocate import Plan, allocate, needs_artefacts
+from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors
 from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
-from lrcompress.stages.propagate import compensation
+from lrcompress.stages.propagate import propagate
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -65,8 +65,11 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
-    artefacts = profile_model(opened, scratch, reporter)
-    plan = allocate(opened, artefacts)
+    plan, artefacts = plan_model(opened, scratch, reporter)
+    if request.sequential:
+        artefacts = propagate(opened, plan, artefacts, scratch, reporter)
+        note_errors(opened, plan, artefacts)
+    assert artefacts is not None
     write_json(workspace.partial / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
         store(opened, plan, artefacts, workspace.partial, scratch, reporter)
@@ -120,11 +123,20 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}
 
 
+def plan_model(opened: Opened, scratch: Path, reporter: Reporter) -> tuple[Plan, Artefacts | None]:
+    """The plan and the decompositions on the dense model's inputs, if it or what follows needs them."""
+    artefacts = None
+    request = opened.request
+    if not request.sequential or request.method.needs_gradients or needs_artefacts(opened):
+        artefacts = profile_model(opened, scratch, reporter)
+    return allocate(opened, artefacts), artefacts
+
+
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     """Statistics and decompositions of every site, by the passes that the method needs."""
     if opened.request.method.needs_gradients:
         return profile_backward(opened, scratch, reporter)
-    return profile(opened, scratch, reporter, compensation(opened))
+    return profile(opened, scratch, reporter)
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -169,6 +181,8 @@ def identity(opened: Opened) -> dict[str, Any]:
 def disk_need(opened: Opened) -> int:
     """Bytes of scratch files and output together, an upper bound."""
     factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
+    if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
+        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if opened.request.method.needs_gradients)
     if opened.request.method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     output = opened.dense_checkpoint_bytes
@@ -176,7 +190,9 @@ def disk_need(opened: Opened) -> int:
     if opened.calibration is not None:
         tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()
         widths = max((s.shape[1] for s in opened.sites), default=0)
-        hidden = 3 * tokens * widths * opened.walker.dtype.itemsize
+        # A backward pass keeps the hidden states of every block until it has been there.
+        files = len(opened.blocks) + 4 if opened.request.method.needs_gradients else 4
+        hidden = files * tokens * widths * opened.walker.dtype.itemsize
     return factors + output + hidden + 10**7
 
 

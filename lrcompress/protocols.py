@@ -96,12 +96,14 @@ class InputStatistics:
 
     count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ.
     gradients: (out, out) float64 second moment of the loss's gradient at the layer's output, where it was asked for.
+    drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
     """
 
     count: float
     total: Tensor
     second: Tensor
     gradients: Tensor | None = None
+    drift: Tensor | None = None
 
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
@@ -112,12 +114,16 @@ class InputStatistics:
             torch.zeros(features, features, dtype=torch.float64, device=device),
         )
 
-    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add `rows` (..., in), each counted `weights` (rows,) times (once if None).
+    def update(self, rows: Tensor, weights: Tensor | None = None, dense: Tensor | None = None) -> None:
+        """Add `rows` (..., in), each counted `weights` (rows,) times (once if None); dense: their counterparts.
 
         Products are summed in float32 within a call and in float64 across calls.
         """
         rows = rows.detach().flatten(0, -2).float()
+        if dense is not None:
+            away = dense.detach().flatten(0, -2).float() - rows
+            away = away if weights is None else away * weights[:, None]
+            self.drift = (0.0 if self.drift is None else self.drift) + (away.T @ rows).double()
         if weights is None:
             self.count += rows.shape[0]
             self.total += rows.sum(0, dtype=torch.float64)
@@ -132,6 +138,8 @@ class InputStatistics:
         self.count += other.count
         self.total += other.total
         self.second += other.second
+        if other.drift is not None:
+            self.drift = other.drift if self.drift is None else self.drift + other.drift
 
     def mean(self) -> Tensor:
         """(in,) mean input."""

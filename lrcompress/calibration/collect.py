@@ -25,10 +25,14 @@ def token_weights(length: int, sink_share: float) -> Tensor | None:
 
 
 class InputCollector:
-    """Context manager: while open, every call of a site's layer adds its input rows, once per group."""
+    """Context manager: while open, every call of a site's layer adds its input rows, once per group.
+
+    `dense` may hold, by group, the rows that the dense model gives for the next call; see InputStatistics.drift.
+    """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], weights: Tensor | None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
+        self.dense: dict[str, Tensor] = {}
         self._model, self._sites, self._weights = model, sites, weights
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -55,9 +59,40 @@ class InputCollector:
             rows = args[0].detach().flatten(0, -2)
             weights = self._weights
             if weights is not None and len(weights) == len(rows):
-                self.statistics[site.group].update(rows, weights.to(rows.device))
+                weights = weights.to(rows.device)
             else:  # rows that are not the block's tokens in their order (a routed expert's)
-                self.statistics[site.group].update(rows)
+                weights = None
+            dense = self.dense.pop(site.group, None)
+            if dense is not None and len(dense) != len(rows):
+                dense = None  # the router sent other tokens here
+            self.statistics[site.group].update(rows, weights, dense)
+
+        return hook
+
+
+class InputRecorder:
+    """Context manager: while open, `rows` holds the last input (rows, in) of every group of sites."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.rows: dict[str, Tensor] = {}
+        self._model, self._sites = model, sites
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "InputRecorder":
+        for site in self._sites:
+            if site.group == site.name:
+                layer = self._model.get_submodule(site.name)
+                self._handles.append(layer.register_forward_pre_hook(self._hook(site.group)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.rows[group] = args[0].detach().flatten(0, -2)
 
         return hook
 
@@ -73,14 +108,15 @@ def walk_block(
     tick: Callable[[], None],
     counted: int,
     weights: Tensor | None,
+    first: int = 0,
 ) -> dict[str, InputStatistics]:
-    """Run all samples through block `index`, loaded as `module`, from file to file.
+    """Run the samples from `first` on through block `index`, loaded as `module`, from file to file.
 
     Returns the input statistics per group of `sites` over the first `counted` samples, tokens counted by `weights`;
     the other samples are held out.
     """
     with InputCollector(walker.model, sites, weights) as collector:
-        for sample in range(len(before)):
+        for sample in range(first, len(before)):
             if sample == counted:
                 collector.close()
             hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
@@ -91,6 +127,28 @@ def walk_block(
                 )
             after.write(sample, hidden)
             tick()
+    return collector.statistics
+
+
+@torch.no_grad()
+def collect_beside_dense(
+    walker: BlockWalker,
+    index: int,
+    module: nn.Module,
+    hidden: HiddenStates,
+    dense: HiddenStates | None,
+    sites: Sequence[Site],
+    weights: Tensor | None,
+) -> dict[str, InputStatistics]:
+    """Input statistics per group of `sites` in block `index` on `hidden`, with the drift from `dense` where given."""
+    collector, recorder = InputCollector(walker.model, sites, weights), InputRecorder(walker.model, sites)
+    for sample in range(len(hidden)):
+        if dense is not None:
+            with recorder:
+                walker.run(index, module, dense.read(sample).to(walker.device, walker.dtype))
+            collector.dense = recorder.rows
+        with collector:
+            walker.run(index, module, hidden.read(sample).to(walker.device, walker.dtype))
     return collector.statistics
 
 

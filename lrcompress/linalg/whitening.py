@@ -34,3 +34,16 @@ def symmetric_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
         return identity, identity
     values = values.clamp_min(float(values[-1]) * RELATIVE_FLOOR)
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+def aimed(weight: Tensor, gram: Tensor, drift: Tensor, share: float, damping: float) -> Tensor:
+    """W (m, n) moved so that on inputs x̂ it comes near to (1 - share) W x̂ + share W x, float64.
+
+    gram G = E[x̂ x̂ᵀ] and drift D = E[(x - x̂) x̂ᵀ] (n, n) of paired inputs give the ridge regression
+    W + share W D (G + damping * mean eigenvalue)⁻¹ (MPIFA, arXiv 2501.19090; AA-SVD, 2604.02119).
+    """
+    weight = weight.double()
+    factor, failed = torch.linalg.cholesky_ex(damped(gram, damping))
+    if int(failed):
+        raise ArithmeticError("the Gram of the inputs is not positive semidefinite")
+    return weight + share * torch.cholesky_solve((weight @ drift.double()).T, factor).T

@@ -22,6 +22,8 @@ class MethodOptions(pydantic.BaseModel):
     """Share of a calibration block's weight that its first token gets (see collect.token_weights); 0 as published."""
     propagation: Literal["one_pass", "sequential"] = "one_pass"
     """Whose inputs a block's statistics are of: the dense model's, or what the compressed blocks before it give."""
+    toward_dense: float = pydantic.Field(0.0, ge=0.0, le=1.0)
+    """sequential: how far a weight aims at the dense model's output, rather than at its own on the compressed input."""
 
 
 class Method(ABC):

@@ -11,14 +11,15 @@ from lrcompress.formats import spec_bytes
 from lrcompress.formats.sum import Sum, rounded_factors
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
-from lrcompress.methods.spectral import SpectralMethod, SpectralOptions
+from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 
 class EoraOptions(SpectralOptions):
-    """Options of eora; metric `plain` is plain-SVD compensation."""
+    """Options of eora."""
 
-    metric: Literal["plain", "input", "centred"] = "input"  # type: ignore[assignment]
+    metric: Metric = "input"
+    """plain is plain-SVD compensation."""
     factor_bits: Literal[16, 8, 4] = 16
     """Bits of a number of the correction's factors; 16 stands for the checkpoint's dtype."""
     act_order: bool = False
@@ -72,15 +73,16 @@ class Eora(SpectralMethod):
         base = self._base.compress(weight, gram if self._base.needs_gram else None)
         error = weight - base.dense
         artefact = super().decompose(site, error, statistics)
-        metric = None
+        metric, outputs = None, self.output_gram(statistics)
         if statistics is not None and self.metric != "plain":
             metric = statistics.gram(centred=self.metric == "centred")
+        scale = self.output_scale(statistics)
         if self.options.factor_bits < 16:
             spectrum = Spectrum(artefact["left"], artefact["right"], artefact["energies"])
-            artefact["tail"] = coded_errors(spectrum, error, metric, self.options.factor_bits)
+            artefact["tail"] = scale * coded_errors(spectrum, error, metric, self.options.factor_bits, outputs)
         if self.metric == "centred" and statistics is not None:
             artefact["mean"] = statistics.mean()
-        artefact["size"] = _inner(weight, weight, metric).clamp_min(0)
+        artefact["size"] = scale * _inner(weight, weight, metric, outputs).clamp_min(0)
         return artefact | {f"base.{key}": tensor for key, tensor in base.tensors.items()}
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
@@ -116,21 +118,25 @@ class Eora(SpectralMethod):
         return Sum.encode(base, left, right, self.options.factor_bits, bias)
 
 
-def coded_errors(spectrum: Spectrum, error: Tensor, gram: Tensor | None, bits: int) -> Tensor:
+def coded_errors(
+    spectrum: Spectrum, error: Tensor, gram: Tensor | None, bits: int, output_gram: Tensor | None = None
+) -> Tensor:
     """(k + 1,) float64: squared error in the metric of the first 0..k components, rounded to `bits` bits.
 
     ‖E - Σ_i<r b_i a_iᵀ‖² for every r from the components' inner products with E (m, n) and with each other.
     """
     left, right = rounded_factors(spectrum.left, spectrum.right, bits)
     weighted = right if gram is None else right @ gram
-    with_error = ((left.T @ error) * weighted).sum(1)
-    mutual = (left.T @ left) * (weighted @ right.T)
+    outputs = left if output_gram is None else output_gram @ left
+    with_error = ((outputs.T @ error) * weighted).sum(1)
+    mutual = (outputs.T @ left) * (weighted @ right.T)
     own = 2 * mutual.tril(-1).sum(1) + mutual.diagonal()
     steps = own - 2 * with_error
-    whole = _inner(error, error, gram)
+    whole = _inner(error, error, gram, output_gram)
     return torch.cat([whole[None], whole + steps.cumsum(0)]).clamp_min(0)
 
 
-def _inner(left: Tensor, right: Tensor, gram: Tensor | None) -> Tensor:
-    """tr(left G rightᵀ) of two matrices (m, n), the identity where there is no gram."""
-    return ((left if gram is None else left @ gram) * right).sum()
+def _inner(left: Tensor, right: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> Tensor:
+    """tr(B left G rightᵀ) of two matrices (m, n), the identity where there is no gram."""
+    left = left if gram is None else left @ gram
+    return ((left if output_gram is None else output_gram @ left) * right).sum()

@@ -56,24 +56,24 @@ class SpectralMethod(Method):
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         centred = self.metric == "centred"
         gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
-        spectrum = decompose(weight, gram, self._output_gram(statistics))
-        artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": spectrum.energies}
+        spectrum = decompose(weight, gram, self.output_gram(statistics))
+        energies = spectrum.energies * self.output_scale(statistics)
+        artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": energies}
         if centred and statistics is not None:
             mean = statistics.mean()
             artefact["mean_output"] = weight.double() @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
 
-    def _output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
-        if not self.needs_gradients or statistics is None:
+    def output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
+        """(out, out) metric of the outputs, None where every direction counts the same."""
+        if self.metric != "two_sided":
             return None
-        if statistics.gradients is None:
-            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
-        gradients = statistics.gradients
-        if self.metric == "trace":
-            mean = gradients.diagonal().mean()
-            return mean * torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device)
-        return damped(gradients, self.options.gradient_damping)  # type: ignore[attr-defined]
+        return damped(_gradients(statistics), self.options.gradient_damping)  # type: ignore[attr-defined]
+
+    def output_scale(self, statistics: InputStatistics | None) -> float:
+        """How much this weight's errors count beside those of others: its mean gradient energy in metric `trace`."""
+        return float(_gradients(statistics).diagonal().mean()) if self.metric == "trace" else 1.0
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         errors = tail_energies(artefact["energies"])[curve.ranks]
@@ -99,6 +99,12 @@ class SpectralMethod(Method):
             moved = artefact["mean_output"] - left.double() @ artefact["mean_latent"][:rank]
             bias = (moved if bias is None else bias.double() + moved).float()
         return FORMATS.get(spec.format).encode(left, right, bias)  # type: ignore[attr-defined]
+
+
+def _gradients(statistics: InputStatistics | None) -> Tensor:
+    if statistics is None or statistics.gradients is None:
+        raise ValueError("the metric needs the gradients of the loss")
+    return statistics.gradients
 
 
 @lru_cache(maxsize=256)

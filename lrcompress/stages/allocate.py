@@ -1,23 +1,25 @@
 """From a ratio to a level for every weight: the plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.stages.prepare import Opened, budget_of
-from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.profile import SUMMARY, Artefacts
 
 
 @dataclass
 class Plan:
-    """What is stored for every site. relative_errors are None where nothing was decomposed."""
+    """What is stored for every site. A relative error is the root of the squared error over the squared size, in the
+    method's metric; there are none where nothing was decomposed."""
 
     specs: dict[str, Spec]
     bytes: dict[str, int]
     dense_bytes: dict[str, int]
-    relative_errors: dict[str, float | None]
+    levels: dict[str, int]
+    relative_errors: dict[str, float] = field(default_factory=dict)
 
     def entries(self, sites: list[Site]) -> list[dict[str, Any]]:
         """The `targets` of report.json."""
@@ -31,7 +33,7 @@ class Plan:
                 "rank": spec.rank,
                 "bytes": self.bytes[site.name],
                 "dense_bytes": self.dense_bytes[site.name],
-                "relative_error": self.relative_errors[site.name],
+                "relative_error": self.relative_errors.get(site.name),
             })  # fmt: skip
         return rows
 
@@ -47,15 +49,11 @@ def needs_artefacts(opened: Opened) -> bool:
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     """Choose a level per site: the asked rank's, or the allocator's within the bytes that the ratio leaves."""
     request, size = opened.request, opened.dtype.itemsize
-    curves: list[Curve] = []
-    totals: dict[str, float] = {}
-    for site in opened.sites:
-        curve = request.method.curve(site, size)
-        if artefacts is not None:
-            summary = artefacts.load(site, summary=True)
+    curves = [request.method.curve(site, size) for site in opened.sites]
+    if artefacts is not None:
+        for site, curve in zip(opened.sites, curves, strict=True):
+            summary = artefacts.load(site, SUMMARY)
             curve.errors, curve.spectrum = summary["errors"], summary.get("spectrum")
-            totals[site.name] = float(summary["total"])
-        curves.append(curve)
     if request.recipe.rank is not None:
         levels = {curve.name: rank_level(curve, request.recipe.rank) for curve in curves}
     else:
@@ -66,8 +64,18 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
         plan.specs[site.name] = level_spec(opened, site, curve, level)
         plan.bytes[site.name] = int(curve.bytes[level])
         plan.dense_bytes[site.name] = curve.dense_bytes
-        plan.relative_errors[site.name] = relative_error(curve, level, totals.get(site.name))
+        plan.levels[site.name] = level
+    if artefacts is not None:
+        note_errors(opened, plan, artefacts)
     return plan
+
+
+def note_errors(opened: Opened, plan: Plan, artefacts: Artefacts) -> None:
+    """Set the plan's relative errors to those of `artefacts`."""
+    for site in opened.sites:
+        summary = artefacts.load(site, SUMMARY)
+        error, total = float(summary["errors"][plan.levels[site.name]]), float(summary["total"])
+        plan.relative_errors[site.name] = (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
 def rank_level(curve: Curve, rank: int) -> int:
@@ -80,10 +88,3 @@ def level_spec(opened: Opened, site: Site, curve: Curve, level: int) -> Spec:
     if level == len(curve.ranks) - 1:
         return Spec("dense", site.shape, site.bias, conv1d=site.conv1d)
     return opened.request.method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
-
-
-def relative_error(curve: Curve, level: int, total: float | None) -> float | None:
-    """Root of the squared error over the squared size, in the method's metric."""
-    if curve.errors is None or total is None:
-        return None
-    return (max(float(curve.errors[level]), 0.0) / total) ** 0.5 if total > 0 else 0.0

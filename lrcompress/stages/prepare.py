@@ -38,6 +38,11 @@ class Request:
     device: torch.device
 
     @property
+    def sequential(self) -> bool:
+        """Whether blocks are decomposed on what the compressed ones before them give."""
+        return self.method.options.propagation == "sequential" and self.method.needs_statistics
+
+    @property
     def amount_by(self) -> str:
         """What decides on a weight's level: the allocator, or the one rank that was asked for."""
         return self.allocator.name if self.recipe.rank is None else "rank"
@@ -79,14 +84,10 @@ def check_request(recipe: Recipe) -> Request:
     if recipe.rank is not None and recipe.allocator is not None:
         raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
-    if method.options.propagation == "sequential":
-        if method.needs_gradients:
-            raise InputError(f"propagation=sequential has no gradients for metric {method.metric}: use metric=input")
-        if recipe.rank is None and (allocator.needs_errors or allocator.needs_spectrum):
-            raise InputError(
-                f"propagation=sequential needs the levels beforehand, allocator {allocator.name} decides afterwards: "
-                f"ask for --allocator uniform{' or a --rank' if method.takes_rank else ''}"
-            )
+    if method.options.toward_dense and method.options.propagation != "sequential":
+        raise InputError(
+            f"toward_dense={method.options.toward_dense:g} aims from compressed inputs: add propagation=sequential"
+        )
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))

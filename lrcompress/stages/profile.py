@@ -1,7 +1,7 @@
 """Walking the dense model: statistics and an untruncated decomposition per weight, kept in scratch files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,20 @@ from lrcompress.calibration.collect import collect_outside, token_weights, walk_
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
+from lrcompress.linalg.whitening import aimed
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
 
+AIM_DAMPING = 0.01
+"""Of the Gram that a weight's aim at the dense model is solved with, relative to its mean eigenvalue."""
+
 SUMMARY = ("errors", "total", "spectrum")
+"""What allocation needs of an artefact."""
+
+Found = dict[str, dict[str, Tensor]]
+"""The artefacts of a block: site name to tensors."""
 
 
 class Artefacts:
@@ -34,36 +42,36 @@ class Artefacts:
         """Whether the block is finished."""
         return self.path(block).exists()
 
+    def complete(self, sites: Sequence[Site]) -> bool:
+        """Whether nothing is left to do for `sites`."""
+        return all(self.done(block) for block in {site.block for site in sites})
+
     def leading(self, blocks: int) -> int:
         """How many blocks are finished without a gap."""
         return next((block for block in range(blocks) if not self.done(block)), blocks)
 
-    def save(self, block: int, artefacts: dict[str, dict[str, Tensor]]) -> None:
+    def save(self, block: int, artefacts: Found) -> None:
         """Write one block's artefacts: site name to tensors."""
         flat = {f"{site}|{key}": t for site, part in artefacts.items() for key, t in part.items()}
         write_tensors(self.path(block), flat)
 
-    def load(self, site: Site, *, summary: bool = False) -> dict[str, Tensor]:
-        """A site's artefact, or only the small tensors that allocation needs."""
+    def load(self, site: Site, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """A site's artefact, or only the named tensors of it, such as SUMMARY."""
         from safetensors import safe_open
 
         with safe_open(self.path(site.block), framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(site.name + "|")]
             keys = {name: name.rpartition("|")[2] for name in names}
-            return {key: file.get_tensor(name).clone() for name, key in keys.items() if not summary or key in SUMMARY}
+            return {key: file.get_tensor(name).clone() for name, key in keys.items() if only is None or key in only}
 
 
-Compensate = Callable[[int, nn.Module, dict[str, dict[str, Tensor]], HiddenStates, HiddenStates], None]
-"""(block, its loaded module, its artefacts, states that enter it, states that leave it: rewritten in place)."""
-
-
-def profile(opened: Opened, scratch: Path, reporter: Reporter, compensate: Compensate | None = None) -> Artefacts:
-    """Decompose every site, block by block; finished blocks are skipped.
-
-    With `compensate` the calibration samples go on as the compressed block gives them, the held-out ones stay dense.
-    """
+def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
+    """Decompose every site on the dense model's own inputs, block by block; finished blocks are skipped."""
     artefacts = Artefacts(scratch / "artefacts")
     blocks = len(opened.blocks)
+    outside = opened.sites_of(blocks)
+    if artefacts.complete(opened.sites):
+        return artefacts
     walk = HiddenWalk(opened, scratch / "hidden")
     first = walk.start(artefacts.leading(blocks))
     with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
@@ -75,13 +83,8 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter, compensate: Compe
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
                     statistics = walk.step(block, module, opened.sites_of(block), tick)
-                found = decompose_block(opened, block, statistics, reporter)
-                if compensate is not None:
-                    with reporter.timed("calibrate"):
-                        compensate(block, module, found, walk.calibration(block), walk.calibration(block + 1))
-                artefacts.save(block, found)
+                artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.drop(block - 1)
-    outside = opened.sites_of(blocks)
     if outside:
         assert opened.calibration is not None
         ids = opened.calibration.ids
@@ -91,12 +94,12 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter, compensate: Compe
 
 
 class HiddenWalk:
-    """The dense hidden states of the calibration and held-out samples, in a file a block."""
+    """The hidden states of the calibration and held-out samples, in a file a block, whose names begin with `stem`."""
 
-    def __init__(self, opened: Opened, folder: Path) -> None:
+    def __init__(self, opened: Opened, folder: Path, stem: str = "dense") -> None:
         assert opened.calibration is not None
         folder.mkdir(parents=True, exist_ok=True)
-        self._opened, self._folder = opened, folder
+        self._opened, self.folder, self._stem = opened, folder, stem
         self._ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
         self.calibrated = len(opened.calibration.ids)
         self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
@@ -123,21 +126,31 @@ class HiddenWalk:
         return [states.read(i) for i in range(self.calibrated, len(self))]
 
     def step(
-        self, block: int, module: nn.Module, sites: list[Site], tick: Callable[[], None]
+        self, block: int, module: nn.Module, sites: list[Site], tick: Callable[[], None], first: int = 0
     ) -> dict[str, InputStatistics]:
-        """Run `block`, loaded as `module`, on every sample; statistics of the calibration samples only."""
-        temporary = self.path(block + 1).with_suffix(".tmp")
-        before, after = self._file(self.path(block), len(self)), self._file(temporary, len(self))
-        with disk_errors(self._folder):
-            statistics = walk_block(
-                self._opened.walker, block, module, before, after, sites, tick, self.calibrated, self.weights
-            )
-            os.replace(temporary, self.path(block + 1))
+        """Run `block`, loaded as `module`, on every sample from `first`; statistics of the calibration samples only."""
+        before = self._file(self.path(block), len(self))
+        walker = self._opened.walker
+        statistics: dict[str, InputStatistics] = {}
+
+        def write(after: HiddenStates) -> None:
+            counted, weights = self.calibrated, self.weights
+            found = walk_block(walker, block, module, before, after, sites, tick, counted, weights, first)
+            statistics.update(found)
+
+        with disk_errors(self.folder):
+            self.replace(block + 1, write)
         return statistics
+
+    def replace(self, block: int, write: Callable[[HiddenStates], None]) -> None:
+        """Let `write` fill the hidden states that enter `block`; they appear whole."""
+        temporary = self.path(block).with_suffix(".tmp")
+        write(self._file(temporary, len(self)))
+        os.replace(temporary, self.path(block))
 
     def gradient_path(self, block: int) -> Path:
         """File of the loss's gradients with respect to the hidden states that enter `block`."""
-        return self._folder / f"gradient-{block:05d}.bin"
+        return self.folder / f"gradient-{block:05d}.bin"
 
     def gradients(self, path: Path) -> HiddenStates:
         """Gradients of the calibration samples in file `path`."""
@@ -149,24 +162,22 @@ class HiddenWalk:
             self.path(block).unlink(missing_ok=True)
 
     def _embed(self) -> None:
-        temporary = self.path(0).with_suffix(".tmp")
-        states = self._file(temporary, len(self))
-        with torch.no_grad(), disk_errors(self._folder):
+        def write(states: HiddenStates) -> None:
             for i in range(len(self)):
                 states.write(i, self._opened.walker.embed(self._ids[i]))
-            os.replace(temporary, self.path(0))
+
+        with torch.no_grad(), disk_errors(self.folder):
+            self.replace(0, write)
 
     def path(self, block: int) -> Path:
         """File of the hidden states that enter `block`."""
-        return self._folder / f"dense-{block:05d}.bin"
+        return self.folder / f"{self._stem}-{block:05d}.bin"
 
     def _file(self, path: Path, samples: int) -> HiddenStates:
         return HiddenStates(path, (samples, self._ids.shape[1], self._width), self._opened.walker.dtype)
 
 
-def decompose_block(
-    opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter
-) -> dict[str, dict[str, Tensor]]:
+def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
     """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
     with reporter.timed("decompose"):
         return {
@@ -184,12 +195,17 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
     if method.needs_statistics and (statistics is None or statistics.count == 0):
         raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
     try:
+        if statistics is not None and statistics.drift is not None:
+            share, drift = method.options.toward_dense, statistics.drift / statistics.count
+            weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
         artefact = method.decompose(site, weight, statistics)
         curve = method.curve(site, opened.dtype.itemsize)
         artefact["errors"] = method.errors(artefact, curve)
         artefact["total"] = torch.tensor(method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
+        if opened.request.sequential and statistics is not None and statistics.gradients is not None:
+            artefact["gradients"] = statistics.gradients.float()
     except ArithmeticError as error:
         raise InputError(f"{site.name}: {error}") from error
     return artefact

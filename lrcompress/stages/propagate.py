@@ -1,41 +1,108 @@
-"""Sequential propagation: the next block's statistics are of what the compressed blocks before it give."""
+"""Sequential propagation: once the levels are known, every block is decomposed on what the compressed ones give it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lrcompress.calibration.collect import collect_beside_dense, collect_outside
 from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE
-from lrcompress.stages.allocate import allocate
+from lrcompress.protocols import InputStatistics, Site
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import Compensate
+from lrcompress.stages.profile import Artefacts, Found, HiddenWalk, decompose_block
 from lrcompress.stages.store import encode_site, installed
 
 
-def compensation(opened: Opened) -> Compensate | None:
-    """What `profile` does after a block's decomposition; None for one-pass propagation.
+def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path, reporter: Reporter) -> Artefacts:
+    """Decompose every site again, its inputs those that the compressed blocks before it give; finished blocks are kept.
 
-    The levels must be known beforehand, by a rank or an allocator that needs no errors: check_request sees to it.
+    `first` are the artefacts of the dense model's pass, where one was made: its gradients serve here too. With
+    toward_dense every weight aims at what the dense model gives for the same text.
     """
-    if opened.request.method.options.propagation != "sequential":
-        return None
-    plan, walker = allocate(opened, None), opened.walker
+    artefacts = Artefacts(scratch / "sequential")
+    blocks = len(opened.blocks)
+    paired = opened.request.method.options.toward_dense > 0
+    dense, own = HiddenWalk(opened, scratch / "hidden"), HiddenWalk(opened, scratch / "hidden", "compressed")
+    walk_dense = paired or not dense.path(blocks).exists()
+    walks, finished = [own, dense] if walk_dense else [own], artefacts.leading(blocks)
+    if not all(walk.path(finished).exists() for walk in walks):
+        finished = 0
+    start = min(walk.start(finished) for walk in walks)
+    with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
+        for block in range(blocks):
+            if block < start:
+                _count(tick, own.calibrated)
+                continue
+            with opened.walker.block(block) as module:
+                sites, before = opened.sites_of(block), own.calibration(block)
+                with reporter.timed("calibrate"):
+                    if walk_dense:
+                        dense.step(block, module, [], lambda: None, first=0 if paired else dense.calibrated)
+                    beside = dense.calibration(block) if paired else None
+                    inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
+                found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
+                with reporter.timed("calibrate"):
+                    _run_compressed(opened, plan, block, module, found, own, tick)
+                artefacts.save(block, found)
+            own.drop(block - 1)
+            if walk_dense:
+                dense.drop(block - 1)
+    outside = opened.sites_of(blocks)
+    if outside and not artefacts.done(blocks):
+        assert opened.calibration is not None
+        ids = opened.calibration.ids
+        inputs = collect_outside(opened.walker, ids, own.calibration(blocks), outside, own.weights)
+        artefacts.save(blocks, decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter))
+    return artefacts
 
-    @torch.no_grad()
-    def compensate(
-        block: int, module: nn.Module, found: dict[str, dict[str, Tensor]], before: HiddenStates, after: HiddenStates
-    ) -> None:
-        sites = [site for site in opened.sites_of(block) if plan.specs[site.name].format != DENSE]
-        specs = {site.name: plan.specs[site.name] for site in sites}
-        tensors = {site.name: encode_site(opened, site, specs[site.name], found[site.name]) for site in sites}
-        with installed(opened, {name: (specs[name], tensors[name]) for name in specs}):
-            for sample in range(len(before)):
-                hidden = walker.run(block, module, before.read(sample).to(walker.device, walker.dtype))
-                if not bool(torch.isfinite(hidden).all()):
-                    raise InputError(
-                        f"{walker.blocks[block]}, compressed, puts out non-finite numbers on calibration sample "
-                        f"{sample}: ask for less compression, or propagation=one_pass"
-                    )
-                after.write(sample, hidden)
 
-    return compensate
+def _count(tick: Callable[[], None], steps: int) -> None:
+    for _ in range(steps):
+        tick()
+
+
+def _with_gradients(
+    inputs: dict[str, InputStatistics], first: Artefacts | None, sites: list[Site]
+) -> dict[str, InputStatistics]:
+    """Statistics per site: those of its group's inputs, with the gradients that the first pass kept."""
+    if first is None:
+        return inputs
+    found = {}
+    for site in sites:
+        if site.group in inputs:
+            kept = first.load(site, ("gradients",)).get("gradients")
+            found[site.name] = replace(inputs[site.group], gradients=None if kept is None else kept.double())
+    return found
+
+
+@torch.no_grad()
+def _run_compressed(
+    opened: Opened, plan: Plan, block: int, module: nn.Module, found: Found, walk: HiddenWalk, tick: Callable[[], None]
+) -> None:
+    """The calibration samples through the block as it will be stored."""
+    walker = opened.walker
+    specs = {s.name: plan.specs[s.name] for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE}
+    sites = {site.name: site for site in opened.sites_of(block)}
+    tensors = {name: encode_site(opened, sites[name], spec, found[name]) for name, spec in specs.items()}
+    before = walk.calibration(block)
+
+    def write(after: HiddenStates) -> None:
+        for sample in range(len(before)):
+            hidden = walker.run(block, module, before.read(sample).to(walker.device, walker.dtype))
+            if not bool(torch.isfinite(hidden).all()):
+                raise InputError(
+                    f"{walker.blocks[block]}, compressed, puts out non-finite numbers on calibration sample "
+                    f"{sample}: ask for less compression, or propagation=one_pass"
+                )
+            after.write(sample, hidden)
+            tick()
+
+    with installed(opened, {name: (specs[name], tensors[name]) for name in specs}), disk_errors(walk.folder):
+        walk.replace(block + 1, write)
