@@ -65,19 +65,28 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
-    plan, artefacts = plan_model(opened, scratch, reporter)
-    if request.sequential:
+    artefacts = profile_model(opened, scratch, reporter)
+    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start)
+    workspace.publish()
+    return report
+
+
+def write_checkpoint(
+    opened: Opened, artefacts: Artefacts | None, folder: Path, scratch: Path, reporter: Reporter, start: float
+) -> dict[str, Any]:
+    """Allocate, decompose again where propagation is sequential, and store; `start` is when the work began."""
+    plan = allocate(opened, artefacts)
+    if opened.request.sequential:
         artefacts = propagate(opened, plan, artefacts, scratch, reporter)
         note_errors(opened, plan, artefacts)
     assert artefacts is not None
-    write_json(workspace.partial / "plan.json", plan_json(opened, plan))
+    write_json(folder / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
-        store(opened, plan, artefacts, workspace.partial, scratch, reporter)
-    report = make_report(opened, plan, workspace.partial, reporter)
+        store(opened, plan, artefacts, folder, scratch, reporter)
+    report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
-    write_json(workspace.partial / "report.json", report)
-    write_card(workspace.partial, report, request.recipe)
-    workspace.publish()
+    write_json(folder / "report.json", report)
+    write_card(folder, report, opened.request.recipe)
     return report
 
 
@@ -123,19 +132,13 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}
 
 
-def plan_model(opened: Opened, scratch: Path, reporter: Reporter) -> tuple[Plan, Artefacts | None]:
-    """The plan and the decompositions on the dense model's inputs, if it or what follows needs them."""
-    artefacts = None
+def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts | None:
+    """Statistics and decompositions on the dense model's inputs; None where nothing that follows needs them."""
     request = opened.request
-    if not request.sequential or request.method.needs_gradients or needs_artefacts(opened):
-        artefacts = profile_model(opened, scratch, reporter)
-    return allocate(opened, artefacts), artefacts
-
-
-def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
-    """Statistics and decompositions of every site, by the passes that the method needs."""
-    if opened.request.method.needs_gradients:
+    if request.method.needs_gradients:
         return profile_backward(opened, scratch, reporter)
+    if request.sequential and not needs_artefacts(opened):
+        return None
     return profile(opened, scratch, reporter)
 
 

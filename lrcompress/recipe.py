@@ -102,6 +102,71 @@ class Recipe(_Strict):
         return self.model_dump(exclude={"output", "evaluate", "expect"})
 
 
+class SweepMethod(MethodSpec):
+    """A method of a sweep, with the parts of a recipe that belong to it; every other key is one of its options."""
+
+    allocator: str | None = None
+    format: str | None = None
+    base: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The method as a name for files and tables: what differs from its defaults follows its name."""
+        parts = [self.format, self.allocator, self.base and Path(self.base).name.replace(":", "-")]
+        options = [f"{key}={value}" for key, value in self.options.items()]
+        return "-".join([self.name, *(part for part in parts if part), *options])
+
+
+class Sweep(_Strict):
+    """Methods x ratios x seeds on one model: every point is compressed and evaluated."""
+
+    model: str
+    methods: list[SweepMethod] = pydantic.Field(min_length=1)
+    ratios: list[float] = pydantic.Field(min_length=1)
+    seeds: list[int] = pydantic.Field([0], min_length=1)
+    evaluate: EvaluateSpec
+    output: str
+    keep: bool = False
+    """Keep the checkpoints; otherwise each is deleted once it has been evaluated."""
+    calibration: list[CalibrationSpec] = pydantic.Field(default_factory=lambda: [CalibrationSpec()])
+    target: list[str] = []
+    ignore: list[str] = []
+    device: str = "auto"
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
+
+    @pydantic.field_validator("calibration", "methods", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @pydantic.model_validator(mode="after")
+    def _distinct(self) -> "Sweep":
+        labels = [method.label for method in self.methods]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"method {twice} is listed twice")
+        return self
+
+    def recipe(self, method: SweepMethod, ratio: float, seed: int) -> Recipe:
+        """The recipe of one point."""
+        shared = self.model_dump(include={"model", "target", "ignore", "device", "dtype", "trust_remote_code"})
+        return make_recipe(
+            {
+                **shared,
+                "method": {"name": method.name, **method.options},
+                "ratio": ratio,
+                "seed": seed,
+                "allocator": method.allocator,
+                "format": method.format,
+                "base": method.base,
+                "calibration": [spec.model_dump() for spec in self.calibration],
+            },
+            f"sweep, method {method.label}",
+        )
+
+
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 
@@ -110,18 +175,33 @@ def validated(model: type[M], data: dict[str, Any], origin: str) -> M:
     try:
         return model(**data)
     except pydantic.ValidationError as error:
-        raise InputError(f"{origin}: {_explain(error)}") from error
+        raise InputError(f"{origin}: {_explain(error, model)}") from error
 
 
 def make_recipe(data: Any, origin: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe; see `validated`."""
     if not isinstance(data, dict):
         raise InputError(f"{origin}: a recipe is a mapping of keys, this is {type(data).__name__}")
+    if "methods" in data and "ratios" in data:
+        raise InputError(f"{origin} is a sweep of several methods and ratios: run it with lrcompress sweep")
     return validated(Recipe, data, origin)
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:
     """A YAML file, or the name of a shipped recipe, with `key.path=value` overrides."""
+    path, data = _read(name, overrides)
+    return make_recipe(data, str(path))
+
+
+def load_sweep(name: str, overrides: list[str]) -> Sweep:
+    """As load_recipe, for the YAML of a sweep."""
+    path, data = _read(name, overrides)
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a sweep is a mapping of keys, this is {type(data).__name__}")
+    return validated(Sweep, data, str(path))
+
+
+def _read(name: str, overrides: list[str]) -> tuple[Path, Any]:
     path = find_recipe(name)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf8"))
@@ -129,7 +209,7 @@ def load_recipe(name: str, overrides: list[str]) -> Recipe:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     for override in overrides:
         apply_override(data, override)
-    return make_recipe(data, str(path))
+    return path, data
 
 
 def find_recipe(name: str) -> Path:
@@ -186,12 +266,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-def _explain(error: pydantic.ValidationError) -> str:
+def _explain(error: pydantic.ValidationError, top: type[pydantic.BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return f"unknown key {where!r}: {nearest(key, _known_keys(first['loc'][:-1]))}"
+        return f"unknown key {where!r}: {nearest(key, _known_keys(first['loc'][:-1], top))}"
     if first["type"] == "missing":
         return f"key {where!r} is missing"
     if not where:  # a rule on several keys together says it all itself
@@ -199,7 +279,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     return f"{where} = {first['input']!r}: {first['msg']}"
 
 
-def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
+def _known_keys(parents: tuple[int | str, ...], top: type[pydantic.BaseModel]) -> list[str]:
     models: dict[str, type[pydantic.BaseModel]] = {"calibration": CalibrationSpec, "evaluate": EvaluateSpec}
-    model = models.get(str(parents[0]), Recipe) if parents else Recipe
+    model = models.get(str(parents[0]), top) if parents else top
     return list(model.model_fields)

@@ -20,6 +20,7 @@ LAYERS = [
     ["evaluation"],
     ["stages"],
     ["pipeline"],
+    ["sweep"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -399,7 +399,7 @@ def test_save_recipe_writes_the_command_line(llama, tmp_path):
 def test_schema_and_shipped_recipes():
     schema = json.loads(run_cli("run", "--schema").stdout)
     assert schema["properties"].keys() >= {"model", "method", "ratio", "calibration", "expect"}
-    for name in shipped_recipes():
+    for name in shipped_recipes().keys() - {"sweep"}:
         assert load_recipe(name, []).output
     assert shipped_recipes().keys() >= {"quickstart", "cospadi"}
     unknown = run_cli("run", "quickstrat")
