@@ -53,7 +53,7 @@ def test_a_rank_that_is_not_smaller_than_dense_stays_dense(llama, tmp_path):
 
 
 def test_the_plan_is_what_is_written(llama, tmp_path):
-    changes = {"method": "eora", "base": "gptq:3:16", "ratio": 0.6}
+    changes = {"method": {"name": "eora", "propagation": "one_pass"}, "base": "gptq:3:16", "ratio": 0.6}
     plan, report = make_plan(recipe(llama, **changes)), compress_tiny(llama, tmp_path / "out", **changes).report
     keys = ("name", "format", "rank", "bytes", "relative_error")
     assert [[t[k] for k in keys] for t in plan["targets"]] == [[t[k] for k in keys] for t in report["targets"]]

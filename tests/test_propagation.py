@@ -16,7 +16,7 @@ from lrcompress.stages.profile import Artefacts
 from tests.conftest import compress_tiny
 from tests.test_pipeline import recipe
 
-SEQUENTIAL = {"method": {"name": "eora", "propagation": "sequential"}, "base": "rtn:2:16", "rank": 2, "ratio": None}
+SEQUENTIAL = {"method": "eora", "base": "rtn:2:16", "rank": 2, "ratio": None}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -39,7 +39,7 @@ def test_errors_are_those_on_the_compressed_prefix(make_model, tmp_path, archite
     expected = float((((error @ gram) * error).sum() / ((weight @ gram) * weight).sum()).sqrt())
     reported = {t["name"]: t["relative_error"] for t in result.report["targets"]}[site.name]
     assert reported == pytest.approx(expected, rel=1e-3)
-    one_pass = {**SEQUENTIAL, "method": "eora"}
+    one_pass = {**SEQUENTIAL, "method": {"name": "eora", "propagation": "one_pass"}}
     other = compress_tiny(make_model(architecture), tmp_path / "other", **one_pass).report["targets"]
     first = {t["name"]: t["relative_error"] for t in other}
     same = {t["name"]: t["relative_error"] == first[t["name"]] for t in result.report["targets"]}
@@ -75,13 +75,13 @@ def test_interrupted_and_resumed_gives_the_same_bytes(llama, tmp_path, monkeypat
     [
         ({"name": "auto", "propagation": "sequential", "toward_dense": 0.5}, {"ratio": 0.4}),
         ({"name": "welore", "propagation": "sequential"}, {"ratio": 0.4}),
-        ({"name": "eora", "propagation": "sequential", "metric": "two_sided", "factor_bits": 8},
+        ({"name": "eora", "metric": "two_sided", "factor_bits": 8},
          {"ratio": 0.5, "base": "rtn:2:16"}),
     ],
 )  # fmt: skip
 def test_any_allocator_decides_on_the_dense_models_pass(llama, tmp_path, method, changes):
     """The levels are those of a one-pass run, the weights are not; the asked bytes hold."""
-    calm = {key: value for key, value in method.items() if key not in ("propagation", "toward_dense")}
+    calm = {k: v for k, v in method.items() if k != "toward_dense"} | {"propagation": "one_pass"}
     once = compress_tiny(llama, tmp_path / "once", method=calm, **changes)
     twice = compress_tiny(llama, tmp_path / "twice", method=method, **changes)
     ranks = [{t["name"]: t["rank"] for t in result.report["targets"]} for result in (once, twice)]

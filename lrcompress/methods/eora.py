@@ -18,6 +18,8 @@ from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 class EoraOptions(SpectralOptions):
     """Options of eora."""
 
+    propagation: Literal["one_pass", "sequential"] = "sequential"
+    """As published: the next block's statistics are of what the corrected ones before it give."""
     metric: Metric = "input"
     """plain is plain-SVD compensation."""
     factor_bits: Literal[16, 8, 4] = 16
