@@ -7,9 +7,13 @@ from typing import Any
 from lrcompress.errors import InputError, nearest
 from lrcompress.evaluation.loading import LoadedModel
 from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
+from lrcompress.evaluation.zero_shot import zero_shot_task
 
 LONGEST = 2048
 """Longest window of lm-eval's rolling perplexity; a shorter context of the model wins."""
+
+BOOTSTRAP = 1000
+"""For standard errors of metrics that have no closed form; means have one."""
 
 _PERPLEXITIES = [
     {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
@@ -41,6 +45,10 @@ def run_lm_eval(
         folder = task.path if task.path.is_dir() else task.path.parent
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         names = _folder_names(manager, task.path)
+    elif task.kind == "zero_shot":
+        assert task.path is not None
+        manager = TaskManager()
+        names = [zero_shot_task(task.given.partition(":")[0], task.path, manager)]
     else:
         manager = TaskManager()
         if task.given not in manager.all_tasks:
@@ -48,7 +56,7 @@ def run_lm_eval(
         names = [task.given]
     try:
         result = lm_eval.simple_evaluate(
-            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
         )
     except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -88,7 +96,7 @@ def _folder_names(manager: Any, path: Path) -> list[str]:
 
 
 def _key(task: Task, name: str) -> str:
-    return task.key if task.kind == "text" else name
+    return task.key if task.kind in ("text", "zero_shot") else name
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -22,8 +22,9 @@ from lrcompress.calibration.corpus import (
     tokenise,
 )
 from lrcompress.errors import InputError
+from lrcompress.evaluation.zero_shot import ZERO_SHOT
 
-Kind = Literal["tokens", "text", "folder", "name"]
+Kind = Literal["tokens", "text", "folder", "zero_shot", "name"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,15 @@ def _parse(text: str) -> Task:
         if not path.exists():
             raise InputError(f"task {text!r}: {rest} does not exist")
         return Task(text, f"tasks:{path.name}", "folder", path=path)
+    if colon and kind in ZERO_SHOT:
+        path = Path(rest)
+        if not path.is_file():
+            raise InputError(f"task {text!r}: {rest} is no file: write {kind}:FILE.jsonl, or {kind} for the hub's data")
+        return Task(text, f"{kind}:{path.name}", "zero_shot", path=path)
     if not re.fullmatch(r"[\w.-]+", text):
         raise InputError(
-            f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC or tasks:PATH"
+            f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC, tasks:PATH or "
+            f"one of {', '.join(ZERO_SHOT)} with :FILE.jsonl"
         )
     return Task(text, text, "name")
 
