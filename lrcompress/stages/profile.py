@@ -1,6 +1,7 @@
 """Walking the dense model: statistics and an untruncated decomposition per weight, kept in scratch files."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -179,11 +180,13 @@ class HiddenWalk:
 
 def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
     """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
-    with reporter.timed("decompose"):
-        return {
-            s.name: decompose_site(opened, s, statistics.get(s.name, statistics.get(s.group)))
-            for s in opened.sites_of(block)
-        }
+    found: Found = {}
+    for site in opened.sites_of(block):
+        start = time.perf_counter()
+        with reporter.timed("decompose"):
+            found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+        reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
+    return found
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
