@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Perplexity against bytes: every 16-bit method of the registry and the published peers (peers.py), in one run.
+
+The same calibration blocks, the same evaluation blocks, the same ratios; ours are written, loaded and measured by
+`lrcompress.sweep`, the peers' weights are put into the dense model. A peer's ratio counts the numbers it would store.
+Results stay in --work: points that are there are not run again. Prints Markdown tables and writes quality-*.svg.
+
+usage: quality.py --calibration SPEC [SPEC ...] --texts FILE [FILE ...] --work DIR [--ratios 0.1 ...] [--ours auto ...] [--peers svd_llm ...]
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import peers
+import torch
+import yaml
+from torch import nn
+
+from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.evaluation.loading import load_model
+from lrcompress.evaluation.tasks import parse_tasks, task_blocks, token_perplexity
+from lrcompress.recipe import Sweep, validated
+from lrcompress.report.pareto import draw
+from lrcompress.report.progress import Reporter
+from lrcompress.sweep import sweep
+
+OURS = ["auto", "cospadi", "lord", "welore"]
+PEERS = ["svd_llm", "asvd", "zs_svd", "welore", "rocket"]
+TITLES = {"svd_llm": "SVD-LLM*", "asvd": "ASVD*", "zs_svd": "ZS-SVD*", "welore": "WeLore*", "rocket": "ROCKET*"}
+STEPS = [0.9, 0.7, 0.5, 0.3]
+"""Kept ratios that ASVD's sensitivity search and ROCKET's knapsack try here; the papers try more."""
+
+
+def ours(args: argparse.Namespace) -> dict:
+    data = {
+        "model": args.model,
+        "methods": [yaml.safe_load(text) for text in args.ours],
+        "ratios": args.ratios,
+        "calibration": [{"source": s, "samples": args.samples, "seqlen": args.seqlen} for s in args.calibration],
+        "evaluate": {"tasks": [f"tokens:{text}@{args.seqlen}" for text in args.texts], "limit": args.limit},
+        "output": str(args.work / "ours"),
+    }
+    return sweep(validated(Sweep, data, "quality.py"), reporter=Reporter())
+
+
+def theirs(args: argparse.Namespace, dense_bytes: float) -> list[dict]:
+    """The peers' points, each in a file of its own."""
+    loaded = load_model(args.model, device="cpu", dtype="float32")
+    model = loaded.model
+    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and ".layers." in f".{n}"}
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    targets = sum(weight.numel() for weight in weights.values())
+    tasks = parse_tasks([f"tokens:{text}@{args.seqlen}" for text in args.texts])
+    blocks = {
+        t.key: task_blocks(t, loaded.tokenizer, loaded.folder, held_out_only=False, limit=args.limit) for t in tasks
+    }
+    sources = [(parse_source(spec), args.samples, args.seqlen) for spec in args.calibration]
+    ids = calibration_blocks(sources, loaded.tokenizer, 0, loaded.folder).ids
+    text: peers.Text | None = None
+
+    def put(found: peers.Weights) -> None:
+        for name, weight in weights.items():
+            layers[name].weight.data.copy_(found.get(name, weight))
+
+    def loss(found: peers.Weights) -> float:
+        put(found)
+        with torch.no_grad():
+            row = ids[:1, :512]
+            return float(nn.functional.cross_entropy(model(row).logits[0, :-1].float(), row[0, 1:]))
+
+    rows = []
+    for name in args.peers:
+        for ratio in args.ratios:
+            path = args.work / "peers" / f"{name}-{ratio:g}.json"
+            if not path.exists():
+                if text is None:
+                    put({})
+                    text = peers.gather(model, layers, ids, gradients="zs_svd" in args.peers)
+                begin = time.perf_counter()
+                extra = {"asvd": (loss, STEPS), "rocket": (STEPS, [1.5, 2.0, 3.0])}.get(name, ())
+                found, numbers = getattr(peers, name)(weights, text, 1 - ratio, *extra)
+                seconds = time.perf_counter() - begin
+                put(found)
+                results = {key: token_perplexity(model, part, lambda: None) for key, part in blocks.items()}
+                row = {
+                    "method": TITLES[name], "ratio": ratio, "seed": 0, "stored_ratio": 1 - numbers / targets,
+                    "bytes": dense_bytes - 2 * (targets - numbers), "seconds": seconds, "results": results,
+                }  # fmt: skip
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(row))
+            rows.append(json.loads(path.read_text()))
+            print(name, ratio, rows[-1]["results"], file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--ours", nargs="*", default=OURS, help="YAML, such as '{name: auto, propagation: one_pass}'")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--samples", type=int, default=32, help="of every source")
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=16)
+    args = parser.parse_args()
+    result = ours(args)
+    result["points"] += theirs(args, result["dense"]["bytes"])
+    print(f"`{' '.join(sys.argv)}`; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    for task, values in result["dense"]["results"].items():
+        print(
+            f"\n{task}, dense {values['token_perplexity']:.2f}\n\n| method | "
+            + " | ".join(f"{r:.0%}" for r in args.ratios)
+        )
+        print("|---" * (len(args.ratios) + 1) + "|")
+        for method in dict.fromkeys(row["method"] for row in result["points"]):
+            cells = {
+                r["ratio"]: r["results"][task]["token_perplexity"] for r in result["points"] if r["method"] == method
+            }
+            print(f"| {method} | " + " | ".join(f"{cells[r]:.2f}" if r in cells else "-" for r in args.ratios) + " |")
+    for path in draw(result, args.work):
+        print(f"\nwrote {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
