@@ -43,7 +43,7 @@ def test_help_is_fast_and_imports_no_torch():
     assert best < 1.0
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "export", "inspect", "methods"])
 def test_every_command_has_help(command):
     done = run_cli(command, "--help")
     assert done.returncode == 0
@@ -164,6 +164,33 @@ def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     assert run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2).returncode == 0
     assert run_cli("run", out / "recipe.yaml", "-o", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_export_a_correction_to_peft(llama, tmp_path):
+    out = tmp_path / "out"
+    run_cli("compress", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", "-o", out, *QUICK)
+    done = run_cli("export", out, "--to", "peft", "--json", "result.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "exported 21 layers to peft" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["layers"] == 21
+    assert result["bytes"]["adapter"] == (tmp_path / "out-peft/adapter_model.safetensors").stat().st_size
+    assert run_cli("inspect", tmp_path / "out-peft/base").returncode == 0
+    before = tree(tmp_path)
+    for culprit, arguments in (
+        ("--overwrite", [out, "--to", "peft"]),
+        ("peft", [out, "--to", "pfet", "-o", "new"]),
+        ("not compressed", [llama, "--to", "peft", "-o", "new"]),
+        ("nowhere", ["./nowhere", "--to", "peft", "-o", "new"]),
+        ("5 apples", [out, "--to", "peft", "--shard-size", "5 apples", "-o", "new"]),
+    ):
+        done = run_cli("export", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert culprit in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert tree(tmp_path) == before
+    quiet = run_cli("export", out, "--to", "peft", "--overwrite", "--quiet", cwd=tmp_path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
 def damaged(model, folder, change):
