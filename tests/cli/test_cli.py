@@ -92,7 +92,8 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
     }
     rank = targets[0]["rank"]
     assert targets[0]["spectrum"][-1] < 1e-4 * targets[0]["spectrum"][0] or rank == min(targets[0]["shape"])
-    assert run_cli("inspect", llama).returncode == 0
+    dense = json.loads(run_cli("inspect", llama, "--quiet", "--json", "-").stdout)
+    assert [t["name"] for t in dense["targets"]] == [t["name"] for t in targets]
     for limit, code in (("1e9", 0), ("1.0", 1)):
         judged = run_cli(
             "eval", out, "--tasks", "tokens:python-docs@32", "--limit", 4, "--against", llama,
