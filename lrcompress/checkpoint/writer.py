@@ -123,7 +123,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"the disk of {folder} is full: free some room and run again with --resume") from error
+            raise ResourceError(
+                f"the disk of {folder} is full: free some room and run again, compress and run with --resume"
+            ) from error
         raise
 
 

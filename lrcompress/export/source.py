@@ -116,7 +116,7 @@ def exported_report(source: Source, folder: Path, modules: dict[str, Spec]) -> d
         site = Site(name, shape, 0, name, had_bias)
         spec = modules.get(name, Spec(DENSE, shape))
         size = shape[0] * shape[1] * reader.meta(f"{name}.weight").itemsize
-        same = before is None or spec == before
+        same = spec.format == DENSE or spec == before  # dense: multiplied out, or never compressed
         targets.append({
             **entry, "format": spec.format, "rank": spec.rank, "bytes": site_bytes(reader, site, spec),
             "dense_bytes": size, "relative_error": entry["relative_error"] if same else None,

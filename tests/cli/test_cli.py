@@ -194,6 +194,42 @@ def test_export_a_correction_to_peft(llama, tmp_path):
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+def test_export_to_a_dense_checkpoint(llama, tmp_path):
+    out = tmp_path / "out"
+    assert compress(llama, out, "--set", "metric=input").returncode == 0
+    done = run_cli("export", out, "--to", "dense", "--dtype", "bfloat16", "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (result["to"], result["dtype"], result["layers"], result["switches"]) == ("dense", "bfloat16", 21, [])
+    judged = run_cli("eval", tmp_path / "out-dense", "--against", out, "--tasks", "tokens:python-docs@32", "--limit", 4,
+                     "--expect", "token_perplexity <= 1.01 * against", "--expect", "stored_ratio <= 0")  # fmt: skip
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    before = tree(tmp_path)
+    for culprit, arguments in (
+        ("float8", [out, "--to", "dense", "--dtype", "float8", "-o", "new"]),
+        ("--dtype", [out, "--to", "peft", "--dtype", "float16", "-o", "new"]),
+        ("no correction", [out, "--to", "peft", "-o", "new"]),
+        ("gguf", ["demo.gguf", "--to", "dense", "-o", "new"]),
+    ):
+        done = run_cli("export", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert culprit in done.stderr
+        assert "Traceback" not in done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_an_export_onto_a_full_disk_leaves_nothing(llama, tmp_path):
+    out = tmp_path / "out"
+    assert compress(llama, out).returncode == 0
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "  # fmt: skip
+    command = [sys.executable, "-c", limit + "from lrcompress.cli import main; main()", "export", out, "--to", "dense"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "full" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def damaged(model, folder, change):
     folder.mkdir()
     for path in model.iterdir():
