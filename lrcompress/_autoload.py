@@ -1,4 +1,4 @@
-"""Registers our formats with transformers when, and only when, transformers' quantizers are imported.
+"""Registers our formats with transformers, and with PEFT, when, and only when, these are imported.
 
 Importing transformers takes seconds; `lrcompress --help` must not. So a finder waits for the import.
 """
@@ -11,43 +11,47 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_WATCHED = "transformers.quantizers"
+_WATCHED = {
+    "transformers.quantizers": "lrcompress.checkpoint.integration",
+    "peft.tuners.lora.layer": "lrcompress.checkpoint.peft_integration",
+}
+"""A module of theirs to the module of ours that its import brings in."""
 
 
 def register_with_transformers() -> None:
-    """Register now where transformers is loaded already, otherwise as soon as it is."""
-    if _WATCHED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def _register() -> None:
-    importlib.import_module("lrcompress.checkpoint.integration")
+    """Register now what is loaded already, the rest as soon as it is."""
+    for name, ours in _WATCHED.items():
+        if name in sys.modules:
+            importlib.import_module(ours)
+        elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(name))
 
 
 class _Finder(MetaPathFinder):
     """Finds nothing itself: wraps the loader of the watched module so that registration follows its execution."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, _WATCHED[fullname])
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, inner: Loader) -> None:
-        self._inner = inner
+    def __init__(self, inner: Loader, ours: str) -> None:
+        self._inner, self._ours = inner, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        _register()
+        importlib.import_module(self._ours)

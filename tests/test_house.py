@@ -19,6 +19,7 @@ LAYERS = [
     ["report"],
     ["evaluation"],
     ["stages"],
+    ["export"],
     ["pipeline"],
     ["sweep"],
     ["cli"],

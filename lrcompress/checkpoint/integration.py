@@ -57,9 +57,9 @@ class LrcompressQuantizer(HfQuantizer):
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
         if added:
             warnings.warn(
-                f"{added} layers have a bias that this architecture has no place for: the dense "
-                "model computes the same, but saving and loading it would lose them; compress with metric=input to "
-                "export a dense checkpoint",
+                f"{added} layers have a bias that the dense ones had not: the dense model computes the same, but "
+                "saving and loading it would lose them; lrcompress export --to dense keeps them where the config has "
+                "a switch for them, or compress with metric=input",
                 stacklevel=2,
             )
         return densify(model, dtype)

@@ -18,20 +18,28 @@ from lrcompress.checkpoint.reader import DTYPE_NAMES
 from lrcompress.errors import ResourceError
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
-INDEX = "model.safetensors.index.json"
+MODEL = "model"
 
 
 class ShardedWriter:
-    """Shards of at most `shard_bytes` in `folder`; every name, shape and dtype is known beforehand.
+    """Shards `stem`... of at most `shard_bytes` in `folder`; every name, shape and dtype is known beforehand.
 
     `done` is how many tensors are safely on disk after `commit`; pass it to continue an interrupted write.
     """
 
-    def __init__(self, folder: Path, planned: Sequence[tuple[str, Tensor]], shard_bytes: int, done: int = 0) -> None:
-        self.folder, self.done = folder, done
+    def __init__(
+        self,
+        folder: Path,
+        planned: Sequence[tuple[str, Tensor]],
+        shard_bytes: int,
+        done: int = 0,
+        *,
+        stem: str = MODEL,
+    ) -> None:
+        self.folder, self.done, self.stem = folder, done, stem
         self._planned = list(planned)
         self._shards = _split(self._planned, shard_bytes)
-        self._paths = _paths(folder, len(self._shards))
+        self._paths = _paths(folder, stem, len(self._shards))
         self._where = [(s, i) for s, shard in enumerate(self._shards) for i in range(len(shard))]
         self._file: BinaryIO | None = None
         self._open_shard = -1
@@ -73,7 +81,7 @@ class ShardedWriter:
             names = {n: p.name for p, shard in zip(self._paths, self._shards, strict=True) for n, _ in shard}
             index = {"metadata": {"total_size": self.bytes}, "weight_map": names}
             with disk_errors(self.folder):
-                (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _seek(self, position: int) -> BinaryIO:
         """The file that tensor `position` goes to, opened and cut to where it begins."""
@@ -115,7 +123,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"the disk of {folder} is full: free some room and run again with --resume") from error
+            raise ResourceError(
+                f"the disk of {folder} is full: free some room and run again, compress and run with --resume"
+            ) from error
         raise
 
 
@@ -131,10 +141,10 @@ def _split(planned: Sequence[tuple[str, Tensor]], limit: int) -> list[list[tuple
     return shards
 
 
-def _paths(folder: Path, count: int) -> list[Path]:
+def _paths(folder: Path, stem: str, count: int) -> list[Path]:
     if count == 1:
-        return [folder / "model.safetensors"]
-    return [folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [folder / f"{stem}.safetensors"]
+    return [folder / f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:

@@ -121,3 +121,11 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
             values = target["spectrum"]
             table.add_row(target["name"], sparkline(values), f"{values[0]:.3g}", f"{values[-1]:.3g}")
         out.print(table)
+
+
+def show_export(result: dict[str, Any], *, quiet: bool) -> None:
+    """What was written, how large."""
+    if quiet:
+        return
+    sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in result["bytes"].items())
+    console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}\nwrote {result['output']}")

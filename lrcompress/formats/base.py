@@ -27,7 +27,7 @@ class StoredLinear(nn.Module, ABC):
     weight: Tensor
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not the next class's: LeafLinear has nn.Linear there
         self.spec = spec
         self.out_features, self.in_features = spec.shape
         self.register_buffer("weight", torch.empty(0, dtype=dtype))
@@ -66,6 +66,16 @@ class StoredLinear(nn.Module, ABC):
         """Shown by print(model)."""
         shown = ", ".join(f"{k}={v}" for k, v in self.spec.parameters.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {shown}"
+
+
+class LeafLinear(StoredLinear, nn.Linear):
+    """A stored format without layers of its own: an nn.Linear by name, so that PEFT puts adapters on it.
+
+    None of nn.Linear's parameters is made. Formats that hold layers are no nn.Linear: PEFT adapts those layers, and its
+    `all-linear` fails on a linear layer within another.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
 
 def build(spec: Spec, dtype: torch.dtype) -> StoredLinear:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes
+from lrcompress.formats.base import FORMATS, LeafLinear, added_bias_bytes
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
 
 @FORMATS.register
-class Quantized(StoredLinear):
+class Quantized(LeafLinear):
     """W = scale * (code - zero), scale and zero per group of `group` neighbouring inputs of a row.
 
     codes: (out, bytes of in codes) and zeros: (out, bytes of the groups' codes), uint8, packed along the row;

@@ -32,7 +32,8 @@ class Sum(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         self.base = build(part(spec, "base"), dtype)
-        del self.base.weight  # the sum's own stands for the dense parameter
+        # The sum's own `weight` stands for the dense parameter; the base's, which PEFT looks at, is not stored.
+        self.base.register_buffer("weight", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
         self.rank, self.bits = spec.parameters["correction"]["rank"], spec.parameters["correction"]["bits"]
         if self.bits == 16:
             self.A = nn.Linear(self.in_features, self.rank, bias=False, dtype=dtype)

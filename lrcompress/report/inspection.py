@@ -24,7 +24,8 @@ def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool 
     reader = opened.reader()
     config = read_config(opened.folder, trust_remote_code=trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=trust_remote_code)
-    sites = find_sites(skeleton, find_blocks(skeleton), sorted(manifest.modules), [])
+    named = sorted(manifest.modules)
+    sites = find_sites(skeleton, find_blocks(skeleton), named, []) if named else []
     inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
     size = reader.dtype.itemsize
     targets = []

@@ -43,7 +43,7 @@ def test_help_is_fast_and_imports_no_torch():
     assert best < 1.0
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "export", "inspect", "methods"])
 def test_every_command_has_help(command):
     done = run_cli(command, "--help")
     assert done.returncode == 0
@@ -92,7 +92,8 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
     }
     rank = targets[0]["rank"]
     assert targets[0]["spectrum"][-1] < 1e-4 * targets[0]["spectrum"][0] or rank == min(targets[0]["shape"])
-    assert run_cli("inspect", llama).returncode == 0
+    dense = json.loads(run_cli("inspect", llama, "--quiet", "--json", "-").stdout)
+    assert [t["name"] for t in dense["targets"]] == [t["name"] for t in targets]
     for limit, code in (("1e9", 0), ("1.0", 1)):
         judged = run_cli(
             "eval", out, "--tasks", "tokens:python-docs@32", "--limit", 4, "--against", llama,
@@ -164,6 +165,69 @@ def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     assert run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2).returncode == 0
     assert run_cli("run", out / "recipe.yaml", "-o", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_export_a_correction_to_peft(llama, tmp_path):
+    out = tmp_path / "out"
+    run_cli("compress", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", "-o", out, *QUICK)
+    done = run_cli("export", out, "--to", "peft", "--json", "result.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "exported 21 layers to peft" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["layers"] == 21
+    assert result["bytes"]["adapter"] == (tmp_path / "out-peft/adapter_model.safetensors").stat().st_size
+    assert run_cli("inspect", tmp_path / "out-peft/base").returncode == 0
+    before = tree(tmp_path)
+    for culprit, arguments in (
+        ("--overwrite", [out, "--to", "peft"]),
+        ("peft", [out, "--to", "pfet", "-o", "new"]),
+        ("not compressed", [llama, "--to", "peft", "-o", "new"]),
+        ("nowhere", ["./nowhere", "--to", "peft", "-o", "new"]),
+        ("5 apples", [out, "--to", "peft", "--shard-size", "5 apples", "-o", "new"]),
+    ):
+        done = run_cli("export", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert culprit in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert tree(tmp_path) == before
+    quiet = run_cli("export", out, "--to", "peft", "--overwrite", "--quiet", cwd=tmp_path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_export_to_a_dense_checkpoint(llama, tmp_path):
+    out = tmp_path / "out"
+    assert compress(llama, out, "--set", "metric=input").returncode == 0
+    done = run_cli("export", out, "--to", "dense", "--dtype", "bfloat16", "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert (result["to"], result["dtype"], result["layers"], result["switches"]) == ("dense", "bfloat16", 21, [])
+    judged = run_cli("eval", tmp_path / "out-dense", "--against", out, "--tasks", "tokens:python-docs@32", "--limit", 4,
+                     "--expect", "token_perplexity <= 1.01 * against", "--expect", "stored_ratio <= 0")  # fmt: skip
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    before = tree(tmp_path)
+    for culprit, arguments in (
+        ("float8", [out, "--to", "dense", "--dtype", "float8", "-o", "new"]),
+        ("--dtype", [out, "--to", "peft", "--dtype", "float16", "-o", "new"]),
+        ("no correction", [out, "--to", "peft", "-o", "new"]),
+        ("gguf", ["demo.gguf", "--to", "dense", "-o", "new"]),
+    ):
+        done = run_cli("export", *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert culprit in done.stderr
+        assert "Traceback" not in done.stderr
+    assert tree(tmp_path) == before
+
+
+def test_an_export_onto_a_full_disk_leaves_nothing(llama, tmp_path):
+    out = tmp_path / "out"
+    assert compress(llama, out).returncode == 0
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "  # fmt: skip
+    command = [sys.executable, "-c", limit + "from lrcompress.cli import main; main()", "export", out, "--to", "dense"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "full" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def damaged(model, folder, change):

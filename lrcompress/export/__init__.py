@@ -1,0 +1,1 @@
+"""Compressed checkpoints in the shapes that other tools read."""

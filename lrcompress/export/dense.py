@@ -1,0 +1,172 @@
+"""A compressed checkpoint as an ordinary dense one, which needs no lrcompress to load."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.budget import parse_size
+from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.errors import InputError
+from lrcompress.export.source import Source, copy_side_files, exported_report, new_folder, open_compressed
+from lrcompress.model.device import resolve_dtype
+from lrcompress.model.skeleton import empty_model, read_config
+from lrcompress.model.surgery import dense_parts
+from lrcompress.protocols import Spec
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.workspace import write_json
+
+
+def export_dense(
+    checkpoint: str,
+    output: Path,
+    *,
+    dtype: str = "auto",
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write `output` with every stored format multiplied out in float32, one weight in memory at a time.
+
+    Tensors of the dense rest are kept bit for bit, in `dtype` where it is not `auto`.
+    """
+    reporter, limit = reporter or Reporter(quiet=True), parse_size(shard_size)
+    wanted = None if dtype == "auto" else resolve_dtype(dtype, torch.float32)
+    source = open_compressed(checkpoint)
+    switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
+    with new_folder(source, output, overwrite=overwrite) as folder:
+        copy_side_files(source, folder)
+        write_json(folder / "config.json", dense_config(source, wanted, switches))
+        write_weights(source, folder, limit, wanted, zeros, reporter)
+        report = exported_report(source, folder, {})
+        if report is not None:
+            write_json(folder / "report.json", report)
+        (folder / "README.md").write_text(card(source), encoding="utf8")
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {
+        "schema": 1,
+        "checkpoint": checkpoint,
+        "to": "dense",
+        "output": str(output),
+        "layers": len(source.manifest.modules),
+        "dtype": str(wanted or source.reader.dtype).removeprefix("torch."),
+        "switches": switches,
+        "bytes": {"checkpoint": size},
+    }
+
+
+def dense_config(source: Source, dtype: torch.dtype | None, switches: list[str]) -> dict[str, Any]:
+    """config.json without the manifest."""
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return {**config, **dict.fromkeys(switches, True)}
+
+
+def write_weights(
+    source: Source, folder: Path, limit: int, dtype: torch.dtype | None, zeros: dict[str, Tensor], reporter: Reporter
+) -> None:
+    """Every tensor in the order of its name; `zeros` are meta tensors of biases that a switch asks for, added last."""
+    modules, reader = source.manifest.modules, source.reader
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    names = [name for name in reader.names() if source.owner(name) in (None, name.removesuffix(".weight"))]
+    planned: list[tuple[str, Tensor]] = []
+    for name in names:
+        module, meta = source.owner(name), reader.meta(name)
+        if module is None:
+            planned.append((name, cast(meta)))
+        else:
+            planned += [(key, cast(meta.new_empty(shape))) for key, shape in dense_shapes(module, modules[module])]
+    planned += [(name, cast(meta)) for name, meta in zeros.items()]
+    writer = ShardedWriter(folder, planned, limit)
+    with reporter.phase("write", len(names)) as tick:
+        for name in names:
+            module = source.owner(name)
+            if module is None:
+                writer.write([(name, cast(source.tensor(name)))])
+            else:
+                writer.write(dense_tensors(source, module, cast(reader.meta(name)).dtype))
+            tick()
+    writer.write((name, torch.zeros(cast(meta).shape, dtype=cast(meta).dtype)) for name, meta in zeros.items())
+    writer.close()
+
+
+def dense_shapes(name: str, spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the dense layer's tensors, a Conv1D's weight transposed."""
+    weight = (f"{name}.weight", tuple(reversed(spec.shape)) if spec.conv1d else spec.shape)
+    return [weight, (f"{name}.bias", spec.shape[:1])] if spec.bias else [weight]
+
+
+def dense_tensors(source: Source, name: str, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    """The dense layer's tensors in `dtype`."""
+    spec = source.manifest.modules[name]
+    weight, bias = dense_parts(source.layer(name))
+    found = [weight.T if spec.conv1d else weight] + ([] if bias is None else [bias])
+    tensors = [tensor.to(dtype) for tensor in found]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise InputError(f"{name} does not fit into {dtype} once multiplied out: pass --dtype bfloat16 or float32")
+    return [(key, tensor) for (key, _), tensor in zip(dense_shapes(name, spec), tensors, strict=True)]
+
+
+def bias_switches(source: Source, *, trust_remote_code: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """Switches of the config that give every added bias a slot, and the slots left over, to be filled with zeros.
+
+    Found by trying: a switch is an entry that is false and speaks of a bias, and turning it on adds biases and nothing
+    else. InputError where an added bias stays without a slot.
+    """
+    wanted = {f"{name}.bias": spec.shape[:1] for name, spec in source.manifest.modules.items() if spec.added_bias}
+    if not wanted:
+        return [], {}
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    plain = _shapes(config, [], trust_remote_code)
+    switches = []
+    for key, value in config.to_dict().items():  # type: ignore[attr-defined]
+        if value is False and "bias" in key:
+            tried = _shapes(config, [key], trust_remote_code)
+            new = tried.keys() - plain.keys()
+            if plain.items() <= tried.items() and new & wanted.keys() and all(name.endswith(".bias") for name in new):
+                switches.append(key)
+    gained = dict(_shapes(config, switches, trust_remote_code).items() - plain.items())
+    lost = sorted(name for name, shape in wanted.items() if gained.get(name) != shape)
+    if lost:
+        raise InputError(
+            f"{len(lost)} of the biases that metric=centred added to {source.label} have no place in a dense "
+            f"{source.config.get('model_type')} ({lost[0]}): compress with --set metric=input, which adds none"
+        )
+    dtype = source.reader.dtype
+    left = [(name, shape) for name, shape in sorted(gained.items()) if name not in wanted]
+    return switches, {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in left}
+
+
+def _shapes(config: object, switches: list[str], trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    """Name to shape of the dense model's tensors with these switches on."""
+    changed = copy.deepcopy(config)
+    for key in switches:
+        setattr(changed, key, True)
+    model = empty_model(changed, trust_remote_code=trust_remote_code)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def card(source: Source) -> str:
+    """README.md of the dense checkpoint."""
+    return f"""---
+library_name: transformers
+---
+# {source.label} as a dense checkpoint
+
+Compressed by lrcompress ({source.manifest.method}) and multiplied out again: it computes what the compressed model
+computes, up to rounding, is as large as the model before compression, and loads without lrcompress.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+"""

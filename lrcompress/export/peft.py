@@ -1,0 +1,214 @@
+"""The corrections of a checkpoint as a LoRA adapter, and the base alone as a checkpoint beside it.
+
+Written without PEFT; the names and the matching of names are those of peft 0.21.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.budget import parse_size
+from lrcompress.checkpoint.manifest import Manifest
+from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.errors import InputError
+from lrcompress.export.source import Source, copy_side_files, exported_report, new_folder, open_compressed
+from lrcompress.formats import FORMATS
+from lrcompress.formats.base import LeafLinear
+from lrcompress.formats.sum import Sum, part
+from lrcompress.protocols import Spec
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.workspace import write_json
+
+ADAPTER, BASE = "adapter_model", "base"
+
+
+def export_peft(
+    checkpoint: str, output: Path, *, shard_size: str = "5GB", overwrite: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Write `output` as a LoRA adapter with the base in its folder `base`: base + adapter computes the checkpoint.
+
+    The base's tensors are the checkpoint's bit for bit, and it carries the sums' biases, those that a centred metric
+    moved by what the correction leaves included: an adapter has none.
+    """
+    reporter, limit = reporter or Reporter(quiet=True), parse_size(shard_size)
+    source = open_compressed(checkpoint)
+    corrected = {name: spec for name, spec in source.manifest.modules.items() if spec.format == Sum.name}
+    if not corrected:
+        raise InputError(
+            f"{checkpoint} has no correction to export, none of its {len(source.manifest.modules)} compressed weights "
+            "is a sum: compress with --method eora and --rank 1 or more, or export --to dense"
+        )
+    bases = {name: base_spec(spec) for name, spec in source.manifest.modules.items()}
+    for name in corrected:
+        if not issubclass(FORMATS.get(bases[name].format), LeafLinear):
+            raise InputError(
+                f"{name} has a base stored as {bases[name].format}, which PEFT cannot adapt: --to dense can"
+            )
+    with new_folder(source, output, overwrite=overwrite) as folder:
+        base = folder / BASE
+        base.mkdir()
+        write_base(source, bases, base, limit, reporter)
+        write_adapter(source, corrected, folder, reporter)
+        write_json(folder / "adapter_config.json", adapter_config(corrected, (output / BASE).resolve()))
+        report = exported_report(source, base, bases)
+        if report is not None:
+            write_json(base / "report.json", report)
+        (base / "README.md").write_text(base_card(source), encoding="utf8")
+        (folder / "README.md").write_text(adapter_card(source, corrected), encoding="utf8")
+        sizes = {key: sum(p.stat().st_size for p in where.glob("*.safetensors"))
+                 for key, where in (("adapter", folder), ("base", base))}  # fmt: skip
+    ranks = sorted(spec.rank for spec in corrected.values())
+    dtypes = {str(factor_dtype(source, name)).removeprefix("torch.") for name in corrected}
+    return {
+        "schema": 1,
+        "checkpoint": checkpoint,
+        "to": "peft",
+        "output": str(output),
+        "layers": len(corrected),
+        "ranks": [ranks[0], ranks[-1]],
+        "dtypes": sorted(dtypes),
+        "bytes": sizes,
+    }
+
+
+def base_spec(spec: Spec) -> Spec:
+    """A weight without its correction; the bias stays."""
+    if spec.format != Sum.name:
+        return spec
+    return replace(part(spec, "base"), bias=spec.bias, added_bias=spec.added_bias, conv1d=spec.conv1d)
+
+
+def write_base(source: Source, bases: dict[str, Spec], folder: Path, limit: int, reporter: Reporter) -> None:
+    """The checkpoint without its corrections."""
+    copy_side_files(source, folder)
+    manifest = Manifest(source.manifest.method, bases, source.manifest.frozen)
+    write_json(folder / "config.json", {**source.config, "quantization_config": manifest.as_json()})
+    named = [(base_name(source, stored), stored) for stored in source.reader.names()]
+    kept = [(name, stored) for name, stored in named if name is not None]
+    writer = ShardedWriter(folder, [(name, source.reader.meta(stored)) for name, stored in kept], limit)
+    with reporter.phase("write base", len(kept)) as tick:
+        for name, stored in kept:
+            writer.write([(name, source.tensor(stored))])
+            tick()
+    writer.close()
+
+
+def base_name(source: Source, name: str) -> str | None:
+    """What stored tensor `name` is called in the base alone, None where it belongs to the correction."""
+    module = source.owner(name)
+    if module is None or source.manifest.modules[module].format != Sum.name:
+        return name
+    key = name.removeprefix(module + ".")
+    if key.startswith("base."):
+        return f"{module}.{key.removeprefix('base.')}"
+    return name if key in ("weight", "bias") else None
+
+
+def write_adapter(source: Source, corrected: dict[str, Spec], folder: Path, reporter: Reporter) -> None:
+    """adapter_model.safetensors, a layer in memory at a time."""
+    planned: list[tuple[str, Tensor]] = []
+    for name, spec in corrected.items():
+        dtype, (rows, columns) = factor_dtype(source, name), spec.shape
+        planned += tensors(
+            name,
+            torch.empty(spec.rank, columns, dtype=dtype, device="meta"),
+            torch.empty(rows, spec.rank, dtype=dtype, device="meta"),
+        )
+    writer = ShardedWriter(folder, planned, 2**63, stem=ADAPTER)
+    with reporter.phase("write adapter", len(corrected)) as tick:
+        for name in corrected:
+            layer, dtype = source.layer(name), factor_dtype(source, name)
+            assert isinstance(layer, Sum)
+            left, right = layer.factors()
+            writer.write(tensors(name, right.to(dtype), left.to(dtype)))
+            tick()
+    writer.close()
+
+
+def tensors(name: str, right: Tensor, left: Tensor) -> list[tuple[str, Tensor]]:
+    """A (r, in) and B (out, r) of module `name` under PEFT's names."""
+    stem = f"base_model.model.{name}"
+    return [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
+
+
+def factor_dtype(source: Source, name: str) -> torch.dtype:
+    """The stored one where factors are stored as numbers; float32 for codes of 8 or 4 bits.
+
+    A code times its scale has up to 15 significant bits, more than bfloat16 and float16 hold.
+    """
+    bits = source.manifest.modules[name].parameters["correction"]["bits"]
+    return source.reader.meta(f"{name}.A.weight").dtype if bits == 16 else torch.float32
+
+
+def adapter_config(corrected: dict[str, Spec], base: Path) -> dict[str, Any]:
+    """adapter_config.json; alpha is the rank in every module, so that every scaling is 1.
+
+    PEFT takes a key of a pattern for a regular expression that ends a module's name, an entry of `target_modules` for a
+    name or its end after a dot: full names match themselves only, and anchored and escaped ones do so as expressions.
+    Weights of stored formats are (out, in) where the dense layer is a Conv1D too, so fan_in_fan_out is false.
+    """
+    largest = max(spec.rank for spec in corrected.values())
+    pattern = {f"^{re.escape(name)}": spec.rank for name, spec in corrected.items() if spec.rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": list(corrected),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
+def adapter_card(source: Source, corrected: dict[str, Spec]) -> str:
+    """README.md of the adapter."""
+    return f"""---
+library_name: peft
+tags: [lrcompress, lora, eora]
+---
+# The corrections of {source.label} as a LoRA adapter
+
+{len(corrected)} weights of the compressed model in `base` have a low-rank correction of what their compression gets
+wrong. `base` with this adapter computes the checkpoint that was exported; `base` alone is worse.
+
+```python
+import lrcompress  # registers the stored formats with transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/of/this/folder/base")
+model = PeftModel.from_pretrained(base, "path/of/this/folder")
+```
+
+To merge, load it over `base.dequantize()`. `base_model_name_or_path` in adapter_config.json is where the export was
+written: change it when the folder moves and you load by it.
+"""
+
+
+def base_card(source: Source) -> str:
+    """README.md of the base."""
+    return f"""---
+library_name: transformers
+tags: [lrcompress, compressed]
+---
+# The base of {source.label}, without its corrections
+
+Exported by lrcompress as the base of the LoRA adapter in the folder above. Alone it is worse than the checkpoint it
+comes from; nothing that was measured on that holds here. Its biases are those of base and adapter together.
+
+```python
+import lrcompress  # registers the stored formats with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+```
+"""

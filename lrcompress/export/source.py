@@ -1,0 +1,136 @@
+"""What every export shares: the compressed checkpoint, the folder that appears whole, side files, the report."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.budget import Ratio
+from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes, site_numbers
+from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.errors import InputError
+from lrcompress.formats import DENSE, StoredLinear, build, stored_tensors
+from lrcompress.protocols import Site, Spec
+from lrcompress.report.summary import load_report
+from lrcompress.stages.workspace import Workspace
+
+
+@dataclass
+class Source:
+    """label: as the user named it; config: config.json as it lies there; report: report.json where there is one."""
+
+    label: str
+    folder: Path
+    config: dict[str, Any]
+    manifest: Manifest
+    reader: CheckpointReader
+    report: dict[str, Any] | None
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor."""
+        return next(tensor for _, tensor in self.reader.read([name]))
+
+    def owner(self, name: str) -> str | None:
+        """The compressed module that tensor `name` belongs to, None for a tensor of the dense rest."""
+        parts = name.split(".")
+        paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+        return next((path for path in paths if path in self.manifest.modules), None)
+
+    def layer(self, name: str) -> StoredLinear:
+        """Compressed module `name` with its tensors, in float32."""
+        spec, prefix = self.manifest.modules[name], name + "."
+        names = [n for n in self.reader.names() if n.startswith(prefix)]
+        stored = {n.removeprefix(prefix): tensor for n, tensor in self.reader.read(names)}
+        module = build(spec, torch.float32)
+        module.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in stored.items()})
+        return module.requires_grad_(False)
+
+
+def open_compressed(checkpoint: str) -> Source:
+    """CHECKPOINT, its manifest checked against its tensors; InputError where they differ or it is none of ours."""
+    refusal = f"{checkpoint} is not compressed by lrcompress: there is nothing to export; name what compress wrote"
+    if is_gguf(checkpoint):
+        raise InputError(refusal)
+    folder = open_model(checkpoint).folder
+    config = read_config_file(folder)
+    manifest = read_manifest(folder)
+    if manifest is None or not manifest.modules:
+        raise InputError(refusal)
+    source = Source(checkpoint, folder, config, manifest, CheckpointReader(folder), load_report(folder))
+    stored = {name: source.reader.meta(name) for name in source.reader.names()}
+    for name, spec in manifest.modules.items():
+        for key, meta in stored_tensors(spec, torch.float32).items():
+            found = stored.get(f"{name}.{key}")
+            if found is None or found.shape != meta.shape or found.is_floating_point() != meta.is_floating_point():
+                raise InputError(
+                    f"{folder} has no tensor {name}.{key} of shape {tuple(meta.shape)}, as its manifest says: "
+                    "the checkpoint is damaged, get it again"
+                )
+    return source
+
+
+@contextmanager
+def new_folder(source: Source, output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that becomes `output` at the end, or nothing at all where anything fails."""
+    here, target = source.folder.resolve(), output.resolve()
+    if here == target or target in here.parents:
+        raise InputError(f"output {output} holds the checkpoint that is exported: choose another -o")
+    with Workspace(output, overwrite=overwrite, resume=False) as workspace:
+        try:
+            yield workspace.partial
+        except BaseException:
+            shutil.rmtree(workspace.partial, ignore_errors=True)
+            raise
+        workspace.publish()
+
+
+def copy_side_files(source: Source, folder: Path) -> None:
+    """Tokenizer, generation config and the like; nothing that speaks of the compression, no weights."""
+    skipped = {"config.json", "model.safetensors.index.json", "report.json", "plan.json"}
+    with disk_errors(folder):
+        for path in sorted(source.folder.iterdir()):
+            if path.suffix in {".json", ".txt", ".model", ".jinja", ".py"} and path.name not in skipped:
+                shutil.copyfile(path, folder / path.name)
+
+
+def exported_report(source: Source, folder: Path, modules: dict[str, Spec]) -> dict[str, Any] | None:
+    """report.json for `folder`, whose weights lie as in `modules` or dense: counted anew from its files.
+
+    What was measured on the compressed model is left out; how that was made stays.
+    """
+    if source.report is None:
+        return None
+    reader, originals, targets = CheckpointReader(folder), set(source.reader.names()), []
+    numbers_dense = numbers_stored = 0
+    for entry in source.report["targets"]:
+        name, shape = entry["name"], (int(entry["shape"][0]), int(entry["shape"][1]))
+        before = source.manifest.modules.get(name)
+        had_bias = before.bias and not before.added_bias if before else f"{name}.bias" in originals
+        site = Site(name, shape, 0, name, had_bias)
+        spec = modules.get(name, Spec(DENSE, shape))
+        size = shape[0] * shape[1] * reader.meta(f"{name}.weight").itemsize
+        same = spec.format == DENSE or spec == before  # dense: multiplied out, or never compressed
+        targets.append({
+            **entry, "format": spec.format, "rank": spec.rank, "bytes": site_bytes(reader, site, spec),
+            "dense_bytes": size, "relative_error": entry["relative_error"] if same else None,
+        })  # fmt: skip
+        numbers_dense += shape[0] * shape[1]
+        numbers_stored += site_numbers(reader, site, spec)
+    dense, stored = sum(t["dense_bytes"] for t in targets), sum(t["bytes"] for t in targets)
+    ratio = Ratio(None, dense, stored, reader.bytes - stored + dense, reader.bytes, numbers_dense, numbers_stored)
+    kept = {key: value for key, value in source.report.items() if key != "evaluation"}
+    return {
+        **kept,
+        "exported_from": source.label,
+        "ratio": ratio.as_json(),
+        "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": reader.bytes},
+        "targets": targets,
+        "warnings": [],
+    }
