@@ -43,5 +43,6 @@ class Existing(Base):
         return self.weights.specs.get(site, Spec(DENSE, shape))
 
     def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:
-        spec, tensors = self.weights.specs[site], self.weights.tensors(site)
-        return Compressed(spec, tensors, dense_of(spec, tensors).to(weight.device))
+        spec = self.weights.specs[site]
+        tensors = {key: tensor.to(weight.device) for key, tensor in self.weights.tensors(site).items()}
+        return Compressed(spec, tensors, dense_of(spec, tensors))

@@ -122,8 +122,21 @@ Opener = Callable[[CheckpointReader, Dense], StoredWeights]
 
 
 def _opener(folder: Path, config: dict[str, Any], kind: str) -> Opener:
-    """What opens a checkpoint of another tool."""
-    raise InputError(f"base {folder} is of the kind {kind!r}, which cannot be read: {QUANT_METHOD} can")
+    """What opens a checkpoint of another tool; InputError where its config says that it cannot be read."""
+    settings = config.get("quantization_config") or {}
+    if kind == "compressed-tensors":
+        from lrcompress.checkpoint.from_compressed_tensors import CompressedTensors, read_settings
+
+        parsed = read_settings(folder, settings)
+        return lambda reader, dense: CompressedTensors(folder, reader, dense, parsed)
+    if kind == "gptq":
+        from lrcompress.checkpoint.from_gptq import Gptq, check_settings
+
+        check_settings(folder, settings)
+        return lambda reader, dense: Gptq(folder, reader, dense, settings)
+    raise InputError(
+        f"base {folder} is of the kind {kind!r}, which cannot be read: {QUANT_METHOD}, compressed-tensors and gptq can"
+    )
 
 
 def _check_site(folder: Path, name: str, spec: Spec, site: Site | None, dense: Dense) -> None:
