@@ -320,3 +320,13 @@ class TestRefusals:
         plain = {"name": "eora", "metric": "plain"}
         self.refuse("has added a bias .* metric=plain", llama, base("lord"), tmp_path, method=plain)
         assert correct(llama, base("welore"), tmp_path / "out", method=plain).report["calibration"] is None
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "opt", "gpt_neox"])
+def test_other_architectures(make_model, tmp_path, architecture):
+    """Tied and renamed tensors are the dense model's too."""
+    dense = make_model(architecture)
+    folder = compress_tiny(dense, tmp_path / "base", method="welore", ratio=0.4).folder
+    report = correct(dense, folder, tmp_path / "out").report
+    assert any(target["format"] == "sum" for target in report["targets"])
+    assert torch.isfinite(outputs(load(tmp_path / "out"), IDS)).all()

@@ -48,11 +48,11 @@ class Dense:
 
 def check_existing(folder: Path) -> None:
     """InputError where the folder's config says that it cannot be a base; reads nothing else."""
-    config, kind = _kind(folder)
+    settings, kind = _settings(folder, read_config_file(folder))
     if kind == QUANT_METHOD:
-        _check_manifest(folder, config)
+        _check_manifest(folder, settings)
     else:
-        _opener(folder, config, kind)
+        _opener(folder, settings, kind)
 
 
 def open_existing(folder: Path, dense: Dense) -> StoredWeights:
@@ -60,7 +60,8 @@ def open_existing(folder: Path, dense: Dense) -> StoredWeights:
 
     Everything that the base did not compress must be the dense model's, up to the dtype.
     """
-    config, kind = _kind(folder)
+    config = read_config_file(folder)
+    settings, kind = _settings(folder, config)
     if config.get("model_type") != dense.model_type:
         raise InputError(
             f"base {folder} is a {config.get('model_type')}, the dense model a {dense.model_type}: "
@@ -68,9 +69,9 @@ def open_existing(folder: Path, dense: Dense) -> StoredWeights:
         )
     reader = CheckpointReader(folder)
     if kind == QUANT_METHOD:
-        weights: StoredWeights = OwnWeights(reader, _check_manifest(folder, config).modules)
+        weights: StoredWeights = OwnWeights(reader, _check_manifest(folder, settings).modules)
     else:
-        weights = _opener(folder, config, kind)(reader, dense)
+        weights = _opener(folder, settings, kind)(reader, dense)
     if not weights.specs:
         raise InputError(f"base {folder} compresses no weight: give a compressed checkpoint")
     sites = {site.name: site for site in dense.sites}
@@ -97,17 +98,16 @@ def refuse_dtype(folder: Path, name: str, values: Tensor, dtype: torch.dtype) ->
         )
 
 
-def _kind(folder: Path) -> tuple[dict[str, Any], str]:
-    """config.json and the quant_method of its quantization_config."""
-    config = read_config_file(folder)
+def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The quantization_config and its quant_method; InputError where there is none."""
     found = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(found, dict):
         raise InputError(f"base {folder} is a dense checkpoint: give a compressed one, or a SPEC such as rtn:4:64")
-    return config, str(found.get("quant_method"))
+    return found, str(found.get("quant_method"))
 
 
-def _check_manifest(folder: Path, config: dict[str, Any]) -> Manifest:
-    manifest = Manifest.from_json(config["quantization_config"])
+def _check_manifest(folder: Path, settings: dict[str, Any]) -> Manifest:
+    manifest = Manifest.from_json(settings)
     for name, spec in manifest.modules.items():
         if spec.format == Sum.name:
             raise InputError(
@@ -121,9 +121,8 @@ def _check_manifest(folder: Path, config: dict[str, Any]) -> Manifest:
 Opener = Callable[[CheckpointReader, Dense], StoredWeights]
 
 
-def _opener(folder: Path, config: dict[str, Any], kind: str) -> Opener:
+def _opener(folder: Path, settings: dict[str, Any], kind: str) -> Opener:
     """What opens a checkpoint of another tool; InputError where its config says that it cannot be read."""
-    settings = config.get("quantization_config") or {}
     if kind == "compressed-tensors":
         from lrcompress.checkpoint.from_compressed_tensors import CompressedTensors, read_settings
 
