@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lrcompress.bases import is_computed
 from lrcompress.checkpoint.opening import check_model, short_name
 from lrcompress.errors import InputError, Interrupted, ResourceError
 from lrcompress.evaluation.compare import evaluate
@@ -144,10 +145,17 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
 
 def output_folder(recipe: Recipe) -> Path:
     """Where the recipe's checkpoint goes."""
-    base = [] if recipe.base is None else [recipe.base.replace(":", "-").replace("/", "-")]
+    base = [] if recipe.base is None else [_base_name(recipe.base)]
     amount = f"r{recipe.rank}" if recipe.ratio is None else f"{recipe.ratio:g}"
     name = "-".join([short_name(recipe.model), recipe.method.name, *base, amount])
     return Path(recipe.output or name).expanduser()
+
+
+def _base_name(base: str) -> str:
+    """The part of --base that names an output folder."""
+    if is_computed(base):
+        return base.replace(":", "-").replace("/", "-")
+    return short_name(str(Path(base).expanduser().resolve()))
 
 
 def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
@@ -173,9 +181,11 @@ def identity(opened: Opened) -> dict[str, Any]:
     """What resumed work must agree with: recipe, model files, text, versions."""
     from lrcompress import __version__
 
+    base = opened.request.method.existing_base
     return {
         "recipe": opened.request.recipe.identity(),
         "model files": folder_identity(opened.model.folder),
+        "base files": None if base is None else folder_identity(base.folder),
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
         "versions": {"lrcompress": __version__, "torch": torch.__version__},
     }

@@ -57,7 +57,7 @@ class Recipe(_Strict):
     rank: int | None = pydantic.Field(None, ge=0)
     """One rank for all weights instead of a ratio (eora: of the correction)."""
     base: str | None = None
-    """What eora corrects, such as rtn:4:64."""
+    """What eora corrects: such as rtn:4:64, or the folder of a compressed checkpoint."""
     calibration: list[CalibrationSpec] = pydantic.Field(default_factory=lambda: [CalibrationSpec()])
     output: str | None = None
     allocator: str | None = None

@@ -1,5 +1,16 @@
-"""What a low-rank correction corrects, one file a base: a weight and its input Gram to a stored format."""
+"""What a low-rank correction corrects, one file a base: computed from a weight, or an existing checkpoint."""
 
-from lrcompress.bases.base import BASES, Base, BaseOptions, Compressed, parse_base
+from lrcompress.bases.base import BASES, Base, BaseOptions, Compressed, ComputedBase, is_computed, parse_base
+from lrcompress.bases.existing import Existing, StoredWeights
 
-__all__ = ["BASES", "Base", "BaseOptions", "Compressed", "parse_base"]
+__all__ = [
+    "BASES",
+    "Base",
+    "BaseOptions",
+    "Compressed",
+    "ComputedBase",
+    "Existing",
+    "StoredWeights",
+    "is_computed",
+    "parse_base",
+]

@@ -16,7 +16,7 @@ from lrcompress.linalg.whitening import check_gram
 from lrcompress.protocols import Spec
 from lrcompress.registry import Registry
 
-BASES: Registry[type["Base"]] = Registry("base", "lrcompress.bases")
+BASES: Registry[type["ComputedBase"]] = Registry("base", "lrcompress.bases")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BaseOptions:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A weight in a base's format: spec (no bias), stored tensors, and what they multiply by, (out, in) float64."""
+    """A weight in a base's format: spec, stored tensors, and what they multiply by, (out, in) float64."""
 
     spec: Spec
     tensors: dict[str, Tensor]
@@ -37,33 +37,49 @@ class Compressed:
 
 
 class Base(ABC):
+    """What a weight (out, in) is stored as before it is corrected; `site` is the name of its module."""
+
+    needs_gram: ClassVar[bool]
+    takes: ClassVar[tuple[str, ...]] = ()
+    """The fields of BaseOptions that mean something here."""
+
+    def __init__(self, options: BaseOptions) -> None:
+        self.options = options
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The SPEC, as --base takes it."""
+
+    @abstractmethod
+    def spec(self, shape: tuple[int, int], site: str = "") -> Spec:
+        """How a weight of this shape is stored; only an existing one may have a bias, or be dense."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:
+        """Spec, tensors and dense reconstruction; the inputs are not changed, non-finite ones an ArithmeticError."""
+
+
+class ComputedBase(Base):
     """A weight (out, in) and perhaps the Gram (in, in) of its inputs to the tensors of a stored format."""
 
     name: ClassVar[str]
     example: ClassVar[str]
     paper: ClassVar[str]
-    needs_gram: ClassVar[bool]
-    takes: ClassVar[tuple[str, ...]] = ()
-    """The fields of BaseOptions that mean something here."""
 
     def __init__(self, arguments: list[str], options: BaseOptions) -> None:
-        self.arguments, self.options = arguments, options
+        super().__init__(options)
+        self.arguments = arguments
 
     @property
     def text(self) -> str:
-        """The SPEC, as --base takes it."""
         return ":".join([self.name, *self.arguments])
-
-    @abstractmethod
-    def spec(self, shape: tuple[int, int]) -> Spec:
-        """How a weight of this shape is stored, without a bias."""
 
     @abstractmethod
     def encode(self, weight: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors of weight (out, in) float64, finite; gram (in, in) float64 where needs_gram."""
 
-    def compress(self, weight: Tensor, gram: Tensor | None) -> Compressed:
-        """Spec, tensors and dense reconstruction; the inputs are not changed, non-finite ones an ArithmeticError."""
+    def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:
         weight = weight.double()
         if not bool(torch.isfinite(weight).all()):
             raise ArithmeticError("the weight has non-finite entries")
@@ -77,7 +93,7 @@ class Base(ABC):
         return Compressed(spec, tensors, dense_of(spec, tensors))
 
 
-class GridBase(Base):
+class GridBase(ComputedBase):
     """NAME:BITS:GROUP, stored as `quantized`."""
 
     takes: ClassVar[tuple[str, ...]] = ("clip_search",)
@@ -97,11 +113,11 @@ class GridBase(Base):
             f"bits and inputs per group, such as {self.example}"
         )
 
-    def spec(self, shape: tuple[int, int]) -> Spec:
+    def spec(self, shape: tuple[int, int], site: str = "") -> Spec:
         return Spec("quantized", shape, parameters={"bits": self.bits, "group": self.group})
 
 
-class SparseBase(Base):
+class SparseBase(ComputedBase):
     """NAME:2:4, stored as `semi_sparse`."""
 
     def __init__(self, arguments: list[str], options: BaseOptions) -> None:
@@ -109,7 +125,7 @@ class SparseBase(Base):
         if ":".join(arguments) != PATTERN:
             raise InputError(f"base {self.text!r} is not understood: {self.name}:{PATTERN} is possible")
 
-    def spec(self, shape: tuple[int, int]) -> Spec:
+    def spec(self, shape: tuple[int, int], site: str = "") -> Spec:
         return Spec("semi_sparse", shape, parameters={"pattern": PATTERN})
 
     def encode(self, weight: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
@@ -120,14 +136,24 @@ class SparseBase(Base):
         """Weight (out, in), perhaps updated, and the mask (out, in) of what is kept: two in every four columns."""
 
 
+def is_computed(text: str) -> bool:
+    """Whether --base TEXT names a base that is computed; else it is the folder of an existing checkpoint."""
+    return text.split(":")[0] in BASES.names()
+
+
 def parse_base(text: str, options: BaseOptions | None = None) -> Base:
-    """The base that a SPEC such as rtn:4:64 names; InputError where it is not understood."""
+    """The base that a SPEC such as rtn:4:64, or the folder of a checkpoint, names; InputError otherwise."""
+    from lrcompress.bases.existing import Existing
+
+    options = options or BaseOptions()
+    path = Path(text).expanduser()
+    if not is_computed(text) and path.is_dir():
+        return Existing(text, options)
+    if not is_computed(text) and (path.exists() or "/" in text or text.startswith((".", "~"))):
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"base {text} {what}: give the folder of a compressed checkpoint, or a SPEC such as rtn:4:64")
     name, *arguments = text.split(":")
-    if name not in BASES.names() and Path(text).expanduser().exists():
-        raise InputError(
-            f"base {text} is a file or folder: existing checkpoints cannot be a base yet, use rtn:4:64 or another SPEC"
-        )
-    return BASES.get(name)(arguments, options or BaseOptions())
+    return BASES.get(name)(arguments, options)
 
 
 def dense_of(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:

@@ -25,8 +25,9 @@ Rank = Annotated[
 Base = Annotated[
     str | None,
     typer.Option(
-        metavar="SPEC",
-        help="What eora corrects: rtn:4:64, gptq:3:64 (bits:group), magnitude:2:4, wanda:2:4, sparsegpt:2:4.",
+        metavar="SPEC|FOLDER",
+        help="What eora corrects: rtn:4:64, gptq:3:64 (bits:group), magnitude:2:4, wanda:2:4, sparsegpt:2:4, "
+        "or the folder of a compressed checkpoint of ours, compressed-tensors or GPTQ.",
         rich_help_panel=MODEL,
     ),
 ]

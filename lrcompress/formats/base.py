@@ -58,6 +58,10 @@ class StoredLinear(nn.Module, ABC):
     def dense_bias(self) -> Tensor | None:
         """The bias (out,) of the equivalent dense layer."""
 
+    def bias_tensors(self, bias: Tensor) -> dict[str, Tensor]:
+        """How the bias (out,) of the equivalent dense layer is stored beside this weight."""
+        return {"bias": bias}
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out)."""

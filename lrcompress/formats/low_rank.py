@@ -44,6 +44,9 @@ class LowRank(StoredLinear):
     def dense_bias(self) -> Tensor | None:
         return self.B.bias
 
+    def bias_tensors(self, bias: Tensor) -> dict[str, Tensor]:
+        return {"B.bias": bias}
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.B(self.A(x))
         return y

@@ -68,6 +68,12 @@ class Pivoted(StoredLinear):
         values = torch.cat([self.pivot.bias, self.rest.bias + self.rest.weight @ self.pivot.bias])
         return values[self.order.long()]
 
+    def bias_tensors(self, bias: Tensor) -> dict[str, Tensor]:
+        rows = torch.empty_like(bias)
+        rows[self.order.long()] = bias
+        pivots, others = rows.split([self.pivot.out_features, self.rest.out_features])
+        return {"pivot.bias": pivots, "rest.bias": others - self.rest.weight.detach() @ pivots}
+
     def forward(self, x: Tensor) -> Tensor:
         pivoted = self.pivot(x)
         rows = torch.cat([pivoted, self.rest(pivoted)], dim=-1)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 from torch import Tensor
 
+from lrcompress.bases import Existing
 from lrcompress.errors import InputError, nearest
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 from lrcompress.registry import Registry
@@ -61,6 +62,11 @@ class Method(ABC):
             raise InputError(
                 f"method {self.name} has no format {self.format!r}: {nearest(self.format, list(self.formats))}"
             )
+
+    @property
+    def existing_base(self) -> Existing | None:
+        """The checkpoint that the method corrects, to be opened before anything else is asked."""
+        return None
 
     @property
     @abstractmethod

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lrcompress.bases import Base, BaseOptions, parse_base
+from lrcompress.bases import Base, BaseOptions, Existing, parse_base
 from lrcompress.errors import InputError
-from lrcompress.formats import spec_bytes
-from lrcompress.formats.sum import Sum, rounded_factors
+from lrcompress.formats import DENSE, build, spec_bytes, stored_tensors
+from lrcompress.formats.sum import Sum, part, rounded_factors
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
 from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
@@ -35,6 +35,8 @@ class Eora(SpectralMethod):
     """W ≈ base(W) + L R with L R the best low-rank approximation of W - base(W) in the metric of the inputs.
 
     Level 0 of a curve is the base alone, level r a correction of rank r, the last one the dense weight.
+    A weight that an existing base leaves dense stays so. Where such a base has a bias, the correction fits it anew:
+    the mean is then exact, whatever text the base's bias was made from.
     """
 
     name: ClassVar[str] = "eora"
@@ -60,8 +62,17 @@ class Eora(SpectralMethod):
     def needs_statistics(self) -> bool:
         return self._base.needs_gram or super().needs_statistics
 
+    @property
+    def existing_base(self) -> Existing | None:
+        return self._base if isinstance(self._base, Existing) else None
+
+    def centres(self, site: Site) -> bool:
+        return super().centres(site) or (self.metric != "plain" and self._base.spec(site.shape, site.name).bias)
+
     def curve(self, site: Site, element_size: int) -> Curve:
         dense = site.shape[0] * site.shape[1] * element_size
+        if self._base.spec(site.shape, site.name).format == DENSE:
+            return Curve(site.name, torch.tensor([min(site.shape)]), torch.tensor([dense]), dense)
         first, second = (spec_bytes(self.spec(site, rank, element_size), element_size) for rank in (0, 1))
         # Every component costs the same, so the bytes of a rank need no spec of their own.
         costs = first + (second - first) * torch.arange(min(site.shape))
@@ -70,19 +81,21 @@ class Eora(SpectralMethod):
         return Curve(site.name, ranks, torch.cat([costs, torch.tensor([dense])]), dense)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        if self._base.spec(site.shape, site.name).format == DENSE:
+            return {"energies": torch.zeros(min(site.shape), dtype=torch.float64), "size": torch.zeros(())}
         weight = weight.double()
         gram = None if statistics is None else statistics.gram()
-        base = self._base.compress(weight, gram if self._base.needs_gram else None)
+        base = self._base.compress(weight, gram if self._base.needs_gram else None, site.name)
         error = weight - base.dense
         artefact = super().decompose(site, error, statistics)
         metric, outputs = None, self.output_gram(statistics)
         if statistics is not None and self.metric != "plain":
-            metric = statistics.gram(centred=self.metric == "centred")
+            metric = statistics.gram(centred=self.centres(site))
         scale = self.output_scale(statistics)
         if self.options.factor_bits < 16:
             spectrum = Spectrum(artefact["left"], artefact["right"], artefact["energies"])
             artefact["tail"] = scale * coded_errors(spectrum, error, metric, self.options.factor_bits, outputs)
-        if self.metric == "centred" and statistics is not None:
+        if self.centres(site) and statistics is not None:
             artefact["mean"] = statistics.mean()
         artefact["size"] = scale * _inner(weight, weight, metric, outputs).clamp_min(0)
         return artefact | {f"base.{key}": tensor for key, tensor in base.tensors.items()}
@@ -98,8 +111,8 @@ class Eora(SpectralMethod):
         return float(artefact["size"])
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        base = self._base.spec(site.shape)
-        adds_bias = self.metric == "centred"
+        base = self._base.spec(site.shape, site.name)
+        adds_bias = self.metric == "centred" or base.bias
         bias, added = adds_bias or site.bias, adds_bias and not site.bias
         if rank == 0:
             return Spec(base.format, site.shape, bias, added, site.conv1d, base.parameters)
@@ -109,15 +122,27 @@ class Eora(SpectralMethod):
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         base = {k.removeprefix("base."): t for k, t in artefact.items() if k.startswith("base.")}
-        rank = spec.rank
+        rank = spec.rank if spec.format == Sum.name else 0
+        bare = part(spec, "base") if rank else Spec(spec.format, spec.shape, parameters=spec.parameters)
+        weights = {key: base[key] for key in stored_tensors(bare, torch.float32) if key in base}
+        if rank == 0 and len(weights) < len(base) and self.metric != "centred":
+            return base  # an existing one with its own bias
         left, right = artefact["left"][:, :rank], artefact["right"][:rank]
         if "mean" in artefact:
             stored_left, stored_right = rounded_factors(left, right, self.options.factor_bits)
             moved = artefact["mean_output"] - stored_left @ (stored_right @ artefact["mean"])
             bias = (moved if bias is None else bias.double() + moved).float()
-        if rank == 0:
-            return base if bias is None else {**base, "bias": bias}
-        return Sum.encode(base, left, right, self.options.factor_bits, bias)
+        if rank:
+            return Sum.encode(weights, left, right, self.options.factor_bits, bias)
+        return weights if bias is None else weights | _bias_tensors(bare, weights, bias)
+
+
+def _bias_tensors(spec: Spec, weights: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
+    """How `bias` (out,) float32 is stored beside the tensors of a weight without one."""
+    module = build(spec, torch.float32)
+    cast = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    module.load_state_dict({**cast, "weight": torch.empty(0)}, assign=True)
+    return module.bias_tensors(bias)
 
 
 def coded_errors(

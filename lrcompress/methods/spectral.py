@@ -53,8 +53,12 @@ class SpectralMethod(Method):
         ranks, costs = [r for r, _ in useful], [b for _, b in useful]
         return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
 
+    def centres(self, site: Site) -> bool:
+        """Whether a bias carries what the site's inputs give on average."""
+        return self.metric == "centred"
+
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        centred = self.metric == "centred"
+        centred = self.centres(site)
         gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
         spectrum = decompose(weight, gram, self.output_gram(statistics))
         energies = spectrum.energies * self.output_scale(statistics)

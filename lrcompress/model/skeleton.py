@@ -39,15 +39,28 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
 
 
 def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint of every tensor of the model's state dict that has one of its own.
+    """Name in the checkpoint of every tensor of the model's state dict that has one of its own; tied ones may lack."""
+    state, tied = model.state_dict(), _tied_names(model)
+    found = stored_names(model, stored)
+    missing = [name for name in state if name not in found and name not in tied]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together"
+        )
+    return {name: found[name] for name in state if name in found}
+
+
+def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Those of the `stored` names that the model has a tensor for, by the name that it has in the model.
 
     transformers' own renamings are applied (GPT-NeoX's embed_out is lm_head in the model), a base model's prefix is
-    added or removed (gpt2); tied weights may be absent.
+    added or removed (gpt2).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    state, tied = model.state_dict(), _tied_names(model)
+    state = model.state_dict()
     transforms: list[Any] = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
@@ -62,13 +75,7 @@ def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
             )
         if name in state:
             found[name] = source
-    missing = [name for name in state if name not in found and name not in tied]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together"
-        )
-    return {name: found[name] for name in state if name in found}
+    return found
 
 
 def _tied_names(model: nn.Module) -> set[str]:

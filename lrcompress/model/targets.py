@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -68,15 +68,20 @@ def _block(name: str, blocks: Sequence[str]) -> int:
 def _matching(linears: dict[str, nn.Module], patterns: Sequence[str], option: str) -> list[str]:
     matched: list[str] = []
     for pattern in patterns:
-        try:
-            rule = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
-        except re.error as error:
-            raise InputError(f"{option} {pattern!r} is no regular expression: {error}") from error
-        hits = [n for n in linears if (rule.search(n) if pattern.startswith("re:") else rule.match(n))]
+        hits = names_matching(pattern, linears, option)
         if not hits:
             raise InputError(f"{option} {pattern!r} matches no linear layer: {nearest(pattern, list(linears)[:40])}")
         matched += hits
     return matched
+
+
+def names_matching(pattern: str, names: Iterable[str], option: str) -> list[str]:
+    """Those of `names` that a pattern matches; InputError where it is no regular expression."""
+    try:
+        rule = re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
+    except re.error as error:
+        raise InputError(f"{option} {pattern!r} is no regular expression: {error}") from error
+    return [name for name in names if (rule.search(name) if pattern.startswith("re:") else rule.match(name))]
 
 
 def _refuse_tied(model: nn.Module, name: str) -> None:

@@ -11,6 +11,7 @@ from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.base import check_possible, largest_ratio
 from lrcompress.budget import kept_bytes
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
+from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
@@ -18,7 +19,7 @@ from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
-from lrcompress.model.targets import find_sites, group_sites
+from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
@@ -88,6 +89,8 @@ def check_request(recipe: Recipe) -> Request:
         raise InputError(
             f"toward_dense={method.options.toward_dense:g} aims from compressed inputs: add propagation=sequential"
         )
+    if method.existing_base is not None:
+        check_existing(method.existing_base.folder)
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
@@ -119,10 +122,34 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+    open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
     check_amount(opened)
     if calibrate:
         calibrate_model(opened)
     return opened
+
+
+def open_base(opened: Opened, model_type: str) -> None:
+    """Give an existing base its weights; InputError where it does not fit the model, the targets or the metric."""
+    request = opened.request
+    base = request.method.existing_base
+    if base is None:
+        return
+    dense = Dense(opened.reader, opened.walker.names, opened.skeleton, opened.sites, model_type, opened.dtype)
+    base.weights = open_existing(base.folder, dense)
+    specs = base.weights.specs
+    for pattern in request.recipe.target:
+        asked = names_matching(pattern, (site.name for site in opened.sites), "--target")
+        if asked and not specs.keys() & set(asked):
+            raise InputError(
+                f"base {base.text} leaves dense what --target {pattern!r} asks for: there is nothing to correct"
+            )
+    biased = next((name for name, spec in specs.items() if spec.added_bias), None)
+    if biased is not None and request.method.metric == "plain":
+        raise InputError(
+            f"base {base.text} has added a bias to {biased} for its inputs' mean, which metric=plain knows nothing of: "
+            "use metric=input"
+        )
 
 
 def budget_of(request: Request, curves: Sequence[Curve]) -> int:

@@ -131,7 +131,7 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
         ("rank = -3", ["MODEL", "--method", "eora", "--rank", "-3"]),
         ("rtn:BITS:GROUP", ["MODEL", "--method", "eora", "--rank", "3", "--base", "rtn:5:64"]),
         ("'gptq'", ["MODEL", "--method", "eora", "--rank", "3", "--base", "gtpq:4:64"]),
-        ("existing checkpoints", ["MODEL", "--method", "eora", "--rank", "3", "--base", "MODEL"]),
+        ("is a dense checkpoint", ["MODEL", "--method", "eora", "--rank", "3", "--base", "MODEL"]),
         ("act_order", ["MODEL", "--method", "eora", "--rank", "3", "--base", "wanda:2:4", "--set", "act_order=true"]),
         ("at most 0.", ["MODEL", "--method", "eora", "--ratio", "0.95", "--base", "rtn:4:16"]),
     ],

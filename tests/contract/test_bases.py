@@ -112,7 +112,7 @@ def test_the_registry_entry_is_complete(name):
         ("wanda:4:8", "wanda:2:4 is possible"),
         ("magnitude", "magnitude:2:4 is possible"),
         ("gtpq:4:64", "did you mean 'gptq'"),
-        ("/tmp", "existing checkpoints"),
+        ("/nowhere", "does not exist: give the folder"),
     ],
 )
 def test_a_malformed_spec_says_what_to_write(text, message):
