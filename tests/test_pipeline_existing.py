@@ -45,11 +45,23 @@ def base(make_model, tmp_path_factory):
     return make
 
 
-def correct(dense, folder, output, **changes):
+def correct(dense, folder, output, *, method=None, **changes):
+    """eora over a folder; on the dense model's inputs unless `method` says otherwise, so that layers can be checked."""
     rank = {} if "ratio" in changes else {"rank": 3, "ratio": None}
+    method = {"name": "eora", "propagation": "one_pass", **(method or {})}
     return compress_tiny(
-        changes.pop("model", dense), output, **{"method": "eora", "base": str(folder), **rank, **changes}
+        changes.pop("model", dense), output, **{"method": method, "base": str(folder), **rank, **changes}
     )
+
+
+def test_sequential_corrections_keep_the_base(llama, base, tmp_path):
+    """As published by default: the base's tensors are untouched, the corrections are others than in one pass."""
+    folder = base("quantized")
+    once = correct(llama, folder, tmp_path / "once")
+    twice = correct(llama, folder, tmp_path / "twice", method={"propagation": "sequential"})
+    first, second = (load_file(r.folder / "model.safetensors") for r in (once, twice))
+    assert all(torch.equal(first[key], second[key]) for key in first if ".base." in key)
+    assert any(not torch.equal(first[key], second[key]) for key in first if key.endswith(".A.weight"))
 
 
 def load(folder):
@@ -174,7 +186,7 @@ def test_a_ratio_counts_base_and_correction(llama, base, tmp_path):
         correct(llama, folder, tmp_path / "out", ratio=0.9)
     result = correct(llama, folder, tmp_path / "out", ratio=0.3)
     assert 0.3 <= result.report["ratio"]["stored"] <= 0.32
-    plan = make_plan(recipe(llama, method="eora", base=str(folder), ratio=0.3))
+    plan = make_plan(recipe(llama, method={"name": "eora", "propagation": "one_pass"}, base=str(folder), ratio=0.3))
     keys = ("name", "format", "rank", "bytes", "relative_error")
     assert [[t[k] for k in keys] for t in plan["targets"]] == [[t[k] for k in keys] for t in result.report["targets"]]
 
