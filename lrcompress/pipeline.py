@@ -171,6 +171,8 @@ def disk_need(opened: Opened) -> int:
     factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
     if opened.request.method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
+    if opened.request.method.keeps_gram:
+        factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
     output = opened.dense_checkpoint_bytes
     hidden = 0
     if opened.calibration is not None:

@@ -71,8 +71,8 @@ class SparseDictionary(StoredLinear):
         nonzeros = spec.parameters["rank"]
         index = support.nonzero()[:, 1].reshape(len(support), nonzeros)
         stored = {
-            **_quantised("dictionary", dictionary, _bits(spec, "dictionary_bits")),
-            **_quantised("coefficients", codes.gather(1, index), _bits(spec, "coefficient_bits")),
+            **_named("dictionary", quantised(dictionary, _bits(spec, "dictionary_bits"))),
+            **_named("coefficients", quantised(codes.gather(1, index), _bits(spec, "coefficient_bits"))),
             "positions": pack_bits(support) if _masked(spec) else index.to(_positions(spec)[1]),
         }
         return stored if bias is None else {**stored, "bias": bias}
@@ -87,11 +87,7 @@ class SparseDictionary(StoredLinear):
         return dense.scatter(1, self.positions.long(), values)
 
     def _values(self, name: str) -> Tensor:
-        stored = getattr(self, name)
-        if stored.is_floating_point():
-            return stored
-        scale = getattr(self, f"{name}_scale")
-        return stored.to(scale.dtype) * scale[:, None]
+        return dequantised((getattr(self, name), getattr(self, f"{name}_scale", None)))
 
     def dense(self) -> Tensor:
         return self.codes() @ self._values("dictionary")
@@ -127,19 +123,27 @@ def _positions(spec: Spec) -> tuple[tuple[int, ...], torch.dtype]:
     return (spec.shape[0], nonzeros), index_dtype(atoms)
 
 
-def _quantised(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
-    """`values` (rows, width) as they are, or as int8 with the scale of every row.
+def quantised(values: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """`values` (rows, width) as they are, or as int8 with the scale (rows,) of every row.
 
     A scale is rounded to bfloat16 before it is used, so that it is stored exactly in any dtype of 16 bits.
     """
     if bits == 16:
-        return {name: values}
+        return values, None
     scale = (values.abs().amax(1) / 127).bfloat16().to(values.dtype)
     safe = torch.where(scale > 0, scale, 1.0)
-    return {
-        name: (values / safe[:, None]).round().clamp(-127, 127).to(torch.int8),
-        f"{name}_scale": scale,
-    }
+    return (values / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantised(stored: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The numbers that `quantised` stands for, in the scale's dtype."""
+    values, scale = stored
+    return values if scale is None else values.to(scale.dtype) * scale[:, None]
+
+
+def _named(name: str, stored: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
+    values, scale = stored
+    return {name: values} if scale is None else {name: values, f"{name}_scale": scale}
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 RIDGES = {torch.float32: 1e-6, torch.float64: 1e-11}
 """Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
 
+REFIT_STEPS = 40
+"""Conjugate gradient steps of a final refit: ten times those of a round of the pursuit."""
+
 
 @dataclass
 class SparseCode:
@@ -73,21 +76,6 @@ def normalised(dictionary: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return dictionary / norms[..., None], codes * norms[..., None, :]
 
 
-def overcomplete(target: Tensor, start: SparseCode, atoms: int) -> SparseCode:
-    """`start` with further atoms: the residuals of the rows that it serves worst, unused as yet."""
-    more = atoms - start.dictionary.shape[-2]
-    if more <= 0:
-        return start
-    residual = target - start.codes @ start.dictionary
-    worst = residual.square().sum(-1).topk(more, dim=-1).indices
-    extra = residual.gather(-2, worst[..., None].expand(*worst.shape, target.shape[-1]))
-    dictionary = torch.cat([start.dictionary, extra], dim=-2)
-    blank = start.codes.new_zeros(*start.codes.shape[:-1], more)
-    codes, support = torch.cat([start.codes, blank], -1), torch.cat([start.support, blank.bool()], -1)
-    dictionary, codes = normalised(dictionary, codes)
-    return SparseCode(dictionary, codes, support, start.objectives)
-
-
 def least_squares_dictionary(target: Tensor, codes: Tensor, previous: Tensor | None = None) -> Tensor:
     """D (..., k, p) that minimises ‖Y - C D‖² for C (..., n, k): a combination of the rows of Y.
 
@@ -134,3 +122,11 @@ def least_squares_codes(gram: Tensor, products: Tensor, support: Tensor, start: 
         direction = direction.mul_(torch.where(size > 0, fresh / size, 0.0)).add_(residual)
         size = fresh
     return codes
+
+
+def refitted_codes(gram: Tensor, products: Tensor, codes: Tensor, support: Tensor) -> Tensor:
+    """`least_squares_codes` to convergence, float64, from codes that were the best of a dictionary near by."""
+    norms = gram.diagonal().sqrt()
+    norms = torch.where(norms > 0, norms, 1.0)
+    scaled, right = gram / norms / norms[:, None], products / norms
+    return least_squares_codes(scaled, right, support, codes * norms, REFIT_STEPS) / norms

@@ -64,8 +64,8 @@ def htp(
         code = pursuit.step(*normalised(relaxed, code.codes), code.support)
         objectives.append(pursuit.error)
     if rounds:  # the relaxed dictionary went past the best one for the last codes
-        best = least_squares_dictionary(target, code.codes, code.dictionary)
-        code = SparseCode(*normalised(best, code.codes), code.support)
+        exact = least_squares_dictionary(target.double(), code.codes.double(), code.dictionary.double())
+        code = SparseCode(*normalised(exact.to(target.dtype), code.codes), code.support)
         objectives.append(code.error(target))
     return SparseCode(code.dictionary, code.codes, code.support, objectives)
 
@@ -116,19 +116,6 @@ Solver = Callable[[Tensor, int, int, int], SparseCode]
 SOLVERS: dict[str, Solver] = {"htp": htp, "procrustes": procrustes, "ksvd": ksvd}
 
 
-def solve(
-    target: Tensor, atoms: int, nonzeros: int, solver: str, rounds: int, output_weights: Tensor | None = None
-) -> SparseCode:
-    """The code of target Y (..., n, p) by one of `SOLVERS`.
-
-    output_weights (..., n): how much an error of each row counts (the diagonal of the output gradients' Gram);
-    weights below 1e-6 of their mean count as that.
-    """
-    run = SOLVERS[solver]
-    if output_weights is None:
-        return run(target, atoms, nonzeros, rounds)
-    mean = output_weights.mean(-1, keepdim=True)
-    root = torch.where(mean > 0, output_weights.clamp_min(1e-6 * mean), 1.0).sqrt()[..., None].to(target.dtype)
-    code = run(root * target, atoms, nonzeros, rounds)
-    code.codes = code.codes / root
-    return code
+def solve(target: Tensor, atoms: int, nonzeros: int, solver: str, rounds: int) -> SparseCode:
+    """The code of target Y (..., n, p) by one of `SOLVERS`."""
+    return SOLVERS[solver](target, atoms, nonzeros, rounds)

@@ -75,6 +75,11 @@ class Method(ABC):
         """Whether a backward pass over the calibration text is made."""
         return self.metric in ("trace", "two_sided")
 
+    @property
+    def keeps_gram(self) -> bool:
+        """Whether an artefact holds the inputs' Gram (in, in) beside what is made of the weight."""
+        return False
+
     @abstractmethod
     def curve(self, site: Site, element_size: int) -> Curve:
         """The levels of a site and their bytes, known before any decomposition."""

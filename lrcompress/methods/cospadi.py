@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.formats import spec_bytes
-from lrcompress.formats.sparse_dictionary import SparseDictionary
-from lrcompress.linalg.dictionary import least_squares_dictionary
+from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
+from lrcompress.linalg.dictionary import least_squares_dictionary, refitted_codes
 from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.methods.base import METHODS, Method, MethodOptions
+from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Bits = Literal[8, 16]
@@ -19,11 +20,14 @@ Bits = Literal[8, 16]
 SPARSITY_COST = 0.08
 """Share of the ranks between s and k that a sparse code loses against rank k, at k / s = 2, as measured on the demo."""
 
+LEAST_WEIGHT = 1e-6
+"""Outputs whose squared gradient is below this share of the mean count as much as that."""
+
 
 class CospadiOptions(MethodOptions):
     """Options of cospadi."""
 
-    metric: Literal["plain", "input"] = "input"
+    metric: Metric = "input"
     solver: Literal["htp", "procrustes", "ksvd"] = "htp"
     """htp: free dictionary, supports refined, coefficients by least squares; procrustes: COMPOT; ksvd: the paper."""
     k_over_s: float = pydantic.Field(2.0, ge=1.0, le=16.0)
@@ -32,12 +36,16 @@ class CospadiOptions(MethodOptions):
     """Alternations of dictionary and codes (procrustes is published with 20, ksvd with 60)."""
     coefficient_bits: Bits = 16
     dictionary_bits: Bits = 16
+    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
+    """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
 
 
 @METHODS.register
 class Cospadi(Method):
     """W ≈ S D with s coefficients per output, the error measured on the calibration inputs.
 
+    Metrics are those of the low-rank methods, but `two_sided` weighs every output by its own squared gradient: a
+    full Gram of the outputs would tie the rows of S together.
     The levels of a weight are numbers of coefficients s. Errors are not known before the solver has run, so they
     are estimated: see `errors`.
     """
@@ -73,10 +81,44 @@ class Cospadi(Method):
         return min(round(self.options.k_over_s * nonzeros), limit)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        """With W G^½ = P Σ Qᵀ only P and Σ matter to the solver: the rows of P Σ are those of W G^½, rotated."""
-        gram = None if statistics is None or self.metric == "plain" else statistics.gram()
-        spectrum = decompose(weight, gram)
-        return {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
+        """With R W G^½ = P Σ Qᵀ only P and Σ matter to the solver: the rows of P Σ are those of R W G^½, rotated.
+
+        R, diagonal, weighs the outputs where the metric has gradients.
+        """
+        gram = None
+        if statistics is not None and self.metric != "plain":
+            gram = statistics.gram(centred=self.metric == "centred")
+        roots = self._output_roots(weight, statistics)
+        spectrum = decompose(weight.double() * roots[:, None], gram)
+        artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
+        artefact["roots"] = roots
+        if gram is not None and self.keeps_gram:
+            artefact["gram"] = gram.float()
+        if self.metric == "centred" and statistics is not None:
+            artefact["mean"] = statistics.mean()
+        return artefact
+
+    @property
+    def keeps_gram(self) -> bool:
+        """A rounded dictionary is no combination of the weight's rows, so its codes need the Gram itself."""
+        return self.options.dictionary_bits == 8
+
+    def _output_roots(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor:
+        """(out,) float64: the diagonal of R, all ones where the metric has no gradients, or these are zero."""
+        ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+        if not self.needs_gradients or statistics is None:
+            return ones
+        if statistics.gradients is None:
+            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
+        squares = statistics.gradients.diagonal().double()
+        mean = squares.mean()
+        if not bool(torch.isfinite(mean)):
+            raise ArithmeticError("the gradients have non-finite entries")
+        if mean <= 0:
+            return ones
+        if self.metric == "trace":
+            return ones * mean.sqrt()
+        return (squares + self.options.gradient_damping * mean).clamp_min(LEAST_WEIGHT * mean).sqrt()
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         """An estimate: the error of the low-rank approximation of an equivalent rank.
@@ -106,20 +148,56 @@ class Cospadi(Method):
         for key in ("coefficient_bits", "dictionary_bits"):
             if getattr(self.options, key) != 16:
                 parameters[key] = getattr(self.options, key)
-        return Spec(SparseDictionary.name, site.shape, site.bias, conv1d=site.conv1d, parameters=parameters)
+        adds_bias = self.metric == "centred"
+        bias, added = adds_bias or site.bias, adds_bias and not site.bias
+        return Spec(SparseDictionary.name, site.shape, bias, added, site.conv1d, parameters)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
         target = artefact["left"] * artefact["energies"].sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
         code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds)
+        roots, weight = artefact["roots"][:, None], artefact["weight"].double()
         codes = code.codes.double()
-        dictionary = least_squares_dictionary(artefact["weight"].double(), codes)
+        dictionary = least_squares_dictionary(roots * weight, codes)
+        codes = codes / roots
         scale = _balance(dictionary, codes)
-        stored = dictionary * scale, codes / scale
-        if not all(bool(torch.isfinite(t).all()) for t in stored):
+        dictionary, codes = dictionary * scale, codes / scale
+        if self.options.dictionary_bits == 8:
+            codes = self._refitted_codes(artefact, rounded(dictionary, 8), codes, code.support)
+        elif self.options.coefficient_bits == 8:
+            dictionary = least_squares_dictionary(roots * weight, roots * rounded(codes, 8))
+        return self._stored(spec, artefact, dictionary, codes, code.support, bias)
+
+    def _refitted_codes(
+        self, artefact: dict[str, Tensor], dictionary: Tensor, codes: Tensor, support: Tensor
+    ) -> Tensor:
+        """Codes (out, k) that are the best in the metric for a dictionary (k, in) that has been changed."""
+        seen = dictionary if "gram" not in artefact else dictionary @ artefact["gram"].double()
+        return refitted_codes(seen @ dictionary.T, artefact["weight"].double() @ seen.T, codes, support)
+
+    def _stored(
+        self,
+        spec: Spec,
+        artefact: dict[str, Tensor],
+        dictionary: Tensor,
+        codes: Tensor,
+        support: Tensor,
+        bias: Tensor | None,
+    ) -> dict[str, Tensor]:
+        if not all(bool(torch.isfinite(t).all()) for t in (dictionary, codes)):
             raise ArithmeticError("the sparse dictionary is not finite")
-        return SparseDictionary.encode(spec, stored[0].float(), stored[1].float(), code.support, bias)
+        if "mean" in artefact:
+            kept = rounded(codes, self.options.coefficient_bits), rounded(dictionary, self.options.dictionary_bits)
+            mean = artefact["mean"]
+            moved = artefact["weight"].double() @ mean - kept[0] @ (kept[1] @ mean)
+            bias = (moved if bias is None else bias.double() + moved).float()
+        return SparseDictionary.encode(spec, dictionary.float(), codes.float(), support, bias)
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """Float64 rows of `values` as they are stored with `bits` bits; zeros stay zeros."""
+    return dequantised(quantised(values.float(), bits)).double()
 
 
 def _balance(dictionary: Tensor, codes: Tensor) -> Tensor:
