@@ -1,6 +1,8 @@
 """Sparse dictionary: W ≈ S D with a dense dictionary and exactly s coefficients per output (CoSpaDi, 2509.22075)."""
 
-from typing import ClassVar
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,18 @@ from lrcompress.protocols import Spec
 
 BITS = (8, 16)
 
+SPARSE_ATOMS, SPARSE_ROWS = 3, 32
+"""From so many atoms per coefficient, and rows of the input, on the sparse product is faster on a processor: 1.3 times
+at the thresholds, 3 times at 4 and 128; see benchmarks/sparse_product.py. Fewer rows are faster dense."""
+
 
 @FORMATS.register
 class SparseDictionary(StoredLinear):
     """y = S (D x) + b with `dictionary` D (k, in) and `coefficients` (out, s), the nonzeros of S (out, k) by row.
 
     `positions` says where they are, in ascending order: a mask of out * k bits, packed eight to a byte, or (out, s)
-    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. S is stored sparse and
-    multiplied dense: half full, it is no faster otherwise.
+    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. Without gradients S is decoded
+    once and kept until a tensor that it is made of changes; see `product` for how it is multiplied.
     """
 
     name: ClassVar[str] = "sparse_dictionary"
@@ -34,6 +40,7 @@ class SparseDictionary(StoredLinear):
         shape, kind = _positions(spec)
         self.register_buffer("positions", torch.empty(shape, dtype=kind))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
+        self._decoded: dict[str, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor]] = {}
 
     def _declare(self, name: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
         if bits == 16:
@@ -77,14 +84,27 @@ class SparseDictionary(StoredLinear):
         }
         return stored if bias is None else {**stored, "bias": bias}
 
+    @property
+    def product(self) -> str:
+        """How S is multiplied: `dense`, or `sparse` for many rows, in float32, on a processor, without gradients."""
+        return product(self.spec)
+
     def codes(self) -> Tensor:
         """S (out, k), dense, in the factors' dtype."""
         values = self._values("coefficients")
         dense = values.new_zeros(self.out_features, self.spec.parameters["atoms"])
         if _masked(self.spec):
-            support = unpack_bits(self.positions, dense.shape[0], dense.shape[1])
-            return dense.masked_scatter(support, values)
+            return dense.masked_scatter(self._support(), values)
         return dense.scatter(1, self.positions.long(), values)
+
+    def atoms(self) -> Tensor:
+        """(out, s) int32: the atom of every coefficient."""
+        if _masked(self.spec):
+            return self._support().nonzero()[:, 1].reshape(self.out_features, -1).int()
+        return self.positions.int()
+
+    def _support(self) -> Tensor:
+        return unpack_bits(self.positions, self.out_features, self.spec.parameters["atoms"])
 
     def _values(self, name: str) -> Tensor:
         return dequantised((getattr(self, name), getattr(self, f"{name}_scale", None)))
@@ -97,7 +117,59 @@ class SparseDictionary(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         latent = nn.functional.linear(x, self._values("dictionary"))
-        return nn.functional.linear(latent, self.codes(), self.bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nn.functional.linear(latent, self.codes(), self.bias)
+        if self._is_faster_sparse(latent):
+            return self._sparse_product(latent)
+        return nn.functional.linear(latent, self._kept("codes", self.codes), self.bias)
+
+    def _is_faster_sparse(self, latent: Tensor) -> bool:
+        fits = latent.device.type == "cpu" and latent.dtype == torch.float32
+        return fits and self.product == "sparse" and latent[..., 0].numel() >= SPARSE_ROWS
+
+    def _sparse_product(self, latent: Tensor) -> Tensor:
+        """latent (..., k) to (..., out): every output sums the s rows of latentᵀ that it uses."""
+        rows = latent.flatten(0, -2).T.contiguous()
+        found = nn.functional.embedding_bag(
+            self._kept("atoms", self.atoms), rows, per_sample_weights=self._values("coefficients"), mode="sum"
+        ).T
+        found = found if self.bias is None else found + self.bias
+        return found.reshape(*latent.shape[:-1], self.out_features)
+
+    def _kept(self, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, remembered as long as the tensors that it depends on are the same and unchanged."""
+        sources = [self.positions, self.coefficients, getattr(self, "coefficients_scale", None)]
+        tensors = [t for t in sources if t is not None]
+        if any(t.is_inference() for t in tensors):  # these count no versions
+            return make()
+        entry = self._decoded.get(what)
+        versions = [(t._version, t.data_ptr()) for t in tensors]
+        if entry is None or any(r() is not t for r, t in zip(entry[0], tensors, strict=True)) or entry[1] != versions:
+            # Weak references, so that nothing outlives weights that are moved out of memory between calls.
+            entry = [weakref.ref(t, self._forget) for t in tensors], versions, make()
+            self._decoded[what] = entry
+        return entry[2]
+
+    def _forget(self, _: Any = None) -> None:
+        self._decoded.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "SparseDictionary":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SparseDictionary":
+        """As every module; forgets what was decoded."""
+        self._forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": {}}
+
+
+def product(spec: Spec) -> str:
+    """See SparseDictionary.product."""
+    atoms, nonzeros = _sizes(spec)
+    return "sparse" if atoms >= SPARSE_ATOMS * nonzeros else "dense"
 
 
 def _sizes(spec: Spec) -> tuple[int, int]:

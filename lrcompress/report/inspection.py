@@ -9,6 +9,7 @@ from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.formats import build
+from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
 from lrcompress.model.surgery import dense_parts
 from lrcompress.model.targets import find_sites
@@ -62,6 +63,7 @@ def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[
         "bytes": site_bytes(reader, site, spec) if spec.format != "dense" else dense,
         "dense_bytes": dense,
         "relative_error": None,
+        **({"product": product(spec)} if spec.format == SparseDictionary.name else {}),
     }
 
 

@@ -10,6 +10,7 @@ from lrcompress.formats import build, spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, unpack_bits
 from lrcompress.methods import make_method
 from lrcompress.protocols import InputStatistics, Site
+from lrcompress.report.inspection import inspect_model
 from tests.conftest import compress_tiny, run_cli
 
 SHAPES = [(48, 24), (24, 48)]
@@ -262,3 +263,13 @@ def test_eight_bits_may_be_asked_on_the_command_line(llama, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for entry in config["quantization_config"]["modules"].values():
         assert {key: entry[key] for key in bits} == bits
+
+
+@pytest.mark.parametrize(("k_over_s", "product"), [(2.0, "dense"), (4.0, "sparse")])
+def test_inspect_says_how_codes_are_multiplied(llama, tmp_path, k_over_s, product):
+    options = {"k_over_s": k_over_s, "rounds": 2}
+    compress_tiny(llama, tmp_path / "out", method={"name": "cospadi", **options}, ratio=0.4, target=["*.up_proj"])
+    found = [t for t in inspect_model(str(tmp_path / "out"))["targets"] if t["format"] == "sparse_dictionary"]
+    assert [t["product"] for t in found] == 3 * [product]
+    shown = run_cli("inspect", tmp_path / "out")
+    assert f"multiplied: 3 {product}" in shown.stdout, shown.stderr
