@@ -227,3 +227,23 @@ def test_refitted_codes_are_least_squares_on_their_support():
         solution = torch.linalg.lstsq(dictionary[chosen].T, target[row]).solution
         torch.testing.assert_close(codes[row, chosen], solution, rtol=1e-7, atol=1e-9)
     assert not codes[~support].any()
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_alternations_end_where_they_gain_little(solver):
+    target = decaying(40, 24)
+    every = solve(target, 12, 5, solver, 30)
+    few = solve(target, 12, 5, solver, 30, 0.02)
+    assert len(few.objectives) < len(every.objectives)
+    assert few.error(target) <= every.objectives[len(few.objectives) - 1] * 1.03
+    gains = [1 - float(b / a) for a, b in zip(few.objectives, few.objectives[1:], strict=False)]
+    assert min(gains[:-2]) > 0.0
+    check(few, target, 12, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dictionary_that_is_exact_stays_exact(dtype):
+    """The ridge of the normal equations draws to the dictionary before, so it adds no error that grows."""
+    target = (decaying(30, 20) @ random(20, 3) @ random(3, 20, seed=5)).to(dtype)
+    code = solve(target, 12, 6, "htp", 20)
+    assert code.error(target) <= (1e-11 if dtype == torch.float32 else 1e-24) * target.double().square().sum()
