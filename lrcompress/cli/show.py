@@ -117,7 +117,9 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
     products = Counter(t["product"] for t in result["targets"] if "product" in t)
     if products:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(products.items()))
-        out.print(f"codes of sparse dictionaries are multiplied: {shown}")
+        shared = sum("shared" in t for t in result["targets"])
+        others = f"; {shared} use the dictionary of another block" if shared else ""
+        out.print(f"codes of sparse dictionaries are multiplied: {shown}{others}")
     if any("spectrum" in t for t in result["targets"]):
         table = Table(title="singular values, largest to smallest")
         for column in ("weight", "spectrum", "largest", "smallest"):

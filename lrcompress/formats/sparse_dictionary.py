@@ -25,6 +25,8 @@ class SparseDictionary(StoredLinear):
     `positions` says where they are, in ascending order: a mask of out * k bits, packed eight to a byte, or (out, s)
     indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. Without gradients S is decoded
     once and kept until a tensor that it is made of changes; see `product` for how it is multiplied.
+
+    Where the spec names a module in `shared`, D is that module's: this one has none, until it is told to `follow` it.
     """
 
     name: ClassVar[str] = "sparse_dictionary"
@@ -35,7 +37,9 @@ class SparseDictionary(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         atoms, nonzeros = _sizes(spec)
-        self._declare("dictionary", (atoms, self.in_features), _bits(spec, "dictionary_bits"), dtype)
+        self._owner: tuple[SparseDictionary, ...] = ()
+        if spec.owner is None:
+            self._declare("dictionary", (atoms, self.in_features), _bits(spec, "dictionary_bits"), dtype)
         self._declare("coefficients", (self.out_features, nonzeros), _bits(spec, "coefficient_bits"), dtype)
         shape, kind = _positions(spec)
         self.register_buffer("positions", torch.empty(shape, dtype=kind))
@@ -66,7 +70,10 @@ class SparseDictionary(StoredLinear):
         (m, n), (atoms, nonzeros) = spec.shape, _sizes(spec)
         shape, kind = _positions(spec)
         total = kind.itemsize * torch.Size(shape).numel() + added_bias_bytes(spec, element_size)
-        for rows, width, key in ((atoms, n, "dictionary_bits"), (m, nonzeros, "coefficient_bits")):
+        parts = [(m, nonzeros, "coefficient_bits")]
+        if spec.owner is None:
+            parts.append((atoms, n, "dictionary_bits"))
+        for rows, width, key in parts:
             total += rows * (width + element_size if _bits(spec, key) == 8 else width * element_size)
         return total
 
@@ -78,11 +85,41 @@ class SparseDictionary(StoredLinear):
         nonzeros = spec.parameters["rank"]
         index = support.nonzero()[:, 1].reshape(len(support), nonzeros)
         stored = {
-            **_named("dictionary", quantised(dictionary, _bits(spec, "dictionary_bits"))),
             **_named("coefficients", quantised(codes.gather(1, index), _bits(spec, "coefficient_bits"))),
             "positions": pack_bits(support) if _masked(spec) else index.to(_positions(spec)[1]),
         }
+        if spec.owner is None:
+            stored |= _named("dictionary", quantised(dictionary, _bits(spec, "dictionary_bits")))
         return stored if bias is None else {**stored, "bias": bias}
+
+    def follow(self, owner: StoredLinear) -> None:
+        """In a tuple, so that the owner is no submodule, is copied with the model, and may be moved and trained."""
+        if not isinstance(owner, SparseDictionary) or not _same_dictionary(self.spec, owner.spec):
+            raise InputError(f"the manifest shares a dictionary of {self.spec} that {owner.spec} cannot have")
+        self._owner = (owner,)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        names = ("dictionary", "dictionary_scale")
+        shared = {k: t for k, t in self._source().state_dict().items() if k in names}
+        return {**self.state_dict(), **shared}
+
+    def _source(self) -> "SparseDictionary":
+        """The module that stores the dictionary."""
+        if self.spec.owner is None:
+            return self
+        if not self._owner:
+            raise RuntimeError(f"the dictionary lies in {self.spec.owner}: call follow with that module first")
+        return self._owner[0]
+
+    def atoms_of(self, x: Tensor) -> Tensor:
+        """D (k, in) on the device of x."""
+        source = self._source()
+        if source is not self and source.coefficients.is_meta and hasattr(source, "_hf_hook"):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(source, x.device):  # offloaded: back on the meta device afterwards
+                return source._values("dictionary").clone()
+        return source._values("dictionary").to(x.device)
 
     @property
     def product(self) -> str:
@@ -110,13 +147,14 @@ class SparseDictionary(StoredLinear):
         return dequantised((getattr(self, name), getattr(self, f"{name}_scale", None)))
 
     def dense(self) -> Tensor:
-        return self.codes() @ self._values("dictionary")
+        codes = self.codes()
+        return codes @ self.atoms_of(codes)
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        latent = nn.functional.linear(x, self._values("dictionary"))
+        latent = nn.functional.linear(x, self.atoms_of(x))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nn.functional.linear(latent, self.codes(), self.bias)
         if self._is_faster_sparse(latent):
@@ -179,6 +217,12 @@ def _sizes(spec: Spec) -> tuple[int, int]:
 
 def _bits(spec: Spec, key: str) -> int:
     return int(spec.parameters.get(key, 16))
+
+
+def _same_dictionary(spec: Spec, owner: Spec) -> bool:
+    """Whether the dictionary that `owner` stores is of the size and the bits that `spec` has."""
+    same = spec.shape[1] == owner.shape[1] and _sizes(spec)[0] == _sizes(owner)[0]
+    return same and owner.owner is None and _bits(spec, "dictionary_bits") == _bits(owner, "dictionary_bits")
 
 
 def _masked(spec: Spec) -> bool:

@@ -1,14 +1,17 @@
 """CoSpaDi: sparse dictionaries learnt on whitened weights (arXiv 2509.22075), with the solvers of later work."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
 from torch import Tensor
 
+from lrcompress.errors import InputError
 from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
 from lrcompress.linalg.dictionary import least_squares_dictionary, refitted_codes
+from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
 from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.methods.base import METHODS, Method, MethodOptions
@@ -39,6 +42,8 @@ class CospadiOptions(MethodOptions):
     """Alternations end where one lowers the squared error by less than this share of it; 0 runs them all."""
     coefficient_bits: Bits = 16
     dictionary_bits: Bits = 16
+    group: int = pydantic.Field(1, ge=1)
+    """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
     """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
 
@@ -63,15 +68,27 @@ class Cospadi(Method):
 
     options: CospadiOptions
 
+    def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
+        super().__init__(options, format, base)
+        if self.group > 1 and self.options.solver != "htp":
+            raise InputError(f"group={self.group} needs solver=htp, solver {self.options.solver} takes one weight only")
+
     @property
     def metric(self) -> str:
         return self.options.metric
 
+    @property
+    def group(self) -> int:
+        return self.options.group
+
     def curve(self, site: Site, element_size: int) -> Curve:
+        """With a shared dictionary, a weight's part of a whole group's bytes."""
         dense = site.shape[0] * site.shape[1] * element_size
         ranks, costs = [], []
         for nonzeros in range(1, min(site.shape)):
-            cost = spec_bytes(self.spec(site, nonzeros, element_size), element_size)
+            spec = self.spec(site, nonzeros, element_size)
+            shared = (self.group - 1) * spec_bytes(spec.following(site.name), element_size)
+            cost = -(-(spec_bytes(spec, element_size) + shared) // self.group)
             if cost >= dense:
                 break
             ranks.append(nonzeros)
@@ -103,8 +120,8 @@ class Cospadi(Method):
 
     @property
     def keeps_gram(self) -> bool:
-        """A rounded dictionary is no combination of the weight's rows, so its codes need the Gram itself."""
-        return self.options.dictionary_bits == 8
+        """A rounded or a shared dictionary is no combination of the weight's rows, so it needs the Gram itself."""
+        return self.options.dictionary_bits == 8 or self.group > 1
 
     def _output_roots(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor:
         """(out,) float64: the diagonal of R, all ones where the metric has no gradients, or these are zero."""
@@ -171,6 +188,39 @@ class Cospadi(Method):
         elif self.options.coefficient_bits == 8:
             dictionary = least_squares_dictionary(roots * weight, roots * rounded(codes, 8))
         return self._stored(spec, artefact, dictionary, codes, code.support, bias)
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        """One dictionary for all: `joint_htp`, then as in `encode`."""
+        if len(specs) == 1:
+            return super().encode_together(specs, artefacts, biases)
+        roots = [a["roots"][:, None] for a in artefacts]
+        weights = [r * a["weight"].double() for r, a in zip(roots, artefacts, strict=True)]
+        grams = [a["gram"] if "gram" in a else None for a in artefacts]
+        # One factor for all weights, so that sums in float32 begin near 1.
+        unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
+        scaled = [(w / unit).float() for w in weights]
+        atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
+        code = joint_htp(scaled, grams, atoms, nonzeros, self.options.rounds, self.options.tolerance)
+        exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
+        codes = [c.double() for c in code.codes]
+        dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)
+        scale = _balance(dictionary, torch.cat(codes))
+        dictionary = dictionary * scale
+        codes = [c / r / scale for c, r in zip(codes, roots, strict=True)]
+        if self.options.dictionary_bits == 8:
+            changed = rounded(dictionary, 8)
+            codes = [
+                self._refitted_codes(a, changed, c, s) for a, c, s in zip(artefacts, codes, code.supports, strict=True)
+            ]
+        elif self.options.coefficient_bits == 8:
+            few = [r * rounded(c, 8) for r, c in zip(roots, codes, strict=True)]
+            dictionary = exact.solve(few, dictionary, FINAL_STEPS)
+        return [
+            self._stored(spec, artefact, dictionary, c, support, bias)
+            for spec, artefact, c, support, bias in zip(specs, artefacts, codes, code.supports, biases, strict=True)
+        ]
 
     def _refitted_codes(
         self, artefact: dict[str, Tensor], dictionary: Tensor, codes: Tensor, support: Tensor

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lrcompress.formats import spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.sharing import joint_curve, joint_specs, levels_of, sharing
 
 
 @dataclass
@@ -18,6 +21,11 @@ class Plan:
     bytes: dict[str, int]
     dense_bytes: dict[str, int]
     relative_errors: dict[str, float | None]
+
+    def family(self, name: str) -> list[str]:
+        """The sites that share with `name`, itself included, the owner first."""
+        owner = self.specs[name].owner or name
+        return [owner, *(other for other, spec in self.specs.items() if spec.owner == owner)]
 
     def entries(self, sites: list[Site]) -> list[dict[str, Any]]:
         """The `targets` of report.json."""
@@ -47,27 +55,36 @@ def needs_artefacts(opened: Opened) -> bool:
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     """Choose a level per site: the asked rank's, or the allocator's within the bytes that the ratio leaves."""
     request, size = opened.request, opened.dtype.itemsize
-    curves: list[Curve] = []
-    totals: dict[str, float] = {}
-    for site in opened.sites:
-        curve = request.method.curve(site, size)
-        if artefacts is not None:
-            summary = artefacts.load(site, summary=True)
-            curve.errors, curve.spectrum = summary["errors"], summary.get("spectrum")
-            totals[site.name] = float(summary["total"])
-        curves.append(curve)
+    groups = sharing(request.method, opened.sites, len(opened.blocks))
+    curves = [joint_curve(request.method, sites, size) for sites in groups]
+    summaries: dict[str, dict[str, Tensor]] = {}
+    if artefacts is not None:
+        summaries = {site.name: artefacts.load(site, summary=True) for site in opened.sites}
+        for sites, curve in zip(groups, curves, strict=True):
+            _sum_up(curve, [summaries[site.name] for site in sites])
     if request.recipe.rank is not None:
         levels = {curve.name: rank_level(curve, request.recipe.rank) for curve in curves}
     else:
         levels = request.allocator.allocate(curves, budget_of(request, curves))
+    chosen: dict[str, tuple[Spec, float | None]] = {}
+    for sites, curve in zip(groups, curves, strict=True):
+        level = levels[curve.name]
+        for site, spec in zip(sites, level_specs(opened, sites, curve, level), strict=True):
+            chosen[site.name] = spec, relative_error(summaries.get(site.name), curve, level)
     plan = Plan({}, {}, {}, {})
-    for site, curve in zip(opened.sites, curves, strict=True):
-        level = levels[site.name]
-        plan.specs[site.name] = level_spec(opened, site, curve, level)
-        plan.bytes[site.name] = int(curve.bytes[level])
-        plan.dense_bytes[site.name] = curve.dense_bytes
-        plan.relative_errors[site.name] = relative_error(curve, level, totals.get(site.name))
+    for site in opened.sites:
+        plan.specs[site.name], plan.relative_errors[site.name] = chosen[site.name]
+        plan.bytes[site.name] = spec_bytes(plan.specs[site.name], size)
+        plan.dense_bytes[site.name] = site.shape[0] * site.shape[1] * size
     return plan
+
+
+def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]]) -> None:
+    """Give a curve the errors of all its weights together, and the root mean square of their singular values."""
+    curve.errors = torch.stack([levels_of(summary["errors"], curve) for summary in summaries]).sum(0)
+    if "spectrum" in summaries[0]:
+        spectra = torch.stack([summary["spectrum"] for summary in summaries])
+        curve.spectrum = spectra.square().mean(0).sqrt() if len(spectra) > 1 else spectra[0]
 
 
 def rank_level(curve: Curve, rank: int) -> int:
@@ -75,15 +92,16 @@ def rank_level(curve: Curve, rank: int) -> int:
     return int(torch.searchsorted(curve.ranks, torch.tensor(rank)).clamp_max(len(curve.ranks) - 1))
 
 
-def level_spec(opened: Opened, site: Site, curve: Curve, level: int) -> Spec:
-    """How a site is stored at a level; the last one is dense."""
+def level_specs(opened: Opened, sites: list[Site], curve: Curve, level: int) -> list[Spec]:
+    """How the sites of a curve are stored at a level; the last one is dense."""
     if level == len(curve.ranks) - 1:
-        return Spec("dense", site.shape, site.bias, conv1d=site.conv1d)
-    return opened.request.method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
+        return [Spec("dense", site.shape, site.bias, conv1d=site.conv1d) for site in sites]
+    return joint_specs(opened.request.method, sites, int(curve.ranks[level]), opened.dtype.itemsize)
 
 
-def relative_error(curve: Curve, level: int, total: float | None) -> float | None:
-    """Root of the squared error over the squared size, in the method's metric."""
-    if curve.errors is None or total is None:
+def relative_error(summary: dict[str, Tensor] | None, curve: Curve, level: int) -> float | None:
+    """Root of a weight's squared error over its squared size, in the method's metric."""
+    if summary is None:
         return None
-    return (max(float(curve.errors[level]), 0.0) / total) ** 0.5 if total > 0 else 0.0
+    total, error = float(summary["total"]), float(levels_of(summary["errors"], curve)[level])
+    return float((max(error, 0.0) / total) ** 0.5) if total > 0 else 0.0

@@ -22,6 +22,7 @@ from lrcompress.model.targets import find_sites, group_sites
 from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.stages.sharing import joint_curve, sharing
 
 FEW_TARGETS = 0.3
 """Below this share of the model's parameters a ratio of the targets says little about the model."""
@@ -82,6 +83,8 @@ def check_request(recipe: Recipe) -> Request:
     if method.options.propagation == "sequential":
         if method.needs_gradients:
             raise InputError(f"propagation=sequential has no gradients for metric {method.metric}: use metric=input")
+        if method.group > 1:
+            raise InputError("propagation=sequential stores block by block, group shares among blocks: leave one out")
         if recipe.rank is None and (allocator.needs_errors or allocator.needs_spectrum):
             raise InputError(
                 f"propagation=sequential needs the levels beforehand, allocator {allocator.name} decides afterwards: "
@@ -142,7 +145,9 @@ def budget_of(request: Request, curves: Sequence[Curve]) -> int:
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio that cannot be reached, before any text is read."""
     if opened.request.recipe.ratio is not None:
-        curves = [opened.request.method.curve(site, opened.dtype.itemsize) for site in opened.sites]
+        method, size = opened.request.method, opened.dtype.itemsize
+        groups = sharing(method, opened.sites, len(opened.blocks))
+        curves = [joint_curve(method, sites, size) for sites in groups]
         budget_of(opened.request, curves)
 
 
