@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.errors import InputError, Interrupted
-from lrcompress.formats import StoredLinear
+from lrcompress.formats import StoredLinear, build, spec_bytes
+from lrcompress.methods import make_method
 from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.pipeline import compress, make_plan
+from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
 from lrcompress.stages import store as store_stage
+from lrcompress.stages.sharing import joint_curve, joint_specs, levels_of
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -187,6 +190,32 @@ def test_an_allocator_gives_a_group_one_level(llama, tmp_path):
     for name, level in ranks.items():
         if ".layers.1." in name:
             assert ranks[name.replace(".layers.1.", ".layers.0.")] == level
+
+
+def test_errors_of_a_shared_dictionary_are_estimated():
+    """Within a factor of three, of weights with decaying spectra and Grams of their own."""
+    method, shape = make_method("cospadi", {"group": 2}), (48, 64)
+    sites, artefacts, dense = [], [], []
+    for block in range(2):
+        generator = torch.Generator().manual_seed(block)
+        rows = torch.randn(400, 64, generator=generator) * torch.logspace(0, -1, 64)
+        found = InputStatistics.zeros(64)
+        found.update(rows @ torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q)
+        dense.append((torch.randn(shape, generator=generator), found.gram()))
+        sites.append(Site(f"b{block}", shape, block, "g", False, kind="w"))
+        artefacts.append(method.decompose(sites[-1], dense[-1][0], found))
+    curve = joint_curve(method, sites, 4)
+    for level in (4, len(curve.ranks) // 2, len(curve.ranks) - 2):
+        specs = joint_specs(method, sites, int(curve.ranks[level]), 4)
+        assert sum(spec_bytes(spec, 4) for spec in specs) == int(curve.bytes[level])
+        stored = method.encode_together(specs, artefacts, [None, None])
+        for spec, part, artefact, (weight, gram), site in zip(specs, stored, artefacts, dense, sites, strict=True):
+            module = build(spec.alone(), torch.float32)
+            module.load_state_dict({"dictionary": stored[0]["dictionary"], **part, "weight": torch.empty(0)})
+            left = (module.dense().detach() - weight).double()
+            measured = float(((left @ gram) * left).sum())
+            estimated = float(levels_of(method.errors(artefact, method.curve(site, 4)), curve)[level])
+            assert estimated / 3 < measured < 3 * estimated
 
 
 def test_sharing_makes_room_for_more(llama):

@@ -17,10 +17,13 @@ from lrcompress.linalg.whitening import symmetric_root
 FIRST_ROUNDS = 4
 """Rounds on the stacked weights in the mean metric, where the dictionary begins."""
 
-DICTIONARY_STEPS = 6
+DICTIONARY_STEPS = 4
 """Conjugate gradient steps of a round, from the last dictionary on."""
 
-FINAL_STEPS = 60
+FINAL_STEPS = 30
+
+EXACT = 1e-20
+"""Conjugate gradients end where the residual's squared size is below this share of what it was."""
 
 
 @dataclass
@@ -54,10 +57,11 @@ class SharedDictionary:
         residual = sum(c.mT @ s for c, s in zip(codes, self.seen, strict=True)) - self._image(squares, found)
         steepest = self._preconditioned(rows, residual)
         direction, size = steepest.clone(), (residual * steepest).sum()
+        enough = EXACT * size
         for _ in range(steps):
             image = self._image(squares, direction)
             curvature = (direction * image).sum()
-            if not bool(curvature > 0) or not bool(size > 0):
+            if not bool(curvature > 0) or not bool(size > enough):
                 break
             found = found + (size / curvature) * direction
             residual = residual - (size / curvature) * image
@@ -101,7 +105,8 @@ def joint_htp(
         objectives.append(torch.stack([p.error for p in pursuits]).sum())
         if stalled(objectives, tolerance):
             break
-    return JointCode(shared.solve(codes, dictionary, FINAL_STEPS), codes, supports, objectives)
+    # The relaxed dictionary went past the best one for the last codes.
+    return JointCode(shared.solve(codes, dictionary, DICTIONARY_STEPS), codes, supports, objectives)
 
 
 def _first(

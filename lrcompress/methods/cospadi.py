@@ -145,7 +145,8 @@ class Cospadi(Method):
 
         k atoms and s coefficients err at least as much as rank k and at most as much as rank s. On real weights
         the solver comes near the lower end, so the estimate is the tail of the energies, interpolated, at rank
-        k - SPARSITY_COST (out / in)(k / s - 1)(k - s); it falls from level to level as the truth does.
+        k - SPARSITY_COST (out / in)(k / s - 1)(k - s); it falls from level to level as the truth does. A dictionary
+        that N weights share loses 1 - 1 / N of those ranks more, and all the more where k is as large as it may be.
         """
         energies, out = artefact["energies"], len(artefact["weight"])
         full = len(energies)
@@ -155,6 +156,8 @@ class Cospadi(Method):
         for nonzeros in curve.ranks[:-1].tolist():
             atoms = min(self._atoms(shape, nonzeros), full)
             cost = min(SPARSITY_COST * min(shape[0] / shape[1], 2.0) * (self.options.k_over_s - 1), 1.0)
+            wanted = max(self.options.k_over_s * nonzeros / atoms, 1.0)
+            cost = min(cost + wanted * (1 - 1 / self.group), 1.0)
             rank = atoms - cost * (atoms - nonzeros)
             low = min(int(rank), full - 1)
             found.append(float(torch.lerp(tail[low], tail[low + 1], rank - low)))
