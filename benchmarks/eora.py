@@ -27,7 +27,7 @@ from lrcompress.methods.eora import Eora
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.allocate import level_spec, rank_level
+from lrcompress.stages.allocate import level_specs, rank_level
 from lrcompress.stages.prepare import Opened, check_request, open_request
 from lrcompress.stages.profile import HiddenWalk
 from lrcompress.stages.store import encode_site, loaded
@@ -47,11 +47,10 @@ class KnownBase:
     def spec(self, *args):
         return self._base.spec(*args)
 
-    def compress(self, weight: Tensor, gram: Tensor | None, *rest):
-        key = float(weight.sum()), tuple(weight.shape)
-        if key not in self._store:
-            self._store[key] = self._base.compress(weight, gram, *rest)
-        return self._store[key]
+    def compress(self, weight: Tensor, gram: Tensor | None, site: str):
+        if site not in self._store:
+            self._store[site] = self._base.compress(weight, gram, site)
+        return self._store[site]
 
 
 def opened_for(args: argparse.Namespace, base: str, metric: str) -> Opened:
@@ -113,7 +112,7 @@ def variants(args: argparse.Namespace, dense: dict[str, Tensor]) -> Iterator[dic
             for what, levels in amounts:
                 for site in first.sites:
                     curve, level = curves[site.name], levels[site.name]
-                    spec = level_spec(opened, site, curve, level)
+                    spec = level_specs(opened, [site], curve, level)[0]
                     if spec.format == "dense":
                         put(args.loaded.model, site, dense[site.name])
                         continue

@@ -198,7 +198,9 @@ def disk_need(opened: Opened) -> int:
         factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if opened.request.method.needs_gradients)
     if opened.request.method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
-    output = opened.dense_checkpoint_bytes
+    if opened.request.method.keeps_gram:
+        factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
+    output = opened.dense_checkpoint_bytes * (1 if opened.request.method.group == 1 else 2)
     hidden = 0
     if opened.calibration is not None:
         tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()

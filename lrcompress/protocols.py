@@ -1,7 +1,7 @@
 """The words that the parts share: a site, its cost curve, a stored weight's spec, and what a part must offer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -44,6 +44,19 @@ class Spec:
         """Rank of a dense weight, or of the low-rank part of a stored one: 0 where it has none."""
         full = min(self.shape) if self.format == "dense" else 0
         return int(self.parameters.get("correction", self.parameters).get("rank", full))
+
+    @property
+    def owner(self) -> str | None:
+        """Module that stores what this weight shares with it, None where everything is its own."""
+        return self.parameters.get("shared")
+
+    def following(self, owner: str) -> "Spec":
+        """The spec of a weight like this one that finds what is shared in module `owner`."""
+        return replace(self, parameters={**self.parameters, "shared": owner})
+
+    def alone(self) -> "Spec":
+        """The spec of the same weight with nothing shared."""
+        return replace(self, parameters={k: v for k, v in self.parameters.items() if k != "shared"})
 
     def as_json(self) -> dict[str, Any]:
         """A JSON object; inverse of `from_json`."""

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
 from lrcompress.errors import InputError
-from lrcompress.model.surgery import densify, install
+from lrcompress.model.surgery import connect, densify, install
 
 
 class LrcompressConfig(QuantizationConfigMixin):
@@ -52,6 +52,7 @@ class LrcompressQuantizer(HfQuantizer):
                 raise InputError(f"the manifest names {name}, which this model does not have") from error
             _check_shape(name, replaced, spec.shape, spec.conv1d)
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
+        connect(model, manifest.modules)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())

@@ -47,7 +47,15 @@ class Manifest:
         if not isinstance(modules, dict) or not isinstance(frozen, list):
             raise InputError("quantization_config of the checkpoint lists no modules: its config.json is damaged")
         specs = {name: Spec.from_json(name, entry) for name, entry in modules.items()}
+        for name, spec in specs.items():
+            _check_owner(name, spec.owner, specs)
         return cls(str(data.get("method", "")), specs, [str(name) for name in frozen])
+
+
+def _check_owner(name: str, owner: object, specs: dict[str, Spec]) -> None:
+    if owner is None or (isinstance(owner, str) and owner in specs and specs[owner].owner is None):
+        return
+    raise InputError(f"the manifest says that {name} shares with {owner!r}, which stores nothing to share")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,12 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
     size = result["bytes"]
     frozen = f", {result['frozen']} dense weights marked frozen" if result["frozen"] else ""
     out.print(f"{result['dtype']}, checkpoint {size['checkpoint'] / 1e6:.1f} MB{frozen}")
+    products = Counter(t["product"] for t in result["targets"] if "product" in t)
+    if products:
+        shown = ", ".join(f"{count} {name}" for name, count in sorted(products.items()))
+        shared = sum("shared" in t for t in result["targets"])
+        others = f"; {shared} use the dictionary of another block" if shared else ""
+        out.print(f"codes of sparse dictionaries are multiplied: {shown}{others}")
     if any("spectrum" in t for t in result["targets"]):
         table = Table(title="singular values, largest to smallest")
         for column in ("weight", "spectrum", "largest", "smallest"):

@@ -50,6 +50,14 @@ class StoredLinear(nn.Module, ABC):
     def check(cls, spec: Spec) -> None:
         """Raise InputError where the parameters cannot belong to this format."""
 
+    def follow(self, owner: "StoredLinear") -> None:
+        """Use what `owner`, the module that the spec names, stores for both."""
+        raise InputError(f"format {self.name} shares nothing, the manifest says that it does")
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """The state dict of the same weight with nothing shared."""
+        return dict(self.state_dict())
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The weight (out, in) that this layer multiplies by, in the factors' dtype."""

@@ -1,6 +1,8 @@
 """Sparse dictionary: W ≈ S D with a dense dictionary and exactly s coefficients per output (CoSpaDi, 2509.22075)."""
 
-from typing import ClassVar
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,20 @@ from lrcompress.protocols import Spec
 
 BITS = (8, 16)
 
+SPARSE_ATOMS, SPARSE_ROWS = 3, 32
+"""From so many atoms per coefficient, and rows of the input, on the sparse product is faster on a processor: 1.3 times
+at the thresholds, 3 times at 4 and 128; see benchmarks/sparse_product.py. Fewer rows are faster dense."""
+
 
 @FORMATS.register
 class SparseDictionary(StoredLinear):
     """y = S (D x) + b with `dictionary` D (k, in) and `coefficients` (out, s), the nonzeros of S (out, k) by row.
 
     `positions` says where they are, in ascending order: a mask of out * k bits, packed eight to a byte, or (out, s)
-    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. S is stored sparse and
-    multiplied dense: half full, it is no faster otherwise.
+    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. Without gradients S is decoded
+    once and kept until a tensor that it is made of changes; see `product` for how it is multiplied.
+
+    Where the spec names a module in `shared`, D is that module's: this one has none, until it is told to `follow` it.
     """
 
     name: ClassVar[str] = "sparse_dictionary"
@@ -29,11 +37,14 @@ class SparseDictionary(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         atoms, nonzeros = _sizes(spec)
-        self._declare("dictionary", (atoms, self.in_features), _bits(spec, "dictionary_bits"), dtype)
+        self._owner: tuple[SparseDictionary, ...] = ()
+        if spec.owner is None:
+            self._declare("dictionary", (atoms, self.in_features), _bits(spec, "dictionary_bits"), dtype)
         self._declare("coefficients", (self.out_features, nonzeros), _bits(spec, "coefficient_bits"), dtype)
         shape, kind = _positions(spec)
         self.register_buffer("positions", torch.empty(shape, dtype=kind))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
+        self._decoded: dict[str, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor]] = {}
 
     def _declare(self, name: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
         if bits == 16:
@@ -59,7 +70,10 @@ class SparseDictionary(StoredLinear):
         (m, n), (atoms, nonzeros) = spec.shape, _sizes(spec)
         shape, kind = _positions(spec)
         total = kind.itemsize * torch.Size(shape).numel() + added_bias_bytes(spec, element_size)
-        for rows, width, key in ((atoms, n, "dictionary_bits"), (m, nonzeros, "coefficient_bits")):
+        parts = [(m, nonzeros, "coefficient_bits")]
+        if spec.owner is None:
+            parts.append((atoms, n, "dictionary_bits"))
+        for rows, width, key in parts:
             total += rows * (width + element_size if _bits(spec, key) == 8 else width * element_size)
         return total
 
@@ -71,37 +85,129 @@ class SparseDictionary(StoredLinear):
         nonzeros = spec.parameters["rank"]
         index = support.nonzero()[:, 1].reshape(len(support), nonzeros)
         stored = {
-            **_quantised("dictionary", dictionary, _bits(spec, "dictionary_bits")),
-            **_quantised("coefficients", codes.gather(1, index), _bits(spec, "coefficient_bits")),
+            **_named("coefficients", quantised(codes.gather(1, index), _bits(spec, "coefficient_bits"))),
             "positions": pack_bits(support) if _masked(spec) else index.to(_positions(spec)[1]),
         }
+        if spec.owner is None:
+            stored |= _named("dictionary", quantised(dictionary, _bits(spec, "dictionary_bits")))
         return stored if bias is None else {**stored, "bias": bias}
+
+    def follow(self, owner: StoredLinear) -> None:
+        """In a tuple, so that the owner is no submodule, is copied with the model, and may be moved and trained."""
+        if not isinstance(owner, SparseDictionary) or not _same_dictionary(self.spec, owner.spec):
+            raise InputError(f"the manifest shares a dictionary of {self.spec} that {owner.spec} cannot have")
+        self._owner = (owner,)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        names = ("dictionary", "dictionary_scale")
+        shared = {k: t for k, t in self._source().state_dict().items() if k in names}
+        return {**self.state_dict(), **shared}
+
+    def _source(self) -> "SparseDictionary":
+        """The module that stores the dictionary."""
+        if self.spec.owner is None:
+            return self
+        if not self._owner:
+            raise RuntimeError(f"the dictionary lies in {self.spec.owner}: call follow with that module first")
+        return self._owner[0]
+
+    def atoms_of(self, x: Tensor) -> Tensor:
+        """D (k, in) on the device of x."""
+        source = self._source()
+        if source is not self and source.coefficients.is_meta and hasattr(source, "_hf_hook"):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(source, x.device):  # offloaded: back on the meta device afterwards
+                return source._values("dictionary").clone()
+        return source._values("dictionary").to(x.device)
+
+    @property
+    def product(self) -> str:
+        """How S is multiplied: `dense`, or `sparse` for many rows, in float32, on a processor, without gradients."""
+        return product(self.spec)
 
     def codes(self) -> Tensor:
         """S (out, k), dense, in the factors' dtype."""
         values = self._values("coefficients")
         dense = values.new_zeros(self.out_features, self.spec.parameters["atoms"])
         if _masked(self.spec):
-            support = unpack_bits(self.positions, dense.shape[0], dense.shape[1])
-            return dense.masked_scatter(support, values)
+            return dense.masked_scatter(self._support(), values)
         return dense.scatter(1, self.positions.long(), values)
 
+    def atoms(self) -> Tensor:
+        """(out, s) int32: the atom of every coefficient."""
+        if _masked(self.spec):
+            return self._support().nonzero()[:, 1].reshape(self.out_features, -1).int()
+        return self.positions.int()
+
+    def _support(self) -> Tensor:
+        return unpack_bits(self.positions, self.out_features, self.spec.parameters["atoms"])
+
     def _values(self, name: str) -> Tensor:
-        stored = getattr(self, name)
-        if stored.is_floating_point():
-            return stored
-        scale = getattr(self, f"{name}_scale")
-        return stored.to(scale.dtype) * scale[:, None]
+        return dequantised((getattr(self, name), getattr(self, f"{name}_scale", None)))
 
     def dense(self) -> Tensor:
-        return self.codes() @ self._values("dictionary")
+        codes = self.codes()
+        return codes @ self.atoms_of(codes)
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        latent = nn.functional.linear(x, self._values("dictionary"))
-        return nn.functional.linear(latent, self.codes(), self.bias)
+        latent = nn.functional.linear(x, self.atoms_of(x))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nn.functional.linear(latent, self.codes(), self.bias)
+        if self._is_faster_sparse(latent):
+            return self._sparse_product(latent)
+        return nn.functional.linear(latent, self._kept("codes", self.codes), self.bias)
+
+    def _is_faster_sparse(self, latent: Tensor) -> bool:
+        fits = latent.device.type == "cpu" and latent.dtype == torch.float32
+        return fits and self.product == "sparse" and latent[..., 0].numel() >= SPARSE_ROWS
+
+    def _sparse_product(self, latent: Tensor) -> Tensor:
+        """latent (..., k) to (..., out): every output sums the s rows of latentᵀ that it uses."""
+        rows = latent.flatten(0, -2).T.contiguous()
+        found = nn.functional.embedding_bag(
+            self._kept("atoms", self.atoms), rows, per_sample_weights=self._values("coefficients"), mode="sum"
+        ).T
+        found = found if self.bias is None else found + self.bias
+        return found.reshape(*latent.shape[:-1], self.out_features)
+
+    def _kept(self, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, remembered as long as the tensors that it depends on are the same and unchanged."""
+        sources = [self.positions, self.coefficients, getattr(self, "coefficients_scale", None)]
+        tensors = [t for t in sources if t is not None]
+        if any(t.is_inference() for t in tensors):  # these count no versions
+            return make()
+        entry = self._decoded.get(what)
+        versions = [(t._version, t.data_ptr()) for t in tensors]
+        if entry is None or any(r() is not t for r, t in zip(entry[0], tensors, strict=True)) or entry[1] != versions:
+            # Weak references, so that nothing outlives weights that are moved out of memory between calls.
+            entry = [weakref.ref(t, self._forget) for t in tensors], versions, make()
+            self._decoded[what] = entry
+        return entry[2]
+
+    def _forget(self, _: Any = None) -> None:
+        self._decoded.clear()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "SparseDictionary":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SparseDictionary":
+        """As every module; forgets what was decoded."""
+        self._forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": {}}
+
+
+def product(spec: Spec) -> str:
+    """See SparseDictionary.product."""
+    atoms, nonzeros = _sizes(spec)
+    return "sparse" if atoms >= SPARSE_ATOMS * nonzeros else "dense"
 
 
 def _sizes(spec: Spec) -> tuple[int, int]:
@@ -111,6 +217,12 @@ def _sizes(spec: Spec) -> tuple[int, int]:
 
 def _bits(spec: Spec, key: str) -> int:
     return int(spec.parameters.get(key, 16))
+
+
+def _same_dictionary(spec: Spec, owner: Spec) -> bool:
+    """Whether the dictionary that `owner` stores is of the size and the bits that `spec` has."""
+    same = spec.shape[1] == owner.shape[1] and _sizes(spec)[0] == _sizes(owner)[0]
+    return same and owner.owner is None and _bits(spec, "dictionary_bits") == _bits(owner, "dictionary_bits")
 
 
 def _masked(spec: Spec) -> bool:
@@ -127,19 +239,27 @@ def _positions(spec: Spec) -> tuple[tuple[int, ...], torch.dtype]:
     return (spec.shape[0], nonzeros), index_dtype(atoms)
 
 
-def _quantised(name: str, values: Tensor, bits: int) -> dict[str, Tensor]:
-    """`values` (rows, width) as they are, or as int8 with the scale of every row.
+def quantised(values: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """`values` (rows, width) as they are, or as int8 with the scale (rows,) of every row.
 
     A scale is rounded to bfloat16 before it is used, so that it is stored exactly in any dtype of 16 bits.
     """
     if bits == 16:
-        return {name: values}
+        return values, None
     scale = (values.abs().amax(1) / 127).bfloat16().to(values.dtype)
     safe = torch.where(scale > 0, scale, 1.0)
-    return {
-        name: (values / safe[:, None]).round().clamp(-127, 127).to(torch.int8),
-        f"{name}_scale": scale,
-    }
+    return (values / safe[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantised(stored: tuple[Tensor, Tensor | None]) -> Tensor:
+    """The numbers that `quantised` stands for, in the scale's dtype."""
+    values, scale = stored
+    return values if scale is None else values.to(scale.dtype) * scale[:, None]
+
+
+def _named(name: str, stored: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
+    values, scale = stored
+    return {name: values} if scale is None else {name: values, f"{name}_scale": scale}
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-RIDGES = {torch.float32: 1e-6, torch.float64: 1e-11}
+RIDGES = {torch.float32: 1e-5, torch.float64: 1e-11}
 """Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
+
+REFIT_STEPS = 40
+"""Conjugate gradient steps of a final refit: ten times those of a round of the pursuit."""
 
 
 @dataclass
@@ -30,6 +33,13 @@ class SparseCode:
     def error(self, target: Tensor) -> Tensor:
         """(...) squared error ‖Y - C D‖², in float64."""
         return (target - self.codes @ self.dictionary).double().square().sum((-2, -1))
+
+
+def stalled(objectives: list[Tensor], tolerance: float) -> bool:
+    """Whether the last round lowered no objective by more than `tolerance` of it; 0 runs every round."""
+    if tolerance == 0 or len(objectives) < 2:
+        return False
+    return bool((objectives[-2] - objectives[-1] <= tolerance * objectives[-1]).all())
 
 
 def check_finite(target: Tensor) -> None:
@@ -73,50 +83,41 @@ def normalised(dictionary: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return dictionary / norms[..., None], codes * norms[..., None, :]
 
 
-def overcomplete(target: Tensor, start: SparseCode, atoms: int) -> SparseCode:
-    """`start` with further atoms: the residuals of the rows that it serves worst, unused as yet."""
-    more = atoms - start.dictionary.shape[-2]
-    if more <= 0:
-        return start
-    residual = target - start.codes @ start.dictionary
-    worst = residual.square().sum(-1).topk(more, dim=-1).indices
-    extra = residual.gather(-2, worst[..., None].expand(*worst.shape, target.shape[-1]))
-    dictionary = torch.cat([start.dictionary, extra], dim=-2)
-    blank = start.codes.new_zeros(*start.codes.shape[:-1], more)
-    codes, support = torch.cat([start.codes, blank], -1), torch.cat([start.support, blank.bool()], -1)
-    dictionary, codes = normalised(dictionary, codes)
-    return SparseCode(dictionary, codes, support, start.objectives)
-
-
 def least_squares_dictionary(target: Tensor, codes: Tensor, previous: Tensor | None = None) -> Tensor:
     """D (..., k, p) that minimises ‖Y - C D‖² for C (..., n, k): a combination of the rows of Y.
 
     As such it is optimal in every metric Y -> Y R at once, so whitened codes give the dictionary of the plain weight
-    without an inverse of the Gram. The normal equations are scaled to a unit diagonal and solved in float64. Atoms
-    that no code uses keep their `previous` rows (zero where there are none).
+    without an inverse of the Gram. The normal equations are scaled to a unit diagonal and solved in the dtype of the
+    codes; their ridge draws to the `previous` dictionary (zero where there is none), which unused atoms keep.
     """
-    gram = (codes.mT @ codes).double()
+    gram = codes.mT @ codes
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
-    scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
-    scaled = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(dead.double())
-    right = scale[..., None] * (codes.mT @ target).double()
+    scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt())
+    scaled = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(dead.to(gram.dtype))
+    right = codes.mT @ target
+    right = scale[..., None] * (right if previous is None else right - gram @ previous)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    for stronger in (1.0, 1e3):
+    for stronger in (1.0, 1e2, 1e4):
         factor, failed = torch.linalg.cholesky_ex(scaled + stronger * RIDGES[codes.dtype] * eye)
         if not bool(failed.any()):
             break
     else:
         raise ArithmeticError("the normal equations of the codes are singular")
-    found = (scale[..., None] * torch.cholesky_solve(right, factor)).to(target.dtype)
-    return found if previous is None else torch.where(dead[..., None], previous, found)
+    found = scale[..., None] * torch.cholesky_solve(right, factor)
+    return found if previous is None else previous + found
 
 
 def least_squares_codes(gram: Tensor, products: Tensor, support: Tensor, start: Tensor, steps: int) -> Tensor:
-    """C (..., n, k) on `support` that minimises ‖Y - C D‖², all rows at once by masked conjugate gradients.
+    """C (..., n, k) on `support` that minimises ‖Y - C D‖²; see `refit`."""
+    return refit(gram, products, support, start, steps)[0]
 
-    gram: D Dᵀ (..., k, k); products: Y Dᵀ (..., n, k); start: (..., n, k), used on the support. Every step lowers
-    the error of every row that is not yet optimal.
+
+def refit(gram: Tensor, products: Tensor, support: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """C (..., n, k) on `support` for ‖Y - C D‖², and (..., n, 1) how much of every row's energy C explains.
+
+    All rows at once by masked conjugate gradients. gram: D Dᵀ (..., k, k); products: Y Dᵀ (..., n, k); start:
+    (..., n, k), used on the support. Every step lowers the error of every row that is not yet optimal.
     """
     mask = support.to(products.dtype)
     codes = start * mask
@@ -133,4 +134,12 @@ def least_squares_codes(gram: Tensor, products: Tensor, support: Tensor, start: 
         fresh = residual.square().sum(-1, keepdim=True)
         direction = direction.mul_(torch.where(size > 0, fresh / size, 0.0)).add_(residual)
         size = fresh
-    return codes
+    return codes, (codes * (products + residual)).sum(-1, keepdim=True)
+
+
+def refitted_codes(gram: Tensor, products: Tensor, codes: Tensor, support: Tensor) -> Tensor:
+    """`least_squares_codes` to convergence, float64, from codes that were the best of a dictionary near by."""
+    norms = gram.diagonal().sqrt()
+    norms = torch.where(norms > 0, norms, 1.0)
+    scaled, right = gram / norms / norms[:, None], products / norms
+    return least_squares_codes(scaled, right, support, codes * norms, REFIT_STEPS) / norms

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.dictionary import SparseCode, check_finite, normalised
+from lrcompress.linalg.dictionary import SparseCode, check_finite, normalised, stalled
 
 POWER_ITERATIONS = 8
 SEED = 42
@@ -11,19 +11,19 @@ PURSUIT_NUMBERS = 2**25
 """Most numbers that the pursuit keeps at once; rows are taken in parts of that size."""
 
 
-def ksvd(target: Tensor, atoms: int, nonzeros: int, rounds: int) -> SparseCode:
+def ksvd(target: Tensor, atoms: int, nonzeros: int, rounds: int, tolerance: float = 0.0) -> SparseCode:
     """Y (..., n, p) ≈ C D by `rounds` of pursuit and atom updates, from random rows of Y as atoms <= n.
 
     As published, but a row keeps its codes where the greedy pursuit finds worse ones, so no round raises the objective.
     """
     check_finite(target)
     if target.dim() > 2:
-        parts = [ksvd(part, atoms, nonzeros, rounds) for part in target]
+        parts = [ksvd(part, atoms, nonzeros, rounds, tolerance) for part in target]
         return SparseCode(
             torch.stack([part.dictionary for part in parts]),
             torch.stack([part.codes for part in parts]),
             torch.stack([part.support for part in parts]),
-            [torch.stack(values) for values in zip(*(part.objectives for part in parts), strict=True)],
+            [torch.stack(values) for values in zip(*_equally_long(parts), strict=True)],
         )
     chosen = torch.randperm(len(target), generator=torch.Generator().manual_seed(SEED))[:atoms].to(target.device)
     none = target.new_zeros(len(target), 0)
@@ -37,7 +37,15 @@ def ksvd(target: Tensor, atoms: int, nonzeros: int, rounds: int) -> SparseCode:
         better = (_squared(target - fresh @ dictionary) < old)[:, None]
         codes, support = torch.where(better, fresh, codes), torch.where(better, positions, support)
         objectives.append(_squared(target - codes @ dictionary).double().sum())
+        if stalled(objectives, tolerance):
+            break
     return SparseCode(dictionary, codes, support, objectives)
+
+
+def _equally_long(codes: list[SparseCode]) -> list[list[Tensor]]:
+    """Their objectives, those that ended early continued by their last one."""
+    longest = max(len(code.objectives) for code in codes)
+    return [code.objectives + code.objectives[-1:] * (longest - len(code.objectives)) for code in codes]
 
 
 def pursue(target: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What a method answers; a new one is one file beside this one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -83,6 +84,16 @@ class Method(ABC):
         """Whether a backward pass over the calibration text is made."""
         return self.metric in ("trace", "two_sided")
 
+    @property
+    def keeps_gram(self) -> bool:
+        """Whether an artefact holds the inputs' Gram (in, in) beside what is made of the weight."""
+        return False
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring blocks' weights of one kind share a part of what is stored, and have one level."""
+        return 1
+
     @abstractmethod
     def curve(self, site: Site, element_size: int) -> Curve:
         """The levels of a site and their bytes, known before any decomposition."""
@@ -106,6 +117,12 @@ class Method(ABC):
     @abstractmethod
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors of `spec`, float32 or integer; bias is that of the dense layer."""
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        """The stored tensors of weights that share something, its owner first."""
+        return [self.encode(*weight) for weight in zip(specs, artefacts, biases, strict=True)]
 
 
 def make_method(name: str, options: dict[str, Any], format: str | None = None, base: str | None = None) -> Method:

@@ -1,43 +1,59 @@
 """CoSpaDi: sparse dictionaries learnt on whitened weights (arXiv 2509.22075), with the solvers of later work."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
 import torch
 from torch import Tensor
 
+from lrcompress.errors import InputError
 from lrcompress.formats import spec_bytes
-from lrcompress.formats.sparse_dictionary import SparseDictionary
-from lrcompress.linalg.dictionary import least_squares_dictionary
+from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
+from lrcompress.linalg.dictionary import least_squares_dictionary, refitted_codes
+from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
 from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.methods.base import METHODS, Method, MethodOptions
+from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Bits = Literal[8, 16]
 
-SPARSITY_COST = 0.08
-"""Share of the ranks between s and k that a sparse code loses against rank k, at k / s = 2, as measured on the demo."""
+SPARSITY_COST = 0.07
+"""Share of the ranks between s and k that a sparse code loses against rank k, per k / s - 1 and per out / in, that at
+most 2: on the demo and synthetic weights, at k / s = 2.5, 0.13 where out / in is 2.7, 0.08 at 1 and 0.02 at 0.4."""
+
+LEAST_WEIGHT = 1e-6
+"""Outputs whose squared gradient is below this share of the mean count as much as that."""
 
 
 class CospadiOptions(MethodOptions):
     """Options of cospadi."""
 
-    metric: Literal["plain", "input"] = "input"
+    metric: Metric = "input"
     solver: Literal["htp", "procrustes", "ksvd"] = "htp"
     """htp: free dictionary, supports refined, coefficients by least squares; procrustes: COMPOT; ksvd: the paper."""
-    k_over_s: float = pydantic.Field(2.0, ge=1.0, le=16.0)
+    k_over_s: float = pydantic.Field(2.5, ge=1.0, le=16.0)
     """Atoms of the dictionary per coefficient of an output."""
     rounds: int = pydantic.Field(24, ge=0)
-    """Alternations of dictionary and codes (procrustes is published with 20, ksvd with 60)."""
+    """At most so many alternations of dictionary and codes (procrustes is published with 20, ksvd with 60)."""
+    tolerance: float = pydantic.Field(0.004, ge=0.0)
+    """Alternations end where one lowers the squared error by less than this share of it; 0 runs them all."""
     coefficient_bits: Bits = 16
     dictionary_bits: Bits = 16
+    group: int = pydantic.Field(1, ge=1)
+    """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
+    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
+    """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
 
 
 @METHODS.register
 class Cospadi(Method):
     """W ≈ S D with s coefficients per output, the error measured on the calibration inputs.
 
+    Metrics are those of the low-rank methods, but `two_sided` weighs every output by its own squared gradient: a
+    full Gram of the outputs would tie the rows of S together.
     The levels of a weight are numbers of coefficients s. Errors are not known before the solver has run, so they
     are estimated: see `errors`.
     """
@@ -52,15 +68,27 @@ class Cospadi(Method):
 
     options: CospadiOptions
 
+    def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
+        super().__init__(options, format, base)
+        if self.group > 1 and self.options.solver != "htp":
+            raise InputError(f"group={self.group} needs solver=htp, solver {self.options.solver} takes one weight only")
+
     @property
     def metric(self) -> str:
         return self.options.metric
 
+    @property
+    def group(self) -> int:
+        return self.options.group
+
     def curve(self, site: Site, element_size: int) -> Curve:
+        """With a shared dictionary, a weight's part of a whole group's bytes."""
         dense = site.shape[0] * site.shape[1] * element_size
         ranks, costs = [], []
         for nonzeros in range(1, min(site.shape)):
-            cost = spec_bytes(self.spec(site, nonzeros, element_size), element_size)
+            spec = self.spec(site, nonzeros, element_size)
+            shared = (self.group - 1) * spec_bytes(spec.following(site.name), element_size)
+            cost = -(-(spec_bytes(spec, element_size) + shared) // self.group)
             if cost >= dense:
                 break
             ranks.append(nonzeros)
@@ -73,17 +101,52 @@ class Cospadi(Method):
         return min(round(self.options.k_over_s * nonzeros), limit)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        """With W G^½ = P Σ Qᵀ only P and Σ matter to the solver: the rows of P Σ are those of W G^½, rotated."""
-        gram = None if statistics is None or self.metric == "plain" else statistics.gram()
-        spectrum = decompose(weight, gram)
-        return {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
+        """With R W G^½ = P Σ Qᵀ only P and Σ matter to the solver: the rows of P Σ are those of R W G^½, rotated.
+
+        R, diagonal, weighs the outputs where the metric has gradients.
+        """
+        gram = None
+        if statistics is not None and self.metric != "plain":
+            gram = statistics.gram(centred=self.metric == "centred")
+        roots = self._output_roots(weight, statistics)
+        spectrum = decompose(weight.double() * roots[:, None], gram)
+        artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
+        artefact["roots"] = roots
+        if gram is not None and self.keeps_gram:
+            artefact["gram"] = gram.float()
+        if self.metric == "centred" and statistics is not None:
+            artefact["mean"] = statistics.mean()
+        return artefact
+
+    @property
+    def keeps_gram(self) -> bool:
+        """A rounded or a shared dictionary is no combination of the weight's rows, so it needs the Gram itself."""
+        return self.options.dictionary_bits == 8 or self.group > 1
+
+    def _output_roots(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor:
+        """(out,) float64: the diagonal of R, all ones where the metric has no gradients, or these are zero."""
+        ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+        if not self.needs_gradients or statistics is None:
+            return ones
+        if statistics.gradients is None:
+            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
+        squares = statistics.gradients.diagonal().double()
+        mean = squares.mean()
+        if not bool(torch.isfinite(mean)):
+            raise ArithmeticError("the gradients have non-finite entries")
+        if mean <= 0:
+            return ones
+        if self.metric == "trace":
+            return ones * mean.sqrt()
+        return (squares + self.options.gradient_damping * mean).clamp_min(LEAST_WEIGHT * mean).sqrt()
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         """An estimate: the error of the low-rank approximation of an equivalent rank.
 
         k atoms and s coefficients err at least as much as rank k and at most as much as rank s. On real weights
         the solver comes near the lower end, so the estimate is the tail of the energies, interpolated, at rank
-        k - SPARSITY_COST (k / s - 1)(k - s); it falls from level to level as the truth does.
+        k - SPARSITY_COST (out / in)(k / s - 1)(k - s); it falls from level to level as the truth does. A dictionary
+        that N weights share loses 1 - 1 / N of those ranks more, and all the more where k is as large as it may be.
         """
         energies, out = artefact["energies"], len(artefact["weight"])
         full = len(energies)
@@ -92,7 +155,9 @@ class Cospadi(Method):
         found = []
         for nonzeros in curve.ranks[:-1].tolist():
             atoms = min(self._atoms(shape, nonzeros), full)
-            cost = min(SPARSITY_COST * (self.options.k_over_s - 1), 1.0)
+            cost = min(SPARSITY_COST * min(shape[0] / shape[1], 2.0) * (self.options.k_over_s - 1), 1.0)
+            wanted = max(self.options.k_over_s * nonzeros / atoms, 1.0)
+            cost = min(cost + wanted * (1 - 1 / self.group), 1.0)
             rank = atoms - cost * (atoms - nonzeros)
             low = min(int(rank), full - 1)
             found.append(float(torch.lerp(tail[low], tail[low + 1], rank - low)))
@@ -106,20 +171,89 @@ class Cospadi(Method):
         for key in ("coefficient_bits", "dictionary_bits"):
             if getattr(self.options, key) != 16:
                 parameters[key] = getattr(self.options, key)
-        return Spec(SparseDictionary.name, site.shape, site.bias, conv1d=site.conv1d, parameters=parameters)
+        adds_bias = self.metric == "centred"
+        bias, added = adds_bias or site.bias, adds_bias and not site.bias
+        return Spec(SparseDictionary.name, site.shape, bias, added, site.conv1d, parameters)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
         target = artefact["left"] * artefact["energies"].sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
-        code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds)
+        code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds, self.options.tolerance)
+        roots, weight = artefact["roots"][:, None], artefact["weight"].double()
         codes = code.codes.double()
-        dictionary = least_squares_dictionary(artefact["weight"].double(), codes)
+        dictionary = least_squares_dictionary(roots * weight, codes)
+        codes = codes / roots
         scale = _balance(dictionary, codes)
-        stored = dictionary * scale, codes / scale
-        if not all(bool(torch.isfinite(t).all()) for t in stored):
+        dictionary, codes = dictionary * scale, codes / scale
+        if self.options.dictionary_bits == 8:
+            codes = self._refitted_codes(artefact, rounded(dictionary, 8), codes, code.support)
+        elif self.options.coefficient_bits == 8:
+            dictionary = least_squares_dictionary(roots * weight, roots * rounded(codes, 8))
+        return self._stored(spec, artefact, dictionary, codes, code.support, bias)
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        """One dictionary for all: `joint_htp`, then as in `encode`."""
+        if len(specs) == 1:
+            return super().encode_together(specs, artefacts, biases)
+        roots = [a["roots"][:, None] for a in artefacts]
+        weights = [r * a["weight"].double() for r, a in zip(roots, artefacts, strict=True)]
+        grams = [a["gram"] if "gram" in a else None for a in artefacts]
+        # One factor for all weights, so that sums in float32 begin near 1.
+        unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
+        scaled = [(w / unit).float() for w in weights]
+        atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
+        code = joint_htp(scaled, grams, atoms, nonzeros, self.options.rounds, self.options.tolerance)
+        exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
+        codes = [c.double() for c in code.codes]
+        dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)
+        scale = _balance(dictionary, torch.cat(codes))
+        dictionary = dictionary * scale
+        codes = [c / r / scale for c, r in zip(codes, roots, strict=True)]
+        if self.options.dictionary_bits == 8:
+            changed = rounded(dictionary, 8)
+            codes = [
+                self._refitted_codes(a, changed, c, s) for a, c, s in zip(artefacts, codes, code.supports, strict=True)
+            ]
+        elif self.options.coefficient_bits == 8:
+            few = [r * rounded(c, 8) for r, c in zip(roots, codes, strict=True)]
+            dictionary = exact.solve(few, dictionary, FINAL_STEPS)
+        return [
+            self._stored(spec, artefact, dictionary, c, support, bias)
+            for spec, artefact, c, support, bias in zip(specs, artefacts, codes, code.supports, biases, strict=True)
+        ]
+
+    def _refitted_codes(
+        self, artefact: dict[str, Tensor], dictionary: Tensor, codes: Tensor, support: Tensor
+    ) -> Tensor:
+        """Codes (out, k) that are the best in the metric for a dictionary (k, in) that has been changed."""
+        seen = dictionary if "gram" not in artefact else dictionary @ artefact["gram"].double()
+        return refitted_codes(seen @ dictionary.T, artefact["weight"].double() @ seen.T, codes, support)
+
+    def _stored(
+        self,
+        spec: Spec,
+        artefact: dict[str, Tensor],
+        dictionary: Tensor,
+        codes: Tensor,
+        support: Tensor,
+        bias: Tensor | None,
+    ) -> dict[str, Tensor]:
+        if not all(bool(torch.isfinite(t).all()) for t in (dictionary, codes)):
             raise ArithmeticError("the sparse dictionary is not finite")
-        return SparseDictionary.encode(spec, stored[0].float(), stored[1].float(), code.support, bias)
+        if "mean" in artefact:
+            kept = rounded(codes, self.options.coefficient_bits), rounded(dictionary, self.options.dictionary_bits)
+            mean = artefact["mean"]
+            moved = artefact["weight"].double() @ mean - kept[0] @ (kept[1] @ mean)
+            bias = (moved if bias is None else bias.double() + moved).float()
+        return SparseDictionary.encode(spec, dictionary.float(), codes.float(), support, bias)
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """Float64 rows of `values` as they are stored with `bits` bits; zeros stay zeros."""
+    return dequantised(quantised(values.float(), bits)).double()
 
 
 def _balance(dictionary: Tensor, codes: Tensor) -> Tensor:

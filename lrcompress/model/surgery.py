@@ -13,6 +13,16 @@ def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None
         model.set_submodule(name, build(spec, dtype))
 
 
+def connect(model: nn.Module, modules: dict[str, Spec]) -> None:
+    """Tell every installed module that shares something where it is stored."""
+    for name, spec in modules.items():
+        if spec.owner is not None:
+            module, owner = model.get_submodule(name), model.get_submodule(spec.owner)
+            assert isinstance(module, StoredLinear)
+            assert isinstance(owner, StoredLinear)
+            module.follow(owner)
+
+
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every stored format by the ordinary layer that computes the same."""
     for name, module in stored_layers(model).items():
@@ -50,8 +60,8 @@ def dense_layer(module: StoredLinear, dtype: torch.dtype | None = None) -> nn.Mo
 
 def dense_parts(module: StoredLinear) -> tuple[Tensor, Tensor | None]:
     """The equivalent weight (out, in) and bias, multiplied out in float32."""
-    copy = build(module.spec, torch.float32) if module.weight.dtype != torch.float32 else module
-    if copy is not module:
-        copy = copy.to(module.weight.device)
-        copy.load_state_dict(module.state_dict())
+    copy = module
+    if module.weight.dtype != torch.float32 or module.spec.owner is not None:
+        copy = build(module.spec.alone(), torch.float32).to(module.weight.device)
+        copy.load_state_dict(module.whole_state())
     return copy.dense().detach(), None if (bias := copy.dense_bias()) is None else bias.detach()

@@ -9,6 +9,7 @@ from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.formats import build
+from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
 from lrcompress.model.surgery import dense_parts
 from lrcompress.model.targets import find_sites
@@ -63,6 +64,8 @@ def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[
         "bytes": site_bytes(reader, site, spec) if spec.format != "dense" else dense,
         "dense_bytes": dense,
         "relative_error": None,
+        **({"shared": spec.owner} if spec.owner is not None else {}),
+        **({"product": product(spec)} if spec.format == SparseDictionary.name else {}),
     }
 
 
@@ -72,11 +75,19 @@ def stored_weight(site: Site, spec: Spec | None, reader: CheckpointReader, names
         key = names.get(f"{site.name}.weight", f"{site.name}.weight")
         weight = next(t for _, t in reader.read([key])).float()
         return weight.T if site.conv1d else weight
-    module = build(spec, torch.float32)
-    stored = dict(reader.read([n for n in reader.names() if n.startswith(site.name + ".")]))
-    local = {k.removeprefix(site.name + "."): v for k, v in stored.items()}
+    module = build(spec.alone(), torch.float32)
+    local = _tensors(site.name, reader)
+    if spec.owner is not None:
+        shared = _tensors(spec.owner, reader)
+        local = {key: local.get(key, shared.get(key)) for key in module.state_dict()}  # type: ignore[misc]
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in local.items()})
     return dense_parts(module)[0]
+
+
+def _tensors(module: str, reader: CheckpointReader) -> dict[str, Tensor]:
+    """Stored tensors of a module by their names in it."""
+    stored = reader.read([n for n in reader.names() if n.startswith(module + ".")])
+    return {name.removeprefix(module + "."): tensor for name, tensor in stored}
 
 
 def quantiles(values: Tensor, count: int = 16) -> list[float]:

@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.profile import SUMMARY, Artefacts
+from lrcompress.stages.sharing import joint_curve, joint_specs, levels_of, sharing
 
 
 @dataclass
@@ -19,7 +22,13 @@ class Plan:
     bytes: dict[str, int]
     dense_bytes: dict[str, int]
     levels: dict[str, int]
+    """Index into a site's errors; -1, the last, is dense."""
     relative_errors: dict[str, float] = field(default_factory=dict)
+
+    def family(self, name: str) -> list[str]:
+        """The sites that share with `name`, itself included, the owner first."""
+        owner = self.specs[name].owner or name
+        return [owner, *(other for other, spec in self.specs.items() if spec.owner == owner)]
 
     def entries(self, sites: list[Site]) -> list[dict[str, Any]]:
         """The `targets` of report.json."""
@@ -49,22 +58,24 @@ def needs_artefacts(opened: Opened) -> bool:
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     """Choose a level per site: the asked rank's, or the allocator's within the bytes that the ratio leaves."""
     request, size = opened.request, opened.dtype.itemsize
-    curves = [request.method.curve(site, size) for site in opened.sites]
+    groups = sharing(request.method, opened.sites, len(opened.blocks))
+    curves = [joint_curve(request.method, sites, size) for sites in groups]
     if artefacts is not None:
-        for site, curve in zip(opened.sites, curves, strict=True):
-            summary = artefacts.load(site, SUMMARY)
-            curve.errors, curve.spectrum = summary["errors"], summary.get("spectrum")
+        for sites, curve in zip(groups, curves, strict=True):
+            _sum_up(curve, [artefacts.load(site, SUMMARY) for site in sites])
     if request.recipe.rank is not None:
         levels = {curve.name: rank_level(curve, request.recipe.rank) for curve in curves}
     else:
         levels = request.allocator.allocate(curves, budget_of(request, curves))
-    plan = Plan({}, {}, {}, {})
-    for site, curve in zip(opened.sites, curves, strict=True):
-        level = levels[site.name]
-        plan.specs[site.name] = level_spec(opened, site, curve, level)
-        plan.bytes[site.name] = int(curve.bytes[level])
-        plan.dense_bytes[site.name] = curve.dense_bytes
-        plan.levels[site.name] = level
+    # Filled group by group, kept in the order of the sites.
+    plan = Plan({site.name: Spec(DENSE, site.shape) for site in opened.sites}, {}, {}, {})
+    for sites, curve in zip(groups, curves, strict=True):
+        level = levels[curve.name]
+        for site, spec in zip(sites, level_specs(opened, sites, curve, level), strict=True):
+            plan.specs[site.name] = spec
+            plan.bytes[site.name] = spec_bytes(spec, size)
+            plan.dense_bytes[site.name] = site.shape[0] * site.shape[1] * size
+            plan.levels[site.name] = level if level < len(curve.ranks) - 1 else -1
     if artefacts is not None:
         note_errors(opened, plan, artefacts)
     return plan
@@ -75,7 +86,15 @@ def note_errors(opened: Opened, plan: Plan, artefacts: Artefacts) -> None:
     for site in opened.sites:
         summary = artefacts.load(site, SUMMARY)
         error, total = float(summary["errors"][plan.levels[site.name]]), float(summary["total"])
-        plan.relative_errors[site.name] = (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
+        plan.relative_errors[site.name] = float((max(error, 0.0) / total) ** 0.5) if total > 0 else 0.0
+
+
+def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]]) -> None:
+    """Give a curve the errors of all its weights together, and the root mean square of their singular values."""
+    curve.errors = torch.stack([levels_of(summary["errors"], curve) for summary in summaries]).sum(0)
+    if "spectrum" in summaries[0]:
+        spectra = torch.stack([summary["spectrum"] for summary in summaries])
+        curve.spectrum = spectra.square().mean(0).sqrt() if len(spectra) > 1 else spectra[0]
 
 
 def rank_level(curve: Curve, rank: int) -> int:
@@ -83,8 +102,8 @@ def rank_level(curve: Curve, rank: int) -> int:
     return int(torch.searchsorted(curve.ranks, torch.tensor(rank)).clamp_max(len(curve.ranks) - 1))
 
 
-def level_spec(opened: Opened, site: Site, curve: Curve, level: int) -> Spec:
-    """How a site is stored at a level; the last one is dense."""
+def level_specs(opened: Opened, sites: list[Site], curve: Curve, level: int) -> list[Spec]:
+    """How the sites of a curve are stored at a level; the last one is dense."""
     if level == len(curve.ranks) - 1:
-        return Spec("dense", site.shape, site.bias, conv1d=site.conv1d)
-    return opened.request.method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
+        return [Spec(DENSE, site.shape, site.bias, conv1d=site.conv1d) for site in sites]
+    return joint_specs(opened.request.method, sites, int(curve.ranks[level]), opened.dtype.itemsize)

@@ -23,6 +23,7 @@ from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.stages.sharing import joint_curve, sharing
 
 FEW_TARGETS = 0.3
 """Below this share of the model's parameters a ratio of the targets says little about the model."""
@@ -91,6 +92,8 @@ def check_request(recipe: Recipe) -> Request:
         )
     if method.existing_base is not None:
         check_existing(method.existing_base.folder)
+    if method.options.propagation == "sequential" and method.group > 1:
+        raise InputError("propagation=sequential stores block by block, group shares among blocks: leave one out")
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
@@ -170,7 +173,9 @@ def budget_of(request: Request, curves: Sequence[Curve]) -> int:
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio that cannot be reached, before any text is read."""
     if opened.request.recipe.ratio is not None:
-        curves = [opened.request.method.curve(site, opened.dtype.itemsize) for site in opened.sites]
+        method, size = opened.request.method, opened.dtype.itemsize
+        groups = sharing(method, opened.sites, len(opened.blocks))
+        curves = [joint_curve(method, sites, size) for sites in groups]
         budget_of(opened.request, curves)
 
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.opening import read_config_file
-from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
+from lrcompress.checkpoint.writer import ShardedWriter, disk_errors, write_tensors
 from lrcompress.formats import DENSE, build, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import Site, Spec
@@ -37,7 +38,7 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
     check = HeldOutCheck(opened, scratch)
     with reporter.phase("write", len(opened.blocks)) as tick:
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
-            tensors = Encoder(opened, plan, artefacts, block)
+            tensors = Encoder(opened, plan, artefacts)
             if writer.done < layout.ends[block]:
                 writer.write(layout.tensors(block, tensors))
                 writer.commit()
@@ -55,9 +56,18 @@ def _read_journal(path: Path) -> int:
 
 def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of a compressed site on the CPU, in the written dtype."""
+    return as_stored(opened, site, opened.request.method.encode(spec, artefact, dense_bias(opened, site)))
+
+
+def dense_bias(opened: Opened, site: Site) -> Tensor | None:
+    """The dense layer's bias, float32."""
     key = opened.walker.names.get(site.name + ".bias")
-    bias = next(t for _, t in opened.reader.read([key])).float() if site.bias and key else None
-    raw, dtype = opened.request.method.encode(spec, artefact, bias), opened.dtype
+    return next(t for _, t in opened.reader.read([key])).float() if site.bias and key else None
+
+
+def as_stored(opened: Opened, site: Site, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a method encoded, on the CPU, in the written dtype, with the empty weight."""
+    dtype = opened.dtype
     stored = {k: t.to(dtype) if t.is_floating_point() else t for k, t in raw.items()}
     stored["weight"] = torch.empty(0, dtype=dtype)
     for name, tensor in stored.items():
@@ -67,21 +77,53 @@ def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tens
 
 
 class Encoder:
-    """The stored tensors of one block's sites, encoded once and kept while the block is being written."""
+    """The stored tensors of one block's sites, encoded once and kept while the block is being written.
 
-    def __init__(self, opened: Opened, plan: Plan, artefacts: Artefacts, block: int) -> None:
+    Sites that share are encoded all at once, when the first of them is asked for, into a scratch file; without it, as
+    after an interruption, they are encoded again. They come with what they share, whoever stores it.
+    """
+
+    def __init__(self, opened: Opened, plan: Plan, artefacts: Artefacts) -> None:
         self._opened, self._plan, self._artefacts = opened, plan, artefacts
-        self._sites = {site.name: site for site in opened.sites_of(block)}
+        self._sites = {site.name: site for site in opened.sites}
         self._encoded: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, name: str) -> dict[str, Tensor]:
         """State dict of a compressed site, in the written dtype."""
         if name not in self._encoded:
-            site = self._sites[name]
-            device = decomposition_device(self._opened.request.device)
-            artefact = {key: tensor.to(device) for key, tensor in self._artefacts.load(site).items()}
-            self._encoded[name] = encode_site(self._opened, site, self._plan.specs[name], artefact)
+            family = self._plan.family(name)
+            if len(family) > 1:
+                self._encoded[name] = self._shared(name, family)
+            else:
+                spec, artefact = self._plan.specs[name], self._artefact(name)
+                self._encoded[name] = encode_site(self._opened, self._sites[name], spec, artefact)
         return self._encoded[name]
+
+    def _artefact(self, name: str) -> dict[str, Tensor]:
+        device = decomposition_device(self._opened.request.device)
+        return {key: tensor.to(device) for key, tensor in self._artefacts.load(self._sites[name]).items()}
+
+    def _shared(self, name: str, family: list[str]) -> dict[str, Tensor]:
+        path = self._artefacts.folder / f"shared-{family[0]}.safetensors"
+        if not path.exists():
+            write_tensors(path, self._encode_together(family))
+        spec = self._plan.specs[name]
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            return {
+                key: file.get_tensor(f"{name}|{key}" if f"{name}|{key}" in stored else f"{family[0]}|{key}").clone()
+                for key in stored_tensors(spec.alone(), self._opened.dtype)
+            }
+
+    def _encode_together(self, family: list[str]) -> dict[str, Tensor]:
+        sites = [self._sites[name] for name in family]
+        raw = self._opened.request.method.encode_together(
+            [self._plan.specs[name] for name in family],
+            [self._artefact(name) for name in family],
+            [dense_bias(self._opened, site) for site in sites],
+        )
+        encoded = [as_stored(self._opened, site, part) for site, part in zip(sites, raw, strict=True)]
+        return {f"{site.name}|{k}": t for site, part in zip(sites, encoded, strict=True) for k, t in part.items()}
 
 
 class Layout:
@@ -193,9 +235,9 @@ def installed(opened: Opened, stored: dict[str, tuple[Spec, dict[str, Tensor]]])
 
 
 def loaded(spec: Spec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The format's module with stored tensors, computing in `dtype`."""
+    """The format's module with stored tensors, those it shares among them, computing in `dtype`."""
     with torch.device("meta"):
-        module = build(spec, dtype)
+        module = build(spec.alone(), dtype)
     cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
     module.load_state_dict(cast, assign=True)
     return module.requires_grad_(False)

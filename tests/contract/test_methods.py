@@ -75,7 +75,7 @@ class TestMethod:
             if method.errors_are_exact:
                 assert measured == pytest.approx(float(errors[level]), rel=2e-2, abs=2e-5 * total)
             else:
-                assert measured <= 1.5 * float(errors[level]) + 1e-3 * total
+                assert measured <= 4 * float(errors[level]) + 1e-3 * total  # tall and tiny is the worst
                 assert measured >= 0.5 * float(errors[level]) - 1e-3 * total
                 assert measured <= before
             before = measured

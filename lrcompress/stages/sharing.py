@@ -1,0 +1,48 @@
+"""Weights of one kind in neighbouring blocks that share a part of what is stored, and get one level together."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrcompress.formats import spec_bytes
+from lrcompress.methods import Method
+from lrcompress.protocols import Curve, Site, Spec
+
+
+def sharing(method: Method, sites: Sequence[Site], blocks: int) -> list[list[Site]]:
+    """`sites` by who shares, the owner first: equal kinds and shapes of `method.group` blocks; those outside, alone."""
+    found: dict[object, list[Site]] = {}
+    for site in sites:
+        apart = method.group == 1 or site.block >= blocks
+        key = site.name if apart else (site.block // method.group, site.kind, site.shape)
+        found.setdefault(key, []).append(site)
+    return list(found.values())
+
+
+def joint_specs(method: Method, sites: Sequence[Site], rank: int, element_size: int) -> list[Spec]:
+    """How weights that share are stored at a level."""
+    own = [method.spec(site, rank, element_size) for site in sites]
+    return [own[0], *(spec.following(sites[0].name) for spec in own[1:])]
+
+
+def joint_curve(method: Method, sites: Sequence[Site], element_size: int) -> Curve:
+    """One curve, under the owner's name, for weights that share: their bytes added up."""
+    curve = method.curve(sites[0], element_size)
+    if method.group == 1:
+        return curve
+    dense = len(sites) * curve.dense_bytes
+    ranks, costs = [], []
+    for rank in curve.ranks[:-1].tolist():
+        cost = sum(spec_bytes(spec, element_size) for spec in joint_specs(method, sites, rank, element_size))
+        if cost >= dense:
+            break
+        ranks.append(rank)
+        costs.append(cost)
+    ranks, costs = [*ranks, int(curve.ranks[-1])], [*costs, dense]
+    return Curve(curve.name, torch.tensor(ranks), torch.tensor(costs), dense)
+
+
+def levels_of(errors: Tensor, curve: Curve) -> Tensor:
+    """A weight's errors at the levels of a joint curve, which are the first ones of its own, and dense."""
+    return torch.cat([errors[: len(curve.ranks) - 1], errors[-1:]])
