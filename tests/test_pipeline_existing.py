@@ -48,7 +48,8 @@ def base(make_model, tmp_path_factory):
 def correct(dense, folder, output, *, method=None, **changes):
     """eora over a folder; on the dense model's inputs unless `method` says otherwise, so that layers can be checked."""
     rank = {} if "ratio" in changes else {"rank": 3, "ratio": None}
-    method = {"name": "eora", "propagation": "one_pass", **(method or {})}
+    if not isinstance(method, str):
+        method = {"name": "eora", "propagation": "one_pass", **(method or {})}
     return compress_tiny(
         changes.pop("model", dense), output, **{"method": method, "base": str(folder), **rank, **changes}
     )
