@@ -50,7 +50,7 @@ class Method(ABC):
     takes_rank: ClassVar[bool] = False
     """Whether one rank for all weights (--rank) may be asked instead of a ratio."""
 
-    errors_are_exact: ClassVar[bool] = True
+    errors_are_exact: bool = True
     """`errors` are those of what is stored; False where they are estimates, good for comparing weights and levels."""
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:

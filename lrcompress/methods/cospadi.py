@@ -64,7 +64,7 @@ class Cospadi(Method):
     summary: ClassVar[str] = "sparse dictionary: a few atoms of its own choice for every output"
     Options: ClassVar[type[MethodOptions]] = CospadiOptions
     formats: ClassVar[tuple[str, ...]] = (SparseDictionary.name,)
-    errors_are_exact: ClassVar[bool] = False
+    errors_are_exact: bool = False
 
     options: CospadiOptions
 

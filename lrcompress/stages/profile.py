@@ -24,6 +24,9 @@ AIM_DAMPING = 0.01
 SUMMARY = ("errors", "total", "spectrum")
 """What allocation needs of an artefact."""
 
+STORED = "stored."
+"""Prefix of an artefact's tensors that are encoded already, as sequential propagation leaves them."""
+
 Found = dict[str, dict[str, Tensor]]
 """The artefacts of a block: site name to tensors."""
 

@@ -16,7 +16,7 @@ from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import Artefacts, Found, HiddenWalk, decompose_block
+from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block
 from lrcompress.stages.store import encode_site, installed
 
 
@@ -49,8 +49,8 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
                 found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
                 with reporter.timed("calibrate"):
-                    _run_compressed(opened, plan, block, module, found, own, tick)
-                artefacts.save(block, found)
+                    encoded = _run_compressed(opened, plan, block, module, found, own, tick)
+                artefacts.save(block, _kept(found, encoded))
             own.drop(block - 1)
             if walk_dense:
                 dense.drop(block - 1)
@@ -85,8 +85,8 @@ def _with_gradients(
 @torch.no_grad()
 def _run_compressed(
     opened: Opened, plan: Plan, block: int, module: nn.Module, found: Found, walk: HiddenWalk, tick: Callable[[], None]
-) -> None:
-    """The calibration samples through the block as it will be stored."""
+) -> Found:
+    """The calibration samples through the block as it will be stored; the stored tensors of its sites."""
     walker = opened.walker
     specs = {s.name: plan.specs[s.name] for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE}
     sites = {site.name: site for site in opened.sites_of(block)}
@@ -106,3 +106,13 @@ def _run_compressed(
 
     with installed(opened, {name: (specs[name], tensors[name]) for name in specs}), disk_errors(walk.folder):
         walk.replace(block + 1, write)
+    return tensors
+
+
+def _kept(found: Found, encoded: Found) -> Found:
+    """What is left to know of a block: its errors, and its stored tensors, which need not be made a second time."""
+    return {
+        name: {key: t for key, t in artefact.items() if key in SUMMARY}
+        | {STORED + key: t for key, t in encoded.get(name, {}).items()}
+        for name, artefact in found.items()
+    }

@@ -21,7 +21,7 @@ from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import Artefacts, HiddenWalk
+from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk
 from lrcompress.stages.workspace import write_json
 
 LOUD_LOSS = 5.0
@@ -95,9 +95,13 @@ class Encoder:
             if len(family) > 1:
                 self._encoded[name] = self._shared(name, family)
             else:
-                spec, artefact = self._plan.specs[name], self._artefact(name)
-                self._encoded[name] = encode_site(self._opened, self._sites[name], spec, artefact)
+                self._encoded[name] = self._alone(name)
         return self._encoded[name]
+
+    def _alone(self, name: str) -> dict[str, Tensor]:
+        artefact = self._artefact(name)
+        stored = {key.removeprefix(STORED): tensor.cpu() for key, tensor in artefact.items() if key.startswith(STORED)}
+        return stored or encode_site(self._opened, self._sites[name], self._plan.specs[name], artefact)
 
     def _artefact(self, name: str) -> dict[str, Tensor]:
         device = decomposition_device(self._opened.request.device)
