@@ -195,7 +195,7 @@ def disk_need(opened: Opened) -> int:
     """Bytes of scratch files and output together, an upper bound."""
     factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
     if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
-        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if opened.request.method.needs_gradients)
+        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if opened.request.method.needs_gradient_gram)
     if opened.request.method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     if opened.request.method.keeps_gram:

@@ -108,7 +108,8 @@ class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
     count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ.
-    gradients: (out, out) float64 second moment of the loss's gradient at the layer's output, where it was asked for.
+    gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
+    where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
     """
 
@@ -153,6 +154,12 @@ class InputStatistics:
         self.second += other.second
         if other.drift is not None:
             self.drift = other.drift if self.drift is None else self.drift + other.drift
+
+    def gradient_squares(self) -> Tensor:
+        """(out,) mean squared gradient of every output; ValueError where none were gathered."""
+        if self.gradients is None:
+            raise ValueError("the metric needs the gradients of the loss")
+        return self.gradients if self.gradients.dim() == 1 else self.gradients.diagonal()
 
     def mean(self) -> Tensor:
         """(in,) mean input."""

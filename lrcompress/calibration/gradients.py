@@ -1,6 +1,7 @@
 """The loss's gradient at every layer's output, by one backward pass that goes block by block from the end."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,15 @@ CHUNK = 256
 
 
 class GradientCollector:
-    """Context manager: while open, the gradient rows at every site's output are added up during a backward pass."""
+    """Context manager: while open, the gradient rows g at every site's output are added up during a backward pass.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        self.statistics: dict[str, InputStatistics] = {}
-        self._model, self._sites = model, sites
+    `gram`: sums of g gᵀ (out, out), otherwise of the squares (out,) only; products in float32 within a call.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], *, gram: bool) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._model, self._sites, self._gram = model, sites, gram
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "GradientCollector":
@@ -33,11 +38,16 @@ class GradientCollector:
         for handle in self._handles:
             handle.remove()
 
+    def moments(self) -> dict[str, Tensor]:
+        """Site name to the second moment per row, or its diagonal, float64."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(gradient: Tensor) -> None:
-            if site.name not in self.statistics:
-                self.statistics[site.name] = InputStatistics.zeros(site.shape[0], gradient.device)
-            self.statistics[site.name].update(gradient)
+            rows = gradient.detach().flatten(0, -2).float()
+            found = (rows.T @ rows if self._gram else rows.square().sum(0)).double()
+            self._sums[site.name] = self._sums.get(site.name, 0.0) + found
+            self._counts[site.name] = self._counts.get(site.name, 0) + len(rows)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             output.register_hook(add)
@@ -46,13 +56,13 @@ class GradientCollector:
 
 
 def loss_gradients(
-    walker: BlockWalker, ids: Tensor, last: HiddenStates, out: HiddenStates, sites: Sequence[Site]
-) -> dict[str, InputStatistics]:
+    walker: BlockWalker, ids: Tensor, last: HiddenStates, out: HiddenStates, sites: Sequence[Site], *, gram: bool
+) -> dict[str, Tensor]:
     """Write the gradient of the summed next-token loss with respect to the hidden states that leave the last block.
 
-    Returns the gradient statistics of `sites`, those outside the blocks.
+    Returns the gradients' moments at `sites`, those outside the blocks; `gram` as for GradientCollector.
     """
-    with GradientCollector(walker.model, sites) as collector:
+    with GradientCollector(walker.model, sites, gram=gram) as collector:
         for sample in range(len(last)):
             hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
             tokens = ids[sample].to(walker.device)
@@ -64,7 +74,7 @@ def loss_gradients(
                     loss.backward()
             assert hidden.grad is not None
             out.write(sample, hidden.grad)
-    return collector.statistics
+    return collector.moments()
 
 
 def backward_block(
@@ -77,14 +87,16 @@ def backward_block(
     sites: Sequence[Site],
     weights: Tensor | None,
     tick: Callable[[], None],
+    *,
+    gram: bool,
 ) -> dict[str, InputStatistics]:
     """Run block `index` forward and backward on every sample of `gradient_after`, from file to file.
 
     Returns statistics per site: those of its input (shared by its group), with the second moment of the gradients at
-    its own output.
+    its own output, or its diagonal without `gram`.
     """
     inputs = InputCollector(walker.model, sites, weights)
-    gradients = GradientCollector(walker.model, sites)
+    gradients = GradientCollector(walker.model, sites, gram=gram)
     with inputs, gradients:
         for sample in range(len(gradient_after)):
             hidden = before.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
@@ -99,16 +111,15 @@ def backward_block(
                 )
             gradient_before.write(sample, hidden.grad)
             tick()
-    return with_gradients(inputs.statistics, gradients.statistics, sites)
+    return with_gradients(inputs.statistics, gradients.moments(), sites)
 
 
 def with_gradients(
-    inputs: dict[str, InputStatistics], gradients: dict[str, InputStatistics], sites: Sequence[Site]
+    inputs: dict[str, InputStatistics], gradients: dict[str, Tensor], sites: Sequence[Site]
 ) -> dict[str, InputStatistics]:
-    """Statistics per site name from those of its group and its own gradients."""
-    found = {}
-    for site in sites:
-        if site.group in inputs and site.name in gradients:
-            own = inputs[site.group]
-            found[site.name] = InputStatistics(own.count, own.total, own.second, gradients[site.name].gram())
-    return found
+    """Statistics per site name from those of its group and the moments of its own gradients."""
+    return {
+        site.name: replace(inputs[site.group], gradients=gradients[site.name])
+        for site in sites
+        if site.group in inputs and site.name in gradients
+    }

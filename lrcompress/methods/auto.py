@@ -52,6 +52,10 @@ class Auto(Method):
     def metric(self) -> str:
         return self.options.metric
 
+    @property
+    def needs_gradient_gram(self) -> bool:
+        return self._part.needs_gradient_gram
+
     def curve(self, site: Site, element_size: int) -> Curve:
         return self._part.curve(site, element_size)
 

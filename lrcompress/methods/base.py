@@ -85,6 +85,11 @@ class Method(ABC):
         return self.metric in ("trace", "two_sided")
 
     @property
+    def needs_gradient_gram(self) -> bool:
+        """Whether the gradients of different outputs are compared; otherwise their squares are enough."""
+        return False
+
+    @property
     def keeps_gram(self) -> bool:
         """Whether an artefact holds the inputs' Gram (in, in) beside what is made of the weight."""
         return False

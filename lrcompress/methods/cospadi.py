@@ -128,9 +128,7 @@ class Cospadi(Method):
         ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
         if not self.needs_gradients or statistics is None:
             return ones
-        if statistics.gradients is None:
-            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
-        squares = statistics.gradients.diagonal().double()
+        squares = statistics.gradient_squares().double()
         mean = squares.mean()
         if not bool(torch.isfinite(mean)):
             raise ArithmeticError("the gradients have non-finite entries")

@@ -69,15 +69,23 @@ class SpectralMethod(Method):
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
 
+    @property
+    def needs_gradient_gram(self) -> bool:
+        return self.metric == "two_sided"
+
     def output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
         """(out, out) metric of the outputs, None where every direction counts the same."""
-        if self.metric != "two_sided":
+        if not self.needs_gradient_gram:
             return None
-        return damped(_gradients(statistics), self.options.gradient_damping)  # type: ignore[attr-defined]
+        if statistics is None or statistics.gradients is None:
+            raise ValueError(f"metric {self.metric} needs the gradients of the loss")
+        return damped(statistics.gradients, self.options.gradient_damping)  # type: ignore[attr-defined]
 
     def output_scale(self, statistics: InputStatistics | None) -> float:
         """How much this weight's errors count beside those of others: its mean gradient energy in metric `trace`."""
-        return float(_gradients(statistics).diagonal().mean()) if self.metric == "trace" else 1.0
+        if self.metric != "trace" or statistics is None:
+            return 1.0
+        return float(statistics.gradient_squares().mean())
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         errors = tail_energies(artefact["energies"])[curve.ranks]
@@ -103,12 +111,6 @@ class SpectralMethod(Method):
             moved = artefact["mean_output"] - left.double() @ artefact["mean_latent"][:rank]
             bias = (moved if bias is None else bias.double() + moved).float()
         return FORMATS.get(spec.format).encode(left, right, bias)  # type: ignore[attr-defined]
-
-
-def _gradients(statistics: InputStatistics | None) -> Tensor:
-    if statistics is None or statistics.gradients is None:
-        raise ValueError("the metric needs the gradients of the loss")
-    return statistics.gradients
 
 
 @lru_cache(maxsize=256)

@@ -47,6 +47,7 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
                             opened.sites_of(block),
                             walk.weights,
                             tick,
+                            gram=opened.request.method.needs_gradient_gram,
                         )
                         temporary.rename(walk.gradient_path(block))
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
@@ -77,7 +78,8 @@ def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Repo
         inputs = collect_outside(opened.walker, ids, last, outside, walk.weights)
     temporary = walk.gradient_path(blocks).with_suffix(".tmp")
     with disk_errors(temporary.parent):
-        gradients = loss_gradients(opened.walker, ids, last, walk.gradients(temporary), outside)
+        gram = opened.request.method.needs_gradient_gram
+        gradients = loss_gradients(opened.walker, ids, last, walk.gradients(temporary), outside, gram=gram)
         if outside:
             found = decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), reporter)
             artefacts.save(blocks, found)
