@@ -68,6 +68,7 @@ def make_page(
         size_bars=_size_bars(report),
         heat_maps=heat_maps(report.targets),
         plots=None if spectra is None else spectrum_plots(report.targets, spectra, marked=report.base is None),
+        any_cut=any(spectrum.cut for spectrum in (spectra or {}).values()),
         worst=_worst(report.targets),
         metrics=None if report.evaluation is None else metric_rows(report.evaluation),
         phases=phases,
@@ -128,7 +129,8 @@ def _heat_map(targets: Sequence[Target], title: str, note: str, value: Any, styl
         return Cell(text, strength, f"{title} {text}. {names}")
 
     rows = [("–" if block is None else str(block), [cell(block, kind) for kind in kinds]) for block in blocks]
-    return HeatMap(title, f"{note}; the strongest colour is {style.format(top)}", kinds, rows)
+    strongest = f"; the strongest colour is {style.format(top)}" if top > 0 else ""
+    return HeatMap(title, note + strongest, kinds, rows)
 
 
 def describe(target: Target) -> str:

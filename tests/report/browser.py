@@ -11,7 +11,8 @@ from pathlib import Path
 page, width = Path(sys.argv[1]).resolve(), sys.argv[2]
 scheme = sys.argv[3] if width != "print" else "dark"  # paper must stay light
 os.environ["QT_QPA_PLATFORM"] = "offscreen"
-os.environ["QTWEBENGINE_DISABLE_SANDBOX"] = "1"  # Chromium refuses to run as root with it
+if os.geteuid() == 0:  # Chromium refuses to run its sandbox as root
+    os.environ["QTWEBENGINE_DISABLE_SANDBOX"] = "1"
 os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = (
     f"--disable-gpu --blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
 )

@@ -227,6 +227,18 @@ def test_what_is_missing_is_said(measured):
     assert "correction of rtn:4:64" in " ".join(corrected.split())
 
 
+def test_dense_exports_and_sparse_formats_have_no_cut(measured):
+    report = report_of(measured)
+    grown = [t.model_copy(update={"bytes": t.dense_bytes + 8, "rank": 0}) for t in report.targets]
+    uncut = {t.name: Spectrum([(1, 2.0), (2, 1.0)], None) for t in grown}
+    page = make_page(report.model_copy(update={"targets": grown}), measured, spectra=uncut)
+    assert "so no cut is marked" in page
+    assert "A ring marks" not in page
+    removed, _ = heat_maps(grown)
+    assert "strongest" not in removed.note
+    assert {cell.strength for _, cells in removed.rows for cell in cells if cell} == {0.0}
+
+
 def test_the_worst_come_first_and_all_are_there(measured):
     report = report_of(measured)
     many = [
@@ -288,7 +300,8 @@ def test_a_plot_is_logarithmic_with_the_cut_on_its_line():
     assert tuple(map(float, cut)) == line[6]
     assert len({y for _, y in flat}) == 1
     assert flat[0][1] >= line[-1][1]
-    assert "&lt;a&gt;" in svg
+    assert svg.count("&lt;a&gt;") == 2  # of the line and of its cut
+    assert "<a>" not in svg
     assert "a &amp; b" in svg
 
 
