@@ -19,8 +19,9 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: .venv/ready
 	$(BIN)/lrcompress run recipes/quickstart.yaml --overwrite
 
+# One thread for every worker: more of them would wait for each other.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check lrcompress tests benchmarks

@@ -118,9 +118,23 @@ def write_result(path: Path | None, data: Any) -> None:
     write_text(path, "--json", text)
 
 
+def check_writable(path: Path, option: str) -> None:
+    """InputError where the file that an option names cannot come to be; said before the work that it is for."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else "there is no such folder"
+        raise InputError(f"{option} {path} cannot be written: {reason}")
+
+
 def write_text(path: Path, option: str, text: str) -> None:
-    """Write what an option asked for; InputError where that is not possible."""
+    """Write what an option asked for, whole or not at all; InputError where that is not possible."""
+    regular = path.is_file() or not path.exists()  # a device or a pipe is written straight
+    target = path.resolve() if regular else path  # a link stays one
+    written = target.with_name(target.name + ".tmp") if regular else target
     try:
-        path.write_text(text, encoding="utf8")
+        written.write_text(text, encoding="utf8", errors="replace")
+        if regular:
+            written.replace(target)
     except OSError as error:
+        if regular:
+            written.unlink(missing_ok=True)
         raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error

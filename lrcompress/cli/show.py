@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lrcompress.report.inspection import sparkline
-from lrcompress.report.summary import block_kinds, kinds_table
+from lrcompress.report.inspection import removed_by_block, sparkline
+from lrcompress.report.summary import block_kinds, caution, change, kinds_table
 
 
 def quiet_libraries() -> None:
@@ -60,13 +60,10 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
         f"checkpoint {size['checkpoint'] / 1e6:.1f} MB; {seconds['total']:.0f} s, "
         f"peak memory {report['peak_rss_bytes'] / 1e6:.0f} MB"
     )
-    if report["metric"] == "plain" and report["base"] is None:
-        out.print("metric plain reads no calibration text: on small models it destroys the model; measure before use")
-    elif report["calibration"] is not None and not report["calibration"]["general"]:
-        out.print(
-            "calibrated on python-docs or the model's own text, which is not general text: "
-            "pass --calibration with text like what the model will read"
-        )
+    calibration = report["calibration"]
+    general = calibration is None or calibration["general"]
+    if text := caution(report["metric"], report["base"], general=general):
+        out.print(text)
     out.print(f"wrote {folder}")
 
 
@@ -99,13 +96,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def change(metric: str, value: float, other: float) -> str:
-    """A factor for perplexities, a difference for everything else."""
-    return f"x{value / other:.3f}" if "perplexity" in metric and other else f"{value - other:+.4f}"
-
-
 def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
-    """Kinds of weights with their formats; a spectrum as a line of bars where it was asked for."""
+    """Kinds of weights with their formats, what went from which block; a spectrum as bars where it was asked for."""
     if quiet:
         return
     out = console()
@@ -114,6 +106,8 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
     size = result["bytes"]
     frozen = f", {result['frozen']} dense weights marked frozen" if result["frozen"] else ""
     out.print(f"{result['dtype']}, checkpoint {size['checkpoint'] / 1e6:.1f} MB{frozen}")
+    if size["targets_stored"] != size["targets_dense"]:
+        out.print(_removed_table(result))
     products = Counter(t["product"] for t in result["targets"] if "product" in t)
     if products:
         shown = ", ".join(f"{count} {name}" for name, count in sorted(products.items()))
@@ -128,6 +122,17 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
             values = target["spectrum"]
             table.add_row(target["name"], sparkline(values), f"{values[0]:.3g}", f"{values[-1]:.3g}")
         out.print(table)
+
+
+def _removed_table(result: dict[str, Any]) -> Table:
+    table = Table(title="bytes removed, block by block")
+    for column in ("weight", "first to last", "least", "most"):
+        table.add_column(column, justify="right" if column in ("least", "most") else "left")
+    rows = removed_by_block(result["targets"])
+    most = max((max(removed) for removed in rows.values()), default=0.0)
+    for kind, removed in rows.items():
+        table.add_row(kind, sparkline(removed, most), f"{min(removed):.1%}", f"{max(removed):.1%}")
+    return table
 
 
 def show_export(result: dict[str, Any], *, quiet: bool) -> None:

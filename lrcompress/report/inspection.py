@@ -1,5 +1,6 @@
 """What a checkpoint holds: formats, ranks, bytes and singular values, from its files."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks
 from lrcompress.model.surgery import dense_parts
 from lrcompress.model.targets import find_sites
 from lrcompress.protocols import Site, Spec
+from lrcompress.report.summary import block_and_kind
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -96,10 +98,27 @@ def quantiles(values: Tensor, count: int = 16) -> list[float]:
     return [float(v) for v in values[index]]
 
 
-def sparkline(values: list[float]) -> str:
-    """Bars from the largest value down to zero."""
-    top = max(values) or 1.0
-    return "".join(SPARKS[min(len(SPARKS) - 1, int(value / top * len(SPARKS)))] for value in values)
+def sparkline(values: Sequence[float], top: float | None = None) -> str:
+    """Bars from `top` (the largest value) down to zero; a negative one counts as zero."""
+    top = max(values) if top is None else top
+    steps = [int(max(value, 0.0) / top * len(SPARKS)) if top > 0 else 0 for value in values]
+    return "".join(SPARKS[min(len(SPARKS) - 1, step)] for step in steps)
+
+
+def removed_by_block(targets: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Kind of weight to the fraction of its bytes that is gone, block by block; only kinds of two blocks and more."""
+    sizes: dict[str, dict[int, tuple[int, int]]] = {}
+    for target in targets:
+        block, kind = block_and_kind(target["name"])
+        if block is not None:
+            blocks = sizes.setdefault(kind, {})
+            stored, dense = blocks.get(block, (0, 0))
+            blocks[block] = (stored + target["bytes"], dense + target["dense_bytes"])
+    return {
+        kind: [1 - stored / dense for _, (stored, dense) in sorted(blocks.items())]
+        for kind, blocks in sizes.items()
+        if len(blocks) > 1
+    }
 
 
 def _order(name: str) -> tuple[tuple[int, str], ...]:

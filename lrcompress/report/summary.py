@@ -71,12 +71,31 @@ def _span(values: Sequence[int]) -> str:
 
 def block_kinds(names: Sequence[str]) -> dict[str, str]:
     """Each name without its block's number: model.layers.3.mlp.up_proj becomes mlp.up_proj."""
-    kinds = {}
-    for name in names:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        kinds[name] = ".".join(parts[numbers[0] + 1 :]) if numbers else name
-    return kinds
+    return {name: block_and_kind(name)[1] for name in names}
+
+
+def block_and_kind(name: str) -> tuple[int | None, str]:
+    """model.layers.3.mlp.up_proj is in block 3, of kind mlp.up_proj; what is in no block is a kind of its own."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return (None, name) if first is None else (int(parts[first]), ".".join(parts[first + 1 :]))
+
+
+def change(metric: str, value: float, other: float) -> str:
+    """A factor for perplexities, a difference for everything else."""
+    return f"x{value / other:.3f}" if "perplexity" in metric and other else f"{value - other:+.4f}"
+
+
+def caution(metric: str | None, base: str | None, *, general: bool) -> str | None:
+    """What a reader should know before using such a checkpoint; `general` is whether its text was (if it read any)."""
+    if metric == "plain" and base is None:
+        return "metric plain reads no calibration text: on small models it destroys the model; measure before use"
+    if not general:
+        return (
+            "calibrated on python-docs or the model's own text, which is not general text: "
+            "pass --calibration with text like what the model will read"
+        )
+    return None
 
 
 def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:

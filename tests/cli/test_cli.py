@@ -43,7 +43,7 @@ def test_help_is_fast_and_imports_no_torch():
     assert best < 1.0
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "export", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "export", "inspect", "report", "methods"])
 def test_every_command_has_help(command):
     done = run_cli(command, "--help")
     assert done.returncode == 0
@@ -86,6 +86,8 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
     inspected = run_cli("inspect", out, "--spectra", "--json", tmp_path / "i.json")
     assert inspected.returncode == 0, inspected.stderr
     assert "pivoted" in inspected.stdout
+    assert "bytes removed, block by block" in inspected.stdout
+    assert "bytes removed" not in run_cli("inspect", llama).stdout
     targets = json.loads((tmp_path / "i.json").read_text())["targets"]
     assert {t["name"]: t["bytes"] for t in targets} == {
         t["name"]: t["bytes"] for t in json.loads(report.read_text())["targets"]

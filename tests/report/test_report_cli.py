@@ -1,0 +1,81 @@
+"""lrcompress report through real processes."""
+
+import os
+
+import pytest
+
+from lrcompress.cli.options import write_text
+from lrcompress.errors import InputError
+from tests.conftest import run_cli
+
+
+def test_report_writes_one_page(measured, llama, tmp_path):
+    done = run_cli("report", measured, "--html", "p.html", "--against", llama, "--prompt", "Hello <b>", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "wrote p.html\n"
+    assert os.listdir(tmp_path) == ["p.html"]
+    page = (tmp_path / "p.html").read_text()
+    assert "Hello &lt;b&gt;" in page
+    assert page.count('class="text"') == 2
+    assert page.count("<svg") == 10
+    (tmp_path / "prompts.txt").write_text("One\n\n  \nTwo\n")
+    done = run_cli("report", measured, "--html", "p.html", "--prompts", "prompts.txt", "-q", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert (tmp_path / "p.html").read_text().count('class="text"') == 4  # the recipe's own model lies here
+    done = run_cli("report", measured, "--html", "p.html", "--no-generate", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No text was generated" in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("culprit", "arguments"),
+    [
+        ("no report.json", ["DENSE", "--html", "p.html"]),
+        ("is no folder", ["nowhere/at-all", "--html", "p.html"]),
+        ("no such folder", ["DONE", "--html", "none/p.html"]),
+        ("it is a folder", ["DONE", "--html", "."]),
+        ("--no-generate", ["DONE", "--html", "p.html", "--no-generate", "--prompt", "x"]),
+        ("gone.txt", ["DONE", "--html", "p.html", "--prompts", "gone.txt"]),
+        ("no prompt", ["DONE", "--html", "p.html", "--prompts", "blank.txt"]),
+        ("not UTF-8", ["DONE", "--html", "p.html", "--prompts", "binary.txt"]),
+        ("empty", ["DONE", "--html", "p.html", "--prompt", ""]),
+        ("already compressed", ["DONE", "--html", "p.html", "--against", "DONE"]),
+        ("does not exist", ["DONE", "--html", "p.html", "--against", "./gone"]),
+        ("warp", ["DONE", "--html", "p.html", "--device", "warp"]),
+    ],
+)
+def test_bad_usage_leaves_the_old_page(measured, llama, tmp_path, culprit, arguments):
+    (tmp_path / "p.html").write_text("old")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    before = sorted(os.listdir(tmp_path))
+    named = {"DENSE": str(llama), "DONE": str(measured)}
+    done = run_cli("report", *[named.get(a, a) for a in arguments], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert culprit in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "p.html").read_text() == "old"
+
+
+def test_what_an_option_asked_for_is_written_whole(tmp_path, monkeypatch):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    write_text(tmp_path / "link.txt", "--html", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+    def full(self, *args, **kwargs):
+        open(self, "w").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_text(tmp_path / "real.txt", "--html", "newer")
+    monkeypatch.undo()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link.txt", "real.txt"]
+    reading, writing = os.pipe()
+    write_text(type(tmp_path)(f"/dev/fd/{writing}"), "--html", "through")
+    assert os.read(reading, 100) == b"through"
