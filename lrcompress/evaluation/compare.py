@@ -11,8 +11,9 @@ from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import judge, parse_expectation
-from lrcompress.evaluation.harness import run_lm_eval
+from lrcompress.evaluation.harness import Measured, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
+from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import score, score_both
 from lrcompress.recipe import EvaluateSpec
@@ -43,7 +44,7 @@ def evaluate(
     against: dict[str, Any] | None = None
     if spec.against is not None:
         seconds["against"] = _timed(bench.compare)
-        against = {"model": spec.against, "results": _flat(tasks, bench.theirs)}
+        against = {"model": spec.against, "results": _flat(tasks, bench.theirs), "tests": bench.tests}
     results = _flat(tasks, bench.ours)
     judged = [judge(expectation, results, facts, against and against["results"]) for expectation in expectations]
     return {
@@ -76,12 +77,15 @@ class _Bench:
         self.loaded: dict[int, LoadedModel] = {}
         self.ours: dict[str, Results] = {}
         self.theirs: dict[str, Results] = {}
+        self.items: dict[str, Measured] = {}
+        self.tests: dict[str, dict[str, dict[str, Any]]] = {}
 
     def run(self) -> None:
         """Measure the first model; where there is a second, its `tokens:` tasks wait for `compare`."""
         self._load(0)
         for task in self.others:
-            self.ours[task.key] = self._lm_eval(0, task)
+            self.items[task.key] = self._lm_eval(0, task)
+            self.ours[task.key] = self.items[task.key].results
         if len(self.labels) == 1:
             for task in self.tokens:
                 self.ours[task.key] = self._alone(0, task, self._blocks(0, task))
@@ -92,7 +96,10 @@ class _Bench:
             self._together(task)
         self.loaded.pop(0)
         for task in self.others:
-            self.theirs[task.key] = self._lm_eval(1, task)
+            theirs = self._lm_eval(1, task)
+            self.theirs[task.key] = theirs.results
+            for name, items in self.items[task.key].items.items():
+                self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
 
     def facts(self) -> dict[str, float]:
         """Of the first model's files."""
@@ -117,7 +124,7 @@ class _Bench:
             self.loaded[which] = load_model(self.labels[which], **self.options)
         return self.loaded[which]
 
-    def _lm_eval(self, which: int, task: Task) -> Results:
+    def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
         return run_lm_eval(
             self._load(which), task, limit=self.spec.limit, batch_size=self.spec.batch_size,
@@ -147,6 +154,12 @@ class _Bench:
         ours, theirs, apart = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
         self.ours[task.key] = {task.key: {**ours.metrics(), **apart.metrics()}}
         self.theirs[task.key] = {task.key: theirs.metrics()}
+        test = paired_t(ours.blocks, theirs.blocks)
+        self._note(task.key, {"token_perplexity": test} if test else {})
+
+    def _note(self, name: str, tests: dict[str, dict[str, Any]]) -> None:
+        if tests:
+            self.tests[name] = tests
 
     def _scored(self, task: Task, blocks: Tensor, run: Callable[[Callable[[], None]], T]) -> T:
         try:

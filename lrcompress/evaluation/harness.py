@@ -1,6 +1,7 @@
 """Running lm-eval on a loaded model, quietly and offline where the data is local."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,21 @@ _PERPLEXITIES = [
 ]
 
 
+@dataclass
+class Measured:
+    """Of one `text:`, `tasks:` or named task, by lm-eval's task names; metrics without its filter suffix.
+
+    items: every metric's values for single documents, by document id; groups of tasks have none.
+    """
+
+    results: dict[str, dict[str, float]]
+    items: dict[str, dict[str, dict[int, float]]]
+
+
 def run_lm_eval(
     loaded: LoadedModel, task: Task, *, limit: int | None, batch_size: int | str, held_out_only: bool
-) -> dict[str, dict[str, float]]:
-    """Results by task name for one `text:`, `tasks:` or named task; metrics without lm-eval's filter suffix."""
+) -> Measured:
+    """Run one task of any kind but `tokens:`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -56,12 +68,15 @@ def run_lm_eval(
         names = [task.given]
     try:
         result = lm_eval.simple_evaluate(
-            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
+            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True
         )
     except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"task {task.given} cannot be run ({reason})") from error
-    return {_key(task, name): _metrics(values) for name, values in result["results"].items()}
+    return Measured(
+        {_key(task, name): _metrics(values) for name, values in result["results"].items()},
+        {_key(task, name): _items(samples) for name, samples in result["samples"].items()},
+    )
 
 
 def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
@@ -105,5 +120,18 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         name, _, filter_name = key.partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool) and filter_name:
-            found[name if filter_name == "none" else f"{name}_{filter_name}"] = float(value)
+            found[_metric(name, filter_name)] = float(value)
     return found
+
+
+def _items(samples: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        for name in sample["metrics"]:
+            if isinstance(sample[name], int | float):
+                found.setdefault(_metric(name, sample["filter"]), {})[sample["doc_id"]] = float(sample[name])
+    return found
+
+
+def _metric(name: str, filter_name: str) -> str:
+    return name if filter_name == "none" else f"{name}_{filter_name}"
