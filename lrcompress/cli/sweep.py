@@ -14,6 +14,7 @@ def sweep(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the points that the folder has.")] = False,
+    cache: o.Cache = None,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:

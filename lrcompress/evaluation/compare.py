@@ -2,20 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import judge, parse_expectation
 from lrcompress.evaluation.harness import Measured, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
+from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
-from lrcompress.evaluation.tokens import score, score_both
+from lrcompress.evaluation.tokens import Divergence, Losses, score, score_both
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -63,6 +66,7 @@ class _Bench:
 
     Only `tokens:` tasks need both at once, for their predictions are compared block by block: both models' weights and
     one block's logits of each are in memory. The first model is dropped before lm-eval runs the second.
+    What the cache knows of the second model is not measured again; a model is loaded when it is first needed.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class _Bench:
         self.spec, self.options, self.reporter = spec, options, reporter
         self.labels = [model] if spec.against is None else [model, spec.against]
         self.folders = [open_model(label).folder for label in self.labels]
+        check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]
         self.held_out = {task.key: self._calibrated(task) for task in tasks}
@@ -82,7 +87,6 @@ class _Bench:
 
     def run(self) -> None:
         """Measure the first model; where there is a second, its `tokens:` tasks wait for `compare`."""
-        self._load(0)
         for task in self.others:
             self.items[task.key] = self._lm_eval(0, task)
             self.ours[task.key] = self.items[task.key].results
@@ -94,9 +98,9 @@ class _Bench:
         """Measure the second model."""
         for task in self.tokens:
             self._together(task)
-        self.loaded.pop(0)
+        self.loaded.pop(0, None)
         for task in self.others:
-            theirs = self._lm_eval(1, task)
+            theirs = self._second(task)
             self.theirs[task.key] = theirs.results
             for name, items in self.items[task.key].items.items():
                 self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
@@ -126,10 +130,25 @@ class _Bench:
 
     def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
-        return run_lm_eval(
-            self._load(which), task, limit=self.spec.limit, batch_size=self.spec.batch_size,
-            held_out_only=self.held_out[task.key],
-        )  # fmt: skip
+        return run_lm_eval(self._load(which), task, self.spec, held_out_only=self.held_out[task.key])
+
+    def _second(self, task: Task) -> Measured:
+        kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)
+        found = kept.read()
+        if found is not None:
+            self.reporter.say(f"{task.given} of {self.labels[1]}: from the cache")
+            return found
+        found = self._lm_eval(1, task)
+        kept.write(f"{self.labels[1]}, {task.key}", found)
+        return found
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        return [content_digest(folder) for folder in self.folders]
+
+    @cached_property
+    def _how(self) -> dict[str, Any]:
+        return circumstances(self.spec, self.options["device"])
 
     def _blocks(self, which: int, task: Task) -> Tensor:
         folder = self.folders[which]
@@ -145,17 +164,31 @@ class _Bench:
         # What the first model samples from itself is text for both.
         own = task.source is not None and task.source.name == "self"
         other = blocks if own else self._blocks(1, task)
-        mine, reference = self._load(0).model, self._load(1).model
-        if not torch.equal(blocks, other) or _vocabulary(mine) != _vocabulary(reference):
+        found = self._compared(task, blocks) if torch.equal(blocks, other) else None
+        if found is None:
             self.reporter.say(f"{task.key}: the models' tokens differ, so their predictions cannot be compared")
             self.ours[task.key] = self._alone(0, task, blocks)
             self.theirs[task.key] = self._alone(1, task, other)
             return
-        ours, theirs, apart = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
+        ours, theirs, apart = found
         self.ours[task.key] = {task.key: {**ours.metrics(), **apart.metrics()}}
         self.theirs[task.key] = {task.key: theirs.metrics()}
         test = paired_t(ours.blocks, theirs.blocks)
         self._note(task.key, {"token_perplexity": test} if test else {})
+
+    def _compared(self, task: Task, blocks: Tensor) -> tuple[Losses, Losses, Divergence] | None:
+        """None where the models have other vocabularies."""
+        kept = KeptScores(self._digests, blocks, self._how)
+        found = kept.read()
+        if found is not None:
+            self.reporter.say(f"{task.given} of both models: from the cache")
+            return found
+        mine, reference = self._load(0).model, self._load(1).model
+        if _vocabulary(mine) != _vocabulary(reference):
+            return None
+        found = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
+        kept.write(f"{self.labels[0]} against {self.labels[1]}, {task.key}", found)
+        return found
 
     def _note(self, name: str, tests: dict[str, dict[str, Any]]) -> None:
         if tests:
@@ -167,6 +200,13 @@ class _Bench:
                 return run(tick)
         except ArithmeticError as error:
             raise InputError(f"{task.given} on {' or '.join(self.labels)}: {error}") from error
+
+
+def check_chat_template(spec: EvaluateSpec, models: Sequence[str], *, trust_remote_code: bool) -> None:
+    """InputError where a chat template is asked for and a model's tokenizer has none."""
+    for model in models if spec.chat_template else []:
+        if not load_tokenizer(open_model(model).folder, trust_remote_code=trust_remote_code).chat_template:
+            raise InputError(f"model {model} has no chat template: evaluate it without one")
 
 
 def _timed(run: Callable[[], None]) -> float:
