@@ -130,7 +130,9 @@ class _Bench:
 
     def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
-        return run_lm_eval(self._load(which), task, self.spec, held_out_only=self.held_out[task.key])
+        return run_lm_eval(
+            self._load(which), task, self.spec, held_out_only=self.held_out[task.key], warn=self.reporter.warn
+        )
 
     def _second(self, task: Task) -> Measured:
         kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class Measured:
     asked: str
 
 
-def run_lm_eval(loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out_only: bool) -> Measured:
+def run_lm_eval(
+    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out_only: bool, warn: Callable[[str], None]
+) -> Measured:
     """Run one task of any kind but `tokens:`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -79,6 +82,12 @@ def run_lm_eval(loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out
     except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"task {task.given} cannot be run ({reason})") from error
+    for name, config in result["configs"].items():
+        if _shows_answers(config):
+            warn(
+                f"{name} takes its few-shot examples from the questions, each of which may be its own example: "
+                f"add fewshot_split: {config['test_split']} to the task"
+            )
     return Measured(
         {_key(task, name): _metrics(values) for name, values in result["results"].items()},
         {_key(task, name): _items(samples) for name, samples in result["samples"].items()},
@@ -117,6 +126,15 @@ def _folder_names(manager: Any, path: Path) -> list[str]:
     if not names:
         raise InputError(f"{path} defines no lm-eval task")
     return names
+
+
+def _shows_answers(config: dict[str, Any]) -> bool:
+    """Whether lm-eval draws few-shot examples from the documents asked about without leaving out the one asked."""
+    named = config.get("fewshot_config") or {}
+    elsewhere = [config.get(key) for key in ("fewshot_split", "training_split", "validation_split")]
+    return bool(config.get("num_fewshot") and config.get("test_split")) and not any(
+        [*elsewhere, named.get("split"), named.get("samples")]
+    )
 
 
 def _key(task: Task, name: str) -> str:
