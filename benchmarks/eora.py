@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.evaluation.loading import load_model
-from lrcompress.evaluation.tasks import parse_tasks, task_blocks, token_perplexity
+from lrcompress.evaluation.tasks import parse_tasks, task_blocks
+from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.methods.eora import Eora
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import make_recipe

@@ -22,7 +22,8 @@ from torch import nn
 
 from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.evaluation.loading import load_model
-from lrcompress.evaluation.tasks import parse_tasks, task_blocks, token_perplexity
+from lrcompress.evaluation.tasks import parse_tasks, task_blocks
+from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.recipe import Sweep, validated
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter

@@ -12,7 +12,7 @@ import torch
 from lrcompress.bases import is_computed
 from lrcompress.checkpoint.opening import check_model, short_name
 from lrcompress.errors import InputError, Interrupted, ResourceError
-from lrcompress.evaluation.compare import evaluate
+from lrcompress.evaluation.compare import check_chat_template, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import memory_hint
@@ -100,7 +100,9 @@ def run_recipe(
         parse_expectation(text)
     if spec is not None:
         parse_tasks(spec.tasks)
-        check_model(recipe.model if spec.against in (None, "dense") else spec.against)
+        other = recipe.model if spec.against in (None, "dense") else spec.against
+        check_model(other)
+        check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
     elif recipe.expect:
         raise InputError("the recipe expects something but evaluates nothing: add evaluate: {tasks: [...]}")
     result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)

@@ -45,6 +45,10 @@ class EvaluateSpec(_Strict):
     limit: int | None = pydantic.Field(None, ge=1)
     batch_size: int | Literal["auto"] = 1
     compute_dtype: DtypeName = "auto"
+    fewshot: int | None = pydantic.Field(None, ge=0)
+    """Examples before every question of lm-eval's tasks; a task that fixes 0 keeps it."""
+    chat_template: bool = False
+    """Put the questions of lm-eval's tasks into the tokenizer's chat template."""
 
 
 class Recipe(_Strict):

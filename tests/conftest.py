@@ -10,7 +10,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ import torch
 import lrcompress  # noqa: F401
 
 VOCABULARY = 320
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache() -> Iterator[None]:
+    """A cache of this session's own, so that nothing an older version computed is found; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="lrcompress-cache-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRCOMPRESS_CACHE", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

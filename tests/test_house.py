@@ -21,7 +21,7 @@ LAYERS = [
     ["stages"],
     ["export"],
     ["pipeline"],
-    ["sweep"],
+    ["sweep", "lm_eval"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

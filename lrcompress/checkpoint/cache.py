@@ -1,12 +1,23 @@
-"""Where converted files are kept between runs."""
+"""What is kept between runs: converted files and evaluations. Safe to delete at any time."""
 
+import contextlib
 import hashlib
+import json
 import os
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+CONVERTED, EVALUATIONS = "converted", "evaluations"
+READ_BY_MODELS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+WRITTEN_ABOUT = ("report.json", "plan.json")
+"""Our notes on how a checkpoint was made: no part of the model."""
 
 
 def cache_folder() -> Path:
-    """LRCOMPRESS_CACHE, else lrcompress in the user's cache folder; safe to delete at any time."""
+    """LRCOMPRESS_CACHE, else lrcompress in the user's cache folder."""
     named = os.environ.get("LRCOMPRESS_CACHE")
     if named:
         return Path(named).expanduser()
@@ -17,4 +28,78 @@ def conversion_folder(path: Path) -> Path:
     """The folder for what file `path` was converted to, by its place, size and time of change."""
     stat = path.stat()
     key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    return cache_folder() / "converted" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_folder() / CONVERTED / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def content_digest(folder: Path) -> str:
+    """Of everything that a model and its tokenizer are read from; equal for equal bytes, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def recall(key: dict[str, Any]) -> Any:
+    """The value noted under `key`; None where there is none, or none that can be read."""
+    try:
+        entry = json.loads(_file(key).read_text(encoding="utf8"))
+        return entry["value"] if entry["key"] == json.loads(json.dumps(key)) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def note(key: dict[str, Any], label: str, value: Any) -> None:
+    """Keep a JSON value, whole or not at all; a folder that cannot be written costs time later, nothing now."""
+    path = _file(key)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".", suffix=".tmp", encoding="utf8", delete=False
+        ) as file:
+            json.dump({"key": key, "label": label, "value": value}, file)
+        Path(file.name).replace(path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """kind: converted or evaluations; label: what it is, for people."""
+
+    kind: str
+    path: Path
+    label: str
+    bytes: int
+
+
+def entries() -> list[Entry]:
+    """What the cache holds."""
+    found = []
+    for kind in (CONVERTED, EVALUATIONS):
+        folder = cache_folder() / kind
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+            found.append(Entry(kind, path, _label(path), sum(p.stat().st_size for p in files)))
+    return found
+
+
+def clear() -> list[Entry]:
+    """Delete what the cache holds, and nothing else in its folder; returns what that was."""
+    gone = entries()
+    for kind in (CONVERTED, EVALUATIONS):
+        shutil.rmtree(cache_folder() / kind, ignore_errors=True)
+    return gone
+
+
+def _file(key: dict[str, Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / EVALUATIONS / f"{name}.json"
+
+
+def _label(path: Path) -> str:
+    if path.is_dir():
+        return "GGUF, dequantised"
+    try:
+        return str(json.loads(path.read_text(encoding="utf8"))["label"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "not readable"

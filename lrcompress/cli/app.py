@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lrcompress.cli import compress, evaluate, export, inspect, methods, plan, report, run, sweep
+from lrcompress.cli import cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
 from lrcompress.errors import LrcompressError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("sweep")(sweep.sweep)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
+app.command("cache")(cache.cache)
 app.command("methods")(methods.methods)
 
 

@@ -45,6 +45,7 @@ def compress(
         Path | None, typer.Option(metavar="FILE", help="Write these options as a recipe.", rich_help_panel=o.OUTPUT)
     ] = None,
     trust_remote_code: o.Trust = False,
+    cache: o.Cache = None,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,

@@ -24,9 +24,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First N blocks or documents of every task.")] = None,
     batch_size: Annotated[str, typer.Option(help="For lm-eval: a number or auto.")] = "1",
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before every question of lm-eval's.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put lm-eval's questions into the tokenizer's chat template.")
+    ] = False,
     compute_dtype: Annotated[str, typer.Option(help="auto is float32 on CPU, the checkpoint's elsewhere.")] = "auto",
     device: o.Device = "auto",
     trust_remote_code: o.Trust = False,
+    cache: o.Cache = None,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
@@ -44,6 +49,7 @@ def evaluate(
         EvaluateSpec,
         {
             "tasks": split, "against": against, "limit": limit, "compute_dtype": compute_dtype,
+            "fewshot": fewshot, "chat_template": chat_template,
             "batch_size": batch_size if batch_size == "auto" else int(batch_size),
         },
         "command line",

@@ -1,5 +1,6 @@
 """Options that several commands share, and what turns them into a recipe."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,24 @@ CalibrationOption = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Calibration blocks in all.", rich_help_panel=DATA)]
 Seqlen = Annotated[int, typer.Option(min=8, help="Tokens per calibration block.", rich_help_panel=DATA)]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=DATA)]
+
+
+def _use_cache(folder: Path | None) -> Path | None:
+    """Through the environment, where the libraries of ours that read it, and processes of ours, find it."""
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--cache {folder} is no folder")
+        os.environ["LRCOMPRESS_CACHE"] = str(folder.expanduser().absolute())
+    return folder
+
+
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", callback=_use_cache, rich_help_panel=OUTPUT,
+        help="Keeps conversions and evaluations between runs [default: LRCOMPRESS_CACHE or ~/.cache/lrcompress].",
+    ),
+]  # fmt: skip
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=OUTPUT)]
 Dtype = Annotated[str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)]
 Trust = Annotated[

@@ -26,6 +26,7 @@ def run(
         Path | None, typer.Option(metavar="FILE", help="Write a Markdown summary for a pipeline's page.")
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON schema and exit.")] = False,
+    cache: o.Cache = None,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrcompress.report.inspection import removed_by_block, sparkline
-from lrcompress.report.summary import block_kinds, caution, change, kinds_table
+from lrcompress.report.summary import block_kinds, caution, change, kinds_table, measurements
 
 
 def quiet_libraries() -> None:
@@ -79,20 +79,18 @@ def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """A row per task and metric."""
+    """A row per task and metric, with standard errors; against another model whether it differs is no accident."""
     table = Table(title=result["model"])
     against = result["against"]
-    for column in ("task", "metric", "value", *(["against", "change"] if against else [])):
+    for column in ("task", "metric", "value", *(["against", "change", "paired test"] if against else [])):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for task, metrics in result["results"].items():
-        for metric, value in metrics.items():
-            if isinstance(value, int):
-                continue
-            row = [task, metric, f"{value:.4f}"]
-            if against:
-                other = against["results"].get(task, {}).get(metric)
-                row += ["-", "-"] if other is None else [f"{other:.4f}", change(metric, value, other)]
-            table.add_row(*row)
+    for row in measurements(result):
+        cells = [row.task, row.metric, row.shown]
+        if against:
+            cells += [row.other_shown or "-", "-" if row.other is None else change(row.metric, row.value, row.other)]
+            dim = row.test is not None and not row.test["significant"]
+            cells.append(f"[dim]{row.test_shown}[/]" if dim else row.test_shown)
+        table.add_row(*cells)
     return table
 
 

@@ -14,6 +14,7 @@ def sweep(
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the points that the folder has.")] = False,
+    cache: o.Cache = None,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
@@ -38,6 +39,8 @@ def sweep_tables(result: dict[str, Any]) -> list[Any]:
     """A table per metric: methods by ratios, times the dense model's where it is a perplexity."""
     from rich.table import Table
 
+    from lrcompress.report.summary import is_error
+
     tables = []
     ratios = sorted({row["ratio"] for row in result["points"]})
     rows = {
@@ -45,7 +48,7 @@ def sweep_tables(result: dict[str, Any]) -> list[Any]:
     }
     for task, metrics in result["dense"]["results"].items():
         for metric, dense in metrics.items():
-            if isinstance(dense, int):
+            if isinstance(dense, int) or is_error(metric, metrics):
                 continue
             table = Table(title=f"{task} {metric}, dense {dense:.4g}")
             table.add_column("removed")

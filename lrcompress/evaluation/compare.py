@@ -1,17 +1,30 @@
 """Evaluating one model, or two on the same text, and judging expectations."""
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from lrcompress.checkpoint.cache import content_digest
+from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import judge, parse_expectation
-from lrcompress.evaluation.harness import run_lm_eval
+from lrcompress.evaluation.harness import Measured, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
-from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, token_perplexity, was_calibrated_on
+from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
+from lrcompress.evaluation.significance import mcnemar_tests, paired_t
+from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
+from lrcompress.evaluation.tokens import Divergence, Losses, score, score_both
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import load_report
+
+Results = dict[str, dict[str, Any]]
+T = TypeVar("T")
 
 
 def evaluate(
@@ -27,18 +40,16 @@ def evaluate(
     reporter = reporter or Reporter(quiet=True)
     tasks = parse_tasks(spec.tasks)
     expectations = [parse_expectation(text) for text in expect]
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
-    report, facts, results = _measure(model, tasks, spec, options, reporter, None)
-    seconds["model"] = time.perf_counter() - started
+    bench = _Bench(model, tasks, spec, options, reporter)
+    seconds = {"model": _timed(bench.run)}
+    facts = bench.facts()
     against: dict[str, Any] | None = None
     if spec.against is not None:
-        started = time.perf_counter()
-        against = {"model": spec.against, "results": _measure(spec.against, tasks, spec, options, reporter, report)[2]}
-        seconds["against"] = time.perf_counter() - started
-    other = against["results"] if against else None
-    judged = [judge(expectation, results, facts, other) for expectation in expectations]
+        seconds["against"] = _timed(bench.compare)
+        against = {"model": spec.against, "results": _flat(tasks, bench.theirs), "tests": bench.tests}
+    results = _flat(tasks, bench.ours)
+    judged = [judge(expectation, results, facts, against and against["results"]) for expectation in expectations]
     return {
         "schema": 1,
         "model": model,
@@ -50,42 +61,166 @@ def evaluate(
     }
 
 
-def _measure(
-    model: str,
-    tasks: Sequence[Task],
-    spec: EvaluateSpec,
-    options: dict[str, Any],
-    reporter: Reporter,
-    calibrated: dict[str, Any] | None,
-) -> tuple[dict[str, Any] | None, dict[str, float], dict[str, dict[str, float]]]:
-    """Report, facts and results of one model; of text it (or `calibrated`) was calibrated on, only the held-out end."""
-    reporter.say(f"loading {model}")
-    loaded = load_model(model, **options)
-    results: dict[str, dict[str, float]] = {}
-    for task in tasks:
-        held = task.source is not None and was_calibrated_on(task.source, calibrated or loaded.report)
+class _Bench:
+    """One model, then a second one beside it.
+
+    Only `tokens:` tasks need both at once, for their predictions are compared block by block: both models' weights and
+    one block's logits of each are in memory. The first model is dropped before lm-eval runs the second.
+    What the cache knows of the second model is not measured again; a model is loaded when it is first needed.
+    """
+
+    def __init__(
+        self, model: str, tasks: Sequence[Task], spec: EvaluateSpec, options: dict[str, Any], reporter: Reporter
+    ) -> None:
+        self.spec, self.options, self.reporter = spec, options, reporter
+        self.labels = [model] if spec.against is None else [model, spec.against]
+        self.folders = [open_model(label).folder for label in self.labels]
+        check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
+        self.tokens = [task for task in tasks if task.kind == "tokens"]
+        self.others = [task for task in tasks if task.kind != "tokens"]
+        self.held_out = {task.key: self._calibrated(task) for task in tasks}
+        self.loaded: dict[int, LoadedModel] = {}
+        self.ours: dict[str, Results] = {}
+        self.theirs: dict[str, Results] = {}
+        self.items: dict[str, Measured] = {}
+        self.tests: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def run(self) -> None:
+        """Measure the first model; where there is a second, its `tokens:` tasks wait for `compare`."""
+        for task in self.others:
+            self.items[task.key] = self._lm_eval(0, task)
+            self.ours[task.key] = self.items[task.key].results
+        if len(self.labels) == 1:
+            for task in self.tokens:
+                self.ours[task.key] = self._alone(0, task, self._blocks(0, task))
+
+    def compare(self) -> None:
+        """Measure the second model."""
+        for task in self.tokens:
+            self._together(task)
+        self.loaded.pop(0, None)
+        for task in self.others:
+            theirs = self._second(task)
+            self.theirs[task.key] = theirs.results
+            for name, items in self.items[task.key].items.items():
+                self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
+
+    def facts(self) -> dict[str, float]:
+        """Of the first model's files."""
+        facts = {"bytes": float(CheckpointReader(self.folders[0]).bytes)}
+        report = load_report(self.folders[0])
+        if report is not None:
+            facts["stored_ratio"] = float(report["ratio"]["stored"])
+        return facts
+
+    def _calibrated(self, task: Task) -> bool:
+        """Whether a model was calibrated on the task's text, of which only the held-out end counts then, for both."""
+        held = task.source is not None and any(
+            was_calibrated_on(task.source, load_report(folder)) for folder in self.folders
+        )
         if held:
-            reporter.say(f"{task.key}: the model was calibrated on this text, so only its held-out last tenth counts")
-        results.update(_run(loaded, task, spec, held, reporter))
-    return loaded.report, _facts(loaded), results
+            self.reporter.say(f"{task.key}: a model was calibrated on this text: only its held-out last tenth counts")
+        return held
+
+    def _load(self, which: int) -> LoadedModel:
+        if which not in self.loaded:
+            self.reporter.say(f"loading {self.labels[which]}")
+            self.loaded[which] = load_model(self.labels[which], **self.options)
+        return self.loaded[which]
+
+    def _lm_eval(self, which: int, task: Task) -> Measured:
+        self.reporter.say(f"running {task.given}")
+        return run_lm_eval(
+            self._load(which), task, self.spec, held_out_only=self.held_out[task.key], warn=self.reporter.warn
+        )
+
+    def _second(self, task: Task) -> Measured:
+        kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)
+        found = kept.read()
+        if found is not None:
+            self.reporter.say(f"{task.given} of {self.labels[1]}: from the cache")
+            return found
+        found = self._lm_eval(1, task)
+        kept.write(f"{self.labels[1]}, {task.key}", found)
+        return found
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        return [content_digest(folder) for folder in self.folders]
+
+    @cached_property
+    def _how(self) -> dict[str, Any]:
+        return circumstances(self.spec, self.options["device"])
+
+    def _blocks(self, which: int, task: Task) -> Tensor:
+        folder = self.folders[which]
+        tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
+        return task_blocks(task, tokenizer, folder, held_out_only=self.held_out[task.key], limit=self.spec.limit)
+
+    def _alone(self, which: int, task: Task, blocks: Tensor) -> Results:
+        model = self._load(which).model
+        return {task.key: self._scored(task, blocks, lambda tick: score(model, blocks, tick)).metrics()}
+
+    def _together(self, task: Task) -> None:
+        blocks = self._blocks(0, task)
+        # What the first model samples from itself is text for both.
+        own = task.source is not None and task.source.name == "self"
+        other = blocks if own else self._blocks(1, task)
+        found = self._compared(task, blocks) if torch.equal(blocks, other) else None
+        if found is None:
+            self.reporter.say(f"{task.key}: the models' tokens differ, so their predictions cannot be compared")
+            self.ours[task.key] = self._alone(0, task, blocks)
+            self.theirs[task.key] = self._alone(1, task, other)
+            return
+        ours, theirs, apart = found
+        self.ours[task.key] = {task.key: {**ours.metrics(), **apart.metrics()}}
+        self.theirs[task.key] = {task.key: theirs.metrics()}
+        test = paired_t(ours.blocks, theirs.blocks)
+        self._note(task.key, {"token_perplexity": test} if test else {})
+
+    def _compared(self, task: Task, blocks: Tensor) -> tuple[Losses, Losses, Divergence] | None:
+        """None where the models have other vocabularies."""
+        kept = KeptScores(self._digests, blocks, self._how)
+        found = kept.read()
+        if found is not None:
+            self.reporter.say(f"{task.given} of both models: from the cache")
+            return found
+        mine, reference = self._load(0).model, self._load(1).model
+        if _vocabulary(mine) != _vocabulary(reference):
+            return None
+        found = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
+        kept.write(f"{self.labels[0]} against {self.labels[1]}, {task.key}", found)
+        return found
+
+    def _note(self, name: str, tests: dict[str, dict[str, Any]]) -> None:
+        if tests:
+            self.tests[name] = tests
+
+    def _scored(self, task: Task, blocks: Tensor, run: Callable[[Callable[[], None]], T]) -> T:
+        try:
+            with self.reporter.phase(task.key, len(blocks)) as tick:
+                return run(tick)
+        except ArithmeticError as error:
+            raise InputError(f"{task.given} on {' or '.join(self.labels)}: {error}") from error
 
 
-def _run(
-    loaded: LoadedModel, task: Task, spec: EvaluateSpec, held_out_only: bool, reporter: Reporter
-) -> dict[str, dict[str, Any]]:
-    if task.kind != "tokens":
-        reporter.say(f"running {task.given}")
-        return run_lm_eval(loaded, task, limit=spec.limit, batch_size=spec.batch_size, held_out_only=held_out_only)
-    blocks = task_blocks(task, loaded.tokenizer, loaded.folder, held_out_only=held_out_only, limit=spec.limit)
-    try:
-        with reporter.phase(task.key, len(blocks)) as tick:
-            return {task.key: token_perplexity(loaded.model, blocks, tick)}
-    except ArithmeticError as error:
-        raise InputError(f"{task.given} on {loaded.label}: {error}") from error
+def check_chat_template(spec: EvaluateSpec, models: Sequence[str], *, trust_remote_code: bool) -> None:
+    """InputError where a chat template is asked for and a model's tokenizer has none."""
+    for model in models if spec.chat_template else []:
+        if not load_tokenizer(open_model(model).folder, trust_remote_code=trust_remote_code).chat_template:
+            raise InputError(f"model {model} has no chat template: evaluate it without one")
 
 
-def _facts(loaded: LoadedModel) -> dict[str, float]:
-    facts = {"bytes": float(CheckpointReader(loaded.folder).bytes)}
-    if loaded.report is not None:
-        facts["stored_ratio"] = float(loaded.report["ratio"]["stored"])
-    return facts
+def _timed(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _flat(tasks: Sequence[Task], measured: dict[str, Results]) -> Results:
+    """Results of all tasks, in the order in which they were asked."""
+    return {name: values for task in tasks for name, values in measured[task.key].items()}

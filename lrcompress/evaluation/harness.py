@@ -1,6 +1,10 @@
 """Running lm-eval on a loaded model, quietly and offline where the data is local."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ from lrcompress.errors import InputError, nearest
 from lrcompress.evaluation.loading import LoadedModel
 from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
 from lrcompress.evaluation.zero_shot import zero_shot_task
+from lrcompress.recipe import EvaluateSpec
 
 LONGEST = 2048
 """Longest window of lm-eval's rolling perplexity; a shorter context of the model wins."""
@@ -22,10 +27,23 @@ _PERPLEXITIES = [
 ]
 
 
+@dataclass
+class Measured:
+    """Of one `text:`, `tasks:` or named task, by lm-eval's task names; metrics without its filter suffix.
+
+    items: every metric's values for single documents, by document id; groups of tasks have none. asked: a digest of
+    the tasks' definitions and of everything that the model was asked.
+    """
+
+    results: dict[str, dict[str, float]]
+    items: dict[str, dict[str, dict[int, float]]]
+    asked: str
+
+
 def run_lm_eval(
-    loaded: LoadedModel, task: Task, *, limit: int | None, batch_size: int | str, held_out_only: bool
-) -> dict[str, dict[str, float]]:
-    """Results by task name for one `text:`, `tasks:` or named task; metrics without lm-eval's filter suffix."""
+    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out_only: bool, warn: Callable[[str], None]
+) -> Measured:
+    """Run one task of any kind but `tokens:`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -34,8 +52,10 @@ def run_lm_eval(
         logging.getLogger(name).setLevel(logging.ERROR)
     context = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
     engine = HFLM(
-        pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size, max_length=min(context, LONGEST)
-    )
+        pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=spec.batch_size,
+        max_length=min(context, LONGEST),
+    )  # fmt: skip
+    asks = task.kind != "text"
     names: list[Any]
     if task.kind == "text":
         manager = TaskManager(include_defaults=False)
@@ -56,12 +76,23 @@ def run_lm_eval(
         names = [task.given]
     try:
         result = lm_eval.simple_evaluate(
-            model=engine, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False
-        )
+            model=engine, tasks=names, task_manager=manager, limit=spec.limit, bootstrap_iters=BOOTSTRAP,
+            num_fewshot=spec.fewshot if asks else None, apply_chat_template=spec.chat_template and asks,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"task {task.given} cannot be run ({reason})") from error
-    return {_key(task, name): _metrics(values) for name, values in result["results"].items()}
+    for name, config in result["configs"].items():
+        if _shows_answers(config):
+            warn(
+                f"{name} takes its few-shot examples from the questions, each of which may be its own example: "
+                f"add fewshot_split: {config['test_split']} to the task"
+            )
+    return Measured(
+        {_key(task, name): _metrics(values) for name, values in result["results"].items()},
+        {_key(task, name): _items(samples) for name, samples in result["samples"].items()},
+        _asked(result),
+    )
 
 
 def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
@@ -83,16 +114,27 @@ def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
 
 
 def _folder_names(manager: Any, path: Path) -> list[str]:
-    if path.is_dir():
-        names = sorted(manager.all_tasks)
+    """The tasks and groups of a folder, or those that one of its files defines; no task twice."""
+    if not path.is_dir():
+        names = [e.name for e in manager.task_index.values() if e.yaml_path and path.samefile(e.yaml_path)]
     else:
-        import re
-
-        found = re.search(r"^task:\s*(\S+)\s*$", path.read_text(encoding="utf8"), re.MULTILINE)
-        names = [found.group(1)] if found else []
+        inside: set[str] = set()
+        for group in list(manager.all_groups):
+            loaded = manager.load(group)
+            inside |= {*loaded["tasks"], *loaded["groups"]} - {group}
+        names = [name for name in [*manager.all_groups, *manager.all_subtasks] if name not in inside]
     if not names:
         raise InputError(f"{path} defines no lm-eval task")
     return names
+
+
+def _shows_answers(config: dict[str, Any]) -> bool:
+    """Whether lm-eval draws few-shot examples from the documents asked about without leaving out the one asked."""
+    named = config.get("fewshot_config") or {}
+    elsewhere = [config.get(key) for key in ("fewshot_split", "training_split", "validation_split")]
+    return bool(config.get("num_fewshot") and config.get("test_split")) and not any(
+        [*elsewhere, named.get("split"), named.get("samples")]
+    )
 
 
 def _key(task: Task, name: str) -> str:
@@ -105,5 +147,31 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         name, _, filter_name = key.partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool) and filter_name:
-            found[name if filter_name == "none" else f"{name}_{filter_name}"] = float(value)
+            found[_metric(name, filter_name)] = float(value)
     return found
+
+
+def _items(samples: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        for name in sample["metrics"]:
+            if isinstance(sample[name], int | float):
+                found.setdefault(_metric(name, sample["filter"]), {})[sample["doc_id"]] = float(sample[name])
+    return found
+
+
+def _asked(result: Any) -> str:
+    digest = hashlib.sha256()
+    for name, config in sorted(result["configs"].items()):
+        # A function in memory is written with its address; what it returns is in the samples.
+        known = {key: value for key, value in config.items() if key not in ("custom_dataset", "metadata")}
+        digest.update(json.dumps([name, known], sort_keys=True, default=str).encode())
+    for name, samples in sorted(result["samples"].items()):
+        for sample in samples:
+            asked = [name, sample["doc_id"], sample["filter"], sample["arguments"], sample["target"]]
+            digest.update(json.dumps(asked, default=str).encode())
+    return digest.hexdigest()
+
+
+def _metric(name: str, filter_name: str) -> str:
+    return name if filter_name == "none" else f"{name}_{filter_name}"

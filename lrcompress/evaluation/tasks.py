@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lrcompress.calibration.corpus import (
@@ -128,23 +127,3 @@ def held_out_documents(texts: Sequence[str]) -> list[str]:
         kept.append(text[min(skip, len(text)) :])
         skip = max(0, skip - len(text))
     return [text for text in kept if text]
-
-
-@torch.no_grad()
-def token_perplexity(model: Any, blocks: Tensor, tick: Any) -> dict[str, float | int]:
-    """The papers' convention: mean negative log-likelihood over blocks x (length - 1) tokens, exponentiated.
-
-    A non-finite logit is an ArithmeticError; it is never dropped.
-    """
-    total, count = 0.0, 0
-    device = next(model.parameters()).device
-    for block in blocks:
-        ids = block.to(device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        loss = float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise ArithmeticError("the model puts out non-finite logits")
-        total, count = total + loss, count + len(block) - 1
-        tick()
-    perplexity = torch.tensor(total / count, dtype=torch.float64).exp()
-    return {"token_perplexity": float(perplexity), "tokens": count, "blocks": len(blocks)}

@@ -4,7 +4,8 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,67 @@ def _measured(evaluation: dict[str, Any] | None) -> str:
 
 def metric_rows(evaluation: dict[str, Any]) -> list[str]:
     """A Markdown table of the metrics, beside those of the model compared with."""
-    against = evaluation.get("against") or {"model": "", "results": {}}
-    lines = [f"| task | metric | this | {against['model'] or 'dense'} |", "|---|---|---|---|"]
-    for task, metrics in evaluation["results"].items():
-        for metric, value in metrics.items():
-            if isinstance(value, float):
-                other = against["results"].get(task, {}).get(metric)
-                lines.append(f"| {task} | {metric} | {value:.4f} | {'' if other is None else format(other, '.4f')} |")
+    against = (evaluation.get("against") or {"model": ""})["model"]
+    lines = [f"| task | metric | this | {against or 'dense'} | |", "|---|---|---|---|---|"]
+    for row in measurements(evaluation):
+        lines.append(f"| {row.task} | {row.metric} | {row.shown} | {row.other_shown} | {row.test_shown} |")
     return lines
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric of a task with its standard error; other: that of the model compared with; test: the paired test."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    other: float | None
+    other_error: float | None
+    test: dict[str, Any] | None
+
+    @property
+    def shown(self) -> str:
+        """The value, and its error where there is one."""
+        return _with_error(self.value, self.error)
+
+    @property
+    def other_shown(self) -> str:
+        """As `shown`; empty where the other model lacks the metric."""
+        return "" if self.other is None else _with_error(self.other, self.other_error)
+
+    @property
+    def test_shown(self) -> str:
+        """The p-value; empty where there is no test."""
+        if self.test is None:
+            return ""
+        return f"p={self.test['p_value']:.2g}" if self.test["p_value"] >= 1e-4 else "p<0.0001"
+
+
+def measurements(evaluation: dict[str, Any]) -> Iterator[Measurement]:
+    """What an evaluation measured, counts left out."""
+    against = evaluation.get("against") or {"results": {}}
+    for task, metrics in evaluation["results"].items():
+        other, tests = against["results"].get(task, {}), against.get("tests", {}).get(task, {})
+        for metric, value in metrics.items():
+            if isinstance(value, float) and not is_error(metric, metrics):
+                error = _error_name(metric)
+                yield Measurement(
+                    task, metric, value, metrics.get(error), other.get(metric), other.get(error), tests.get(metric)
+                )
+
+
+def is_error(metric: str, metrics: Collection[str]) -> bool:
+    """Whether a metric is the standard error of another one."""
+    return any(metric == _error_name(name) for name in metrics)
+
+
+def _error_name(metric: str) -> str:
+    return f"{metric}_stderr"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

@@ -43,7 +43,10 @@ def test_help_is_fast_and_imports_no_torch():
     assert best < 1.0
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "eval", "run", "export", "inspect", "report", "methods"])
+COMMANDS = ["compress", "plan", "eval", "run", "sweep", "export", "inspect", "report", "methods", "cache"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     done = run_cli(command, "--help")
     assert done.returncode == 0

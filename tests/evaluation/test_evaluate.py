@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -131,3 +132,68 @@ def test_a_model_with_non_finite_logits_is_an_error_not_a_good_score(llama, text
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="non-finite"):
         measured(tmp_path, f"tokens:{text_file}@64")
+
+
+@pytest.fixture(scope="module")
+def smaller(llama, tmp_path_factory):
+    """The tiny Llama, compressed."""
+    return compress_tiny(llama, tmp_path_factory.mktemp("smaller") / "out", ratio=0.3).folder
+
+
+def test_divergence_equals_a_sum_over_the_vocabulary(llama, smaller, text_file):
+    found = evaluate(str(smaller), EvaluateSpec(tasks=[f"tokens:{text_file}@160"], against=str(llama), limit=4))
+    key = "tokens:sample.txt@160"
+    dense, small = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (llama, smaller))
+    ids = AutoTokenizer.from_pretrained(llama)(text_file.read_text(encoding="utf8"), add_special_tokens=False).input_ids
+    kl, same = [], []
+    for i in range(4):
+        block = torch.tensor([ids[i * 160 : i * 160 + 160]])
+        with torch.no_grad():
+            p, q = (model(block).logits[0, :-1].double().softmax(-1) for model in (dense, small))
+        kl += [float((a * (a / b).log()).sum()) for a, b in zip(p, q, strict=True)]
+        same += [int(a.argmax()) == int(b.argmax()) for a, b in zip(p, q, strict=True)]
+    assert len(kl) == found["results"][key]["tokens"] == 4 * 159
+    assert found["results"][key]["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-5)
+    assert found["results"][key]["top1"] == pytest.approx(sum(same) / len(same))
+    assert 0 < found["results"][key]["top1"] < 1
+    # Both models' losses are those that each has alone.
+    for folder, results in ((smaller, found["results"]), (llama, found["against"]["results"])):
+        alone = measured(folder, f"tokens:{text_file}@160", limit=4)[key]
+        assert results[key]["token_perplexity"] == pytest.approx(alone["token_perplexity"], rel=1e-9)
+    assert "kl" not in found["against"]["results"][key]
+
+
+def test_a_model_does_not_diverge_from_itself_and_expectations_know_it(llama, text_file):
+    spec = EvaluateSpec(tasks=[f"tokens:{text_file}@64"], against=str(llama), limit=2)
+    found = evaluate(str(llama), spec, ["kl <= 1e-9", "top1 >= 100%", "top1 < 1"])
+    assert [entry["met"] for entry in found["expectations"]] == [True, True, False]
+    assert found["expectations"][0]["value"] == pytest.approx(0, abs=1e-12)
+
+
+def test_models_with_other_tokens_are_measured_apart(llama, text_file, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.resize_token_embeddings(330)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = evaluate(str(llama), EvaluateSpec(tasks=[f"tokens:{text_file}@64"], against=str(tmp_path), limit=2))
+    assert all("kl" not in side["results"]["tokens:sample.txt@64"] for side in (found, found["against"]))
+    with pytest.raises(InputError, match="kl was not measured"):
+        evaluate(str(llama), EvaluateSpec(tasks=[f"tokens:{text_file}@64"], limit=2), ["kl < 1"])
+
+
+def test_results_keep_the_order_of_the_tasks(llama, smaller, text_file):
+    tasks = [f"text:{text_file}", f"tokens:{text_file}@64", "tokens:python-docs@64"]
+    found = evaluate(str(smaller), EvaluateSpec(tasks=tasks, against=str(llama), limit=2))
+    names = ["text:sample.txt", "tokens:sample.txt@64", "tokens:python-docs@64"]
+    assert list(found["results"]) == list(found["against"]["results"]) == names
+
+
+def test_the_error_of_a_perplexity_is_that_of_the_blocks_means(llama, text_file):
+    found = measured(llama, f"tokens:{text_file}@64", limit=5)["tokens:sample.txt@64"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
+    ids = torch.tensor(tokenizer(text_file.read_text(encoding="utf8"), add_special_tokens=False).input_ids[:320])
+    with torch.no_grad():
+        means = [float(model(block[None], labels=block[None]).loss) for block in ids.view(5, 64)]
+    error = statistics.stdev(means) / math.sqrt(5) * math.exp(statistics.fmean(means))
+    assert found["token_perplexity_stderr"] == pytest.approx(error, rel=1e-4)
+    assert "token_perplexity_stderr" not in measured(llama, f"tokens:{text_file}@64", limit=1)["tokens:sample.txt@64"]

@@ -1,0 +1,99 @@
+"""Token losses of one model, or of two on the same blocks with how far their predictions lie apart."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.model.device import decomposition_device
+
+ROWS = 128
+"""Positions whose probabilities are compared at a time: bounds the float64 copies of the logits."""
+
+
+@dataclass
+class Losses:
+    """Mean negative log-likelihood of every block, in nats a token; `scored` tokens a block."""
+
+    scored: int
+    blocks: list[float] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float | int]:
+        """The perplexity, with its standard error by the delta method over blocks where there are two or more."""
+        count = len(self.blocks)
+        perplexity = float(torch.tensor(math.fsum(self.blocks) / count, dtype=torch.float64).exp())  # inf, no error
+        found: dict[str, float | int] = {"token_perplexity": perplexity}
+        if count > 1:
+            found["token_perplexity_stderr"] = perplexity * standard_error(self.blocks)
+        return {**found, "tokens": count * self.scored, "blocks": count}
+
+
+@dataclass
+class Divergence:
+    """Per block: mean KL(reference || model) in nats a token, and the fraction of equal most likely tokens."""
+
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over blocks, which are equally long."""
+        return {"kl": math.fsum(self.kl) / len(self.kl), "top1": math.fsum(self.top1) / len(self.top1)}
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of independent values."""
+    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
+
+
+def token_perplexity(model: Any, blocks: Tensor, tick: Callable[[], None]) -> dict[str, float | int]:
+    """The papers' convention: mean negative log-likelihood over blocks x (length - 1) tokens, exponentiated."""
+    return score(model, blocks, tick).metrics()
+
+
+@torch.no_grad()
+def score(model: Any, blocks: Tensor, tick: Callable[[], None]) -> Losses:
+    """A non-finite logit is an ArithmeticError; it is never dropped."""
+    found = Losses(blocks.shape[1] - 1)
+    for block in blocks:
+        found.blocks.append(_loss(_logits(model, block), block))
+        tick()
+    return found
+
+
+@torch.no_grad()
+def score_both(
+    model: Any, reference: Any, blocks: Tensor, tick: Callable[[], None]
+) -> tuple[Losses, Losses, Divergence]:
+    """As `score`, of both; one block's logits of each are in memory at a time."""
+    ours, theirs, apart = Losses(blocks.shape[1] - 1), Losses(blocks.shape[1] - 1), Divergence()
+    for block in blocks:
+        mine, other = _logits(model, block), _logits(reference, block)
+        ours.blocks.append(_loss(mine, block))
+        theirs.blocks.append(_loss(other, block))
+        where = decomposition_device(mine.device)
+        kl = same = 0.0
+        for p, q in zip(other.split(ROWS), mine.split(ROWS), strict=True):
+            log_p = p.to(where, torch.float64).log_softmax(-1)
+            log_q = q.to(where, torch.float64).log_softmax(-1)
+            kl += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        apart.kl.append(kl / len(mine))
+        apart.top1.append(same / len(mine))
+        tick()
+    return ours, theirs, apart
+
+
+def _logits(model: Any, block: Tensor) -> Tensor:
+    ids = block.to(next(model.parameters()).device)
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    return logits
+
+
+def _loss(logits: Tensor, block: Tensor) -> float:
+    loss = float(torch.nn.functional.cross_entropy(logits, block[1:].to(logits.device)))
+    if not math.isfinite(loss):
+        raise ArithmeticError("the model puts out non-finite logits")
+    return loss
