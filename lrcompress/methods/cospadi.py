@@ -70,6 +70,7 @@ class Cospadi(Method):
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
+        self._levels: dict[tuple[tuple[int, int], bool, int], list[tuple[int, int]]] = {}
         if self.group > 1 and self.options.solver != "htp":
             raise InputError(f"group={self.group} needs solver=htp, solver {self.options.solver} takes one weight only")
 
@@ -83,17 +84,24 @@ class Cospadi(Method):
 
     def curve(self, site: Site, element_size: int) -> Curve:
         """With a shared dictionary, a weight's part of a whole group's bytes."""
-        dense = site.shape[0] * site.shape[1] * element_size
-        ranks, costs = [], []
+        key = (site.shape, site.bias, element_size)
+        if key not in self._levels:
+            self._levels[key] = self._costs(site, element_size)
+        levels, dense = self._levels[key], site.shape[0] * site.shape[1] * element_size
+        ranks, costs = [rank for rank, _ in levels], [cost for _, cost in levels]
+        return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
+
+    def _costs(self, site: Site, element_size: int) -> list[tuple[int, int]]:
+        """(coefficients, bytes) of the levels below dense."""
+        found = []
         for nonzeros in range(1, min(site.shape)):
             spec = self.spec(site, nonzeros, element_size)
             shared = (self.group - 1) * spec_bytes(spec.following(site.name), element_size)
             cost = -(-(spec_bytes(spec, element_size) + shared) // self.group)
-            if cost >= dense:
+            if cost >= site.shape[0] * site.shape[1] * element_size:
                 break
-            ranks.append(nonzeros)
-            costs.append(cost)
-        return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
+            found.append((nonzeros, cost))
+        return found
 
     def _atoms(self, shape: tuple[int, int], nonzeros: int) -> int:
         """Size of the dictionary for a number of coefficients; an orthonormal one has at most min(out, in) atoms."""
