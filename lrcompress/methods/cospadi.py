@@ -10,10 +10,12 @@ from torch import Tensor
 from lrcompress.errors import InputError
 from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
-from lrcompress.linalg.dictionary import least_squares_dictionary, refitted_codes
+from lrcompress.linalg.coupled import coupled_htp
+from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, refitted_codes
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
 from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
+from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
@@ -46,14 +48,16 @@ class CospadiOptions(MethodOptions):
     """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
     """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
+    coupled_rounds: int = pydantic.Field(0, ge=0)
+    """Rounds in the full Gram of the output gradients after those in its diagonal (metric=two_sided)."""
 
 
 @METHODS.register
 class Cospadi(Method):
     """W ≈ S D with s coefficients per output, the error measured on the calibration inputs.
 
-    Metrics are those of the low-rank methods, but `two_sided` weighs every output by its own squared gradient: a
-    full Gram of the outputs would tie the rows of S together.
+    Metrics are those of the low-rank methods, but `two_sided` weighs every output by its own squared gradient: the full
+    Gram ties the rows of S together, which only the last `coupled_rounds` take into account.
     The levels of a weight are numbers of coefficients s. Errors are not known before the solver has run, so they
     are estimated: see `errors`.
     """
@@ -73,6 +77,10 @@ class Cospadi(Method):
         self._levels: dict[tuple[tuple[int, int], bool, int], list[tuple[int, int]]] = {}
         if self.group > 1 and self.options.solver != "htp":
             raise InputError(f"group={self.group} needs solver=htp, solver {self.options.solver} takes one weight only")
+        if self.options.coupled_rounds and self.metric != "two_sided":
+            raise InputError(f"coupled_rounds need the gradients' Gram, metric {self.metric} has none: use two_sided")
+        if self.options.coupled_rounds and (self.group > 1 or self.keeps_gram):
+            raise InputError("coupled_rounds are for a dictionary of 16 bits that no other weight shares")
 
     @property
     def metric(self) -> str:
@@ -81,6 +89,10 @@ class Cospadi(Method):
     @property
     def group(self) -> int:
         return self.options.group
+
+    @property
+    def needs_gradient_gram(self) -> bool:
+        return self.options.coupled_rounds > 0
 
     def curve(self, site: Site, element_size: int) -> Curve:
         """With a shared dictionary, a weight's part of a whole group's bytes."""
@@ -120,6 +132,10 @@ class Cospadi(Method):
         spectrum = decompose(weight.double() * roots[:, None], gram)
         artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
         artefact["roots"] = roots
+        if self.needs_gradient_gram and statistics is not None and statistics.gradients is not None:
+            outputs = damped(statistics.gradients, self.options.gradient_damping)
+            artefact["outputs"], artefact["diagonal"] = outputs.float(), spectrum.energies
+            artefact["energies"] = decompose(weight, gram, outputs).energies
         if gram is not None and self.keeps_gram:
             artefact["gram"] = gram.float()
         if self.metric == "centred" and statistics is not None:
@@ -183,9 +199,11 @@ class Cospadi(Method):
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
-        target = artefact["left"] * artefact["energies"].sqrt().float()
+        target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
         code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds, self.options.tolerance)
+        if "outputs" in artefact:
+            return self._coupled(spec, artefact, target, code, bias)
         roots, weight = artefact["roots"][:, None], artefact["weight"].double()
         codes = code.codes.double()
         dictionary = least_squares_dictionary(roots * weight, codes)
@@ -197,6 +215,22 @@ class Cospadi(Method):
         elif self.options.coefficient_bits == 8:
             dictionary = least_squares_dictionary(roots * weight, roots * rounded(codes, 8))
         return self._stored(spec, artefact, dictionary, codes, code.support, bias)
+
+    def _coupled(
+        self, spec: Spec, artefact: dict[str, Tensor], target: Tensor, code: SparseCode, bias: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`encode`, from a code in the diagonal metric on, in that of the full Gram."""
+        roots, outputs = artefact["roots"][:, None].float(), artefact["outputs"]
+        unit = outputs.diagonal().mean()
+        start = SparseCode(code.dictionary, code.codes / roots, code.support)
+        code = coupled_htp(
+            target / roots, outputs / unit, start, spec.parameters["rank"], self.options.coupled_rounds
+        )  # fmt: skip
+        root = torch.linalg.cholesky(outputs.double()).T
+        codes = code.codes.double()
+        dictionary = least_squares_dictionary(root @ artefact["weight"].double(), root @ codes)
+        scale = _balance(dictionary, codes)
+        return self._stored(spec, artefact, dictionary * scale, codes / scale, code.support, bias)
 
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
