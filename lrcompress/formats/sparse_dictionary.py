@@ -159,7 +159,13 @@ class SparseDictionary(StoredLinear):
             return nn.functional.linear(latent, self.codes(), self.bias)
         if self._is_faster_sparse(latent):
             return self._sparse_product(latent)
-        return nn.functional.linear(latent, self._kept("codes", self.codes), self.bias)
+        return nn.functional.linear(latent, self.decoded_codes(), self.bias)
+
+    def decoded_codes(self) -> Tensor:
+        """`codes`; without gradients those decoded before, as long as they hold."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.codes()
+        return self._kept("codes", self.codes)
 
     def _is_faster_sparse(self, latent: Tensor) -> bool:
         fits = latent.device.type == "cpu" and latent.dtype == torch.float32

@@ -6,14 +6,16 @@ import pydantic
 from torch import Tensor
 
 from lrcompress.formats.sparse_dictionary import SparseDictionary
+from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.methods.base import METHODS, Method, MethodOptions
-from lrcompress.methods.cospadi import Cospadi, CospadiOptions
+from lrcompress.methods.cospadi import COUPLED_ROUNDS, Cospadi, CospadiOptions
 from lrcompress.methods.lord import Lord, LordOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
-COUPLED_ROUNDS = 3
-"""Nine tenths of what twelve gain."""
+UNEQUAL = 1.5
+"""From this ratio of the sides on a dictionary errs less than low rank at the same bytes; measured on sides of ratio 1,
+2.7 and 3 (docs/quality.md)."""
 
 
 class AutoOptions(MethodOptions):
@@ -28,9 +30,9 @@ class AutoOptions(MethodOptions):
 class Auto(Method):
     """Errors weighed as the loss feels them (KFAC), one multiplier over all weights, per weight the better format.
 
-    A weight with more outputs than inputs by far is a sparse dictionary, as atoms are cheap there; any other is of
-    low rank, pivoted (`prefers_dictionary`). Formats low_rank and pivoted ask for these everywhere. The Kronecker
-    approximation of the curvature is that of arXiv 1503.05671.
+    A weight that is longer than wide is a sparse dictionary with the codes along its longer side, as atoms are cheap
+    there; one that is about square is of low rank, pivoted. Formats low_rank and pivoted ask for these everywhere.
+    The Kronecker approximation of the curvature is that of arXiv 1503.05671.
     """
 
     name: ClassVar[str] = "auto"
@@ -45,9 +47,10 @@ class Auto(Method):
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
         shared = self.options.model_dump()
-        rounds = COUPLED_ROUNDS if self.metric == "two_sided" else 0
+        rounds = COUPLED_ROUNDS if self.metric == "two_sided" else None
         self._low_rank = Lord(LordOptions(**shared), self.format)
-        self._dictionary = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
+        self._by_output = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
+        self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
         self.errors_are_exact = self.format != "auto"
 
     @property
@@ -59,7 +62,9 @@ class Auto(Method):
         return self._low_rank.needs_gradient_gram
 
     def _part(self, site: Site) -> Method:
-        return self._dictionary if self.format == "auto" and prefers_dictionary(site.shape) else self._low_rank
+        if self.format != "auto" or max(site.shape) < UNEQUAL * min(site.shape):
+            return self._low_rank
+        return self._by_output if site.shape[0] > site.shape[1] else self._by_input
 
     def curve(self, site: Site, element_size: int) -> Curve:
         return self._part(site).curve(site, element_size)
@@ -68,7 +73,7 @@ class Auto(Method):
         return self._part(site).decompose(site, weight, statistics)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
-        part = self._dictionary if "roots" in artefact else self._low_rank
+        part = self._by_output if "roots" in artefact else self._low_rank
         return part.errors(artefact, curve)
 
     def total(self, artefact: dict[str, Tensor]) -> float:
@@ -78,14 +83,5 @@ class Auto(Method):
         return self._part(site).spec(site, rank, element_size)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-        part = self._dictionary if spec.format == SparseDictionary.name else self._low_rank
-        return part.encode(spec, artefact, bias)
-
-
-def prefers_dictionary(shape: tuple[int, int]) -> bool:
-    """Whether a weight (out, in) errs less as a sparse dictionary than pivoted at the same bytes.
-
-    Measured on the demo at 20 %, squared errors in the two-sided metric: where out / in is 2.7 a third, where it is 1
-    or less half as much again and more.
-    """
-    return shape[0] >= 1.5 * shape[1]
+        parts = {SparseDictionary.name: self._by_output, TransposedDictionary.name: self._by_input}
+        return parts.get(spec.format, self._low_rank).encode(spec, artefact, bias)

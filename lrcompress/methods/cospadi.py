@@ -10,6 +10,7 @@ from torch import Tensor
 from lrcompress.errors import InputError
 from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
+from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.linalg.coupled import coupled_htp
 from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, refitted_codes
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
@@ -25,6 +26,12 @@ Bits = Literal[8, 16]
 SPARSITY_COST = 0.07
 """Share of the ranks between s and k that a sparse code loses against rank k, per k / s - 1 and per out / in, that at
 most 2: on the demo and synthetic weights, at k / s = 2.5, 0.13 where out / in is 2.7, 0.08 at 1 and 0.02 at 0.4."""
+
+COUPLED_ROUNDS = 3
+"""Nine tenths of what twelve gain."""
+
+INPUT_DAMPING = 1e-3
+"""Of the inputs' Gram where it weighs the rows of Wᵀ, relative to its mean eigenvalue."""
 
 LEAST_WEIGHT = 1e-6
 """Outputs whose squared gradient is below this share of the mean count as much as that."""
@@ -48,8 +55,11 @@ class CospadiOptions(MethodOptions):
     """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
     """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
-    coupled_rounds: int = pydantic.Field(0, ge=0)
-    """Rounds in the full Gram of the output gradients after those in its diagonal (metric=two_sided)."""
+    side: Literal["output", "input"] = "output"
+    """Who chooses its atoms: every output, as published, or every input (W is then Dᵀ Sᵀ, good for wide weights)."""
+    coupled_rounds: int | None = pydantic.Field(None, ge=0)
+    """Rounds in a full Gram after those in its diagonal: of the output gradients (metric=two_sided; none by default),
+    or with side=input of the inputs (3 by default)."""
 
 
 @METHODS.register
@@ -77,10 +87,21 @@ class Cospadi(Method):
         self._levels: dict[tuple[tuple[int, int], bool, int], list[tuple[int, int]]] = {}
         if self.group > 1 and self.options.solver != "htp":
             raise InputError(f"group={self.group} needs solver=htp, solver {self.options.solver} takes one weight only")
-        if self.options.coupled_rounds and self.metric != "two_sided":
+        if self.options.coupled_rounds and self.metric != "two_sided" and not self._by_input:
             raise InputError(f"coupled_rounds need the gradients' Gram, metric {self.metric} has none: use two_sided")
-        if self.options.coupled_rounds and (self.group > 1 or self.keeps_gram):
-            raise InputError("coupled_rounds are for a dictionary of 16 bits that no other weight shares")
+        if self.coupled_rounds and (self.group > 1 or self.keeps_gram or self.options.coefficient_bits == 8):
+            raise InputError("side=input and coupled_rounds are for 16 bits and a dictionary that nobody shares")
+
+    @property
+    def coupled_rounds(self) -> int:
+        """Rounds in the full Gram of the rows that are coded."""
+        if self.options.coupled_rounds is None:
+            return COUPLED_ROUNDS if self._by_input else 0
+        return self.options.coupled_rounds
+
+    @property
+    def _by_input(self) -> bool:
+        return self.options.side == "input"
 
     @property
     def metric(self) -> str:
@@ -92,7 +113,7 @@ class Cospadi(Method):
 
     @property
     def needs_gradient_gram(self) -> bool:
-        return self.options.coupled_rounds > 0
+        return self.coupled_rounds > 0 and self.metric == "two_sided"
 
     def curve(self, site: Site, element_size: int) -> Curve:
         """With a shared dictionary, a weight's part of a whole group's bytes."""
@@ -116,7 +137,10 @@ class Cospadi(Method):
         return found
 
     def _atoms(self, shape: tuple[int, int], nonzeros: int) -> int:
-        """Size of the dictionary for a number of coefficients; an orthonormal one has at most min(out, in) atoms."""
+        """Size of the dictionary of `shape` (rows that are coded, length of an atom) for a number of coefficients.
+
+        An orthonormal one has at most the smaller of both.
+        """
         limit = min(shape) if self.options.solver == "procrustes" else shape[0]
         return min(round(self.options.k_over_s * nonzeros), limit)
 
@@ -128,16 +152,40 @@ class Cospadi(Method):
         gram = None
         if statistics is not None and self.metric != "plain":
             gram = statistics.gram(centred=self.metric == "centred")
+        if self._by_input:
+            return self._decompose_by_input(weight.double(), gram, statistics)
         roots = self._output_roots(weight, statistics)
         spectrum = decompose(weight.double() * roots[:, None], gram)
         artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
         artefact["roots"] = roots
         if self.needs_gradient_gram and statistics is not None and statistics.gradients is not None:
             outputs = damped(statistics.gradients, self.options.gradient_damping)
-            artefact["outputs"], artefact["diagonal"] = outputs.float(), spectrum.energies
+            artefact["rows"], artefact["diagonal"] = outputs.float(), spectrum.energies
             artefact["energies"] = decompose(weight, gram, outputs).energies
         if gram is not None and self.keeps_gram:
             artefact["gram"] = gram.float()
+        if self.metric == "centred" and statistics is not None:
+            artefact["mean"] = statistics.mean()
+        return artefact
+
+    def _decompose_by_input(
+        self, weight: Tensor, gram: Tensor | None, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        """As `decompose`, for Wᵀ: the Gram of the inputs weighs its rows, that of the gradients its columns."""
+        outputs = None
+        if self.metric == "two_sided" and statistics is not None and statistics.gradients is not None:
+            outputs = damped(statistics.gradients, self.options.gradient_damping)
+        scale = 1.0
+        if self.metric == "trace" and statistics is not None:
+            scale = float(statistics.gradient_squares().mean())
+        rows = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        if gram is not None and bool((gram.diagonal() > 0).any()):
+            rows = damped(gram, INPUT_DAMPING)
+        roots = rows.diagonal().sqrt()
+        spectrum = decompose(weight.T * roots[:, None], outputs)
+        artefact = {"weight": weight.T.float(), "left": spectrum.left.float(), "diagonal": spectrum.energies}
+        artefact |= {"roots": roots, "rows": rows.float()}
+        artefact["energies"] = scale * decompose(weight, gram, outputs).energies
         if self.metric == "centred" and statistics is not None:
             artefact["mean"] = statistics.mean()
         return artefact
@@ -189,20 +237,22 @@ class Cospadi(Method):
         return float(artefact["energies"].sum())
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        parameters: dict[str, Any] = {"rank": rank, "atoms": self._atoms(site.shape, rank)}
+        shape = (site.shape[1], site.shape[0]) if self._by_input else site.shape
+        parameters: dict[str, Any] = {"rank": rank, "atoms": self._atoms(shape, rank)}
         for key in ("coefficient_bits", "dictionary_bits"):
             if getattr(self.options, key) != 16:
                 parameters[key] = getattr(self.options, key)
         adds_bias = self.metric == "centred"
         bias, added = adds_bias or site.bias, adds_bias and not site.bias
-        return Spec(SparseDictionary.name, site.shape, bias, added, site.conv1d, parameters)
+        form = TransposedDictionary.name if self._by_input else SparseDictionary.name
+        return Spec(form, site.shape, bias, added, site.conv1d, parameters)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
         target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
         code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds, self.options.tolerance)
-        if "outputs" in artefact:
+        if "rows" in artefact:
             return self._coupled(spec, artefact, target, code, bias)
         roots, weight = artefact["roots"][:, None], artefact["weight"].double()
         codes = code.codes.double()
@@ -220,13 +270,11 @@ class Cospadi(Method):
         self, spec: Spec, artefact: dict[str, Tensor], target: Tensor, code: SparseCode, bias: Tensor | None
     ) -> dict[str, Tensor]:
         """`encode`, from a code in the diagonal metric on, in that of the full Gram."""
-        roots, outputs = artefact["roots"][:, None].float(), artefact["outputs"]
-        unit = outputs.diagonal().mean()
+        roots, rows = artefact["roots"][:, None].float(), artefact["rows"]
+        unit = rows.diagonal().mean()
         start = SparseCode(code.dictionary, code.codes / roots, code.support)
-        code = coupled_htp(
-            target / roots, outputs / unit, start, spec.parameters["rank"], self.options.coupled_rounds
-        )  # fmt: skip
-        root = torch.linalg.cholesky(outputs.double()).T
+        code = coupled_htp(target / roots, rows / unit, start, spec.parameters["rank"], self.coupled_rounds)
+        root = torch.linalg.cholesky(rows.double()).T
         codes = code.codes.double()
         dictionary = least_squares_dictionary(root @ artefact["weight"].double(), root @ codes)
         scale = _balance(dictionary, codes)
@@ -283,6 +331,12 @@ class Cospadi(Method):
     ) -> dict[str, Tensor]:
         if not all(bool(torch.isfinite(t).all()) for t in (dictionary, codes)):
             raise ArithmeticError("the sparse dictionary is not finite")
+        if self._by_input:
+            if "mean" in artefact:
+                mean = artefact["mean"]
+                moved = artefact["weight"].double().T @ mean - dictionary.T @ (codes.T @ mean)
+                bias = (moved if bias is None else bias.double() + moved).float()
+            return TransposedDictionary.encode(spec, dictionary.float(), codes.float(), support, bias)
         if "mean" in artefact:
             kept = rounded(codes, self.options.coefficient_bits), rounded(dictionary, self.options.dictionary_bits)
             mean = artefact["mean"]

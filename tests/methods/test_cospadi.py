@@ -8,6 +8,7 @@ import torch
 from lrcompress.errors import InputError
 from lrcompress.formats import build, spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, unpack_bits
+from lrcompress.linalg.whitening import damped
 from lrcompress.methods import make_method
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.inspection import inspect_model
@@ -277,3 +278,45 @@ def test_inspect_says_how_codes_are_multiplied(llama, tmp_path, k_over_s, produc
     assert [t["product"] for t in found] == 3 * [product]
     shown = run_cli("inspect", tmp_path / "out")
     assert f"multiplied: 3 {product}" in shown.stdout, shown.stderr
+
+
+@pytest.mark.parametrize("metric", ["plain", "input", "centred", "trace", "two_sided"])
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24)])
+def test_codes_of_the_inputs(metric, shape):
+    """side=input: the stored error in the full metric lies between low rank k and low rank s, and near the estimate."""
+    site, dense, found = Site("w", shape, 0, "w", False), weight(shape), statistics(shape[1])
+    found.gradients = gradients(shape[0])
+    method = make_method("cospadi", {"metric": metric, "side": "input", "k_over_s": 2, "coupled_rounds": 12})
+    artefact = method.decompose(site, dense, found)
+    gram = torch.eye(shape[1], dtype=torch.float64) if metric == "plain" else found.gram(centred=metric == "centred")
+    outputs = torch.eye(shape[0], dtype=torch.float64)
+    if metric == "two_sided":
+        outputs = damped(found.gradients, 0.1)
+    if metric == "trace":
+        outputs *= found.gradients.diagonal().mean()
+    total = float(((outputs @ dense.double() @ gram) * dense.double()).sum())
+    assert method.total(artefact) == pytest.approx(total, rel=1e-6)
+    curve = method.curve(site, 4)
+    level = int((curve.ranks == 6).nonzero())
+    module = stored_module(method, site, artefact, 6)
+    assert module.spec.format == "transposed_dictionary"
+    difference = (module.dense() - dense).double()
+    error = float(((outputs @ difference @ gram) * difference).sum())
+    tail = artefact["energies"].flip(0).cumsum(0).flip(0)
+    assert 0.999 * float(tail[12]) <= error <= 1.05 * float(tail[6])
+    assert error == pytest.approx(float(method.errors(artefact, curve)[level]), rel=0.6)
+    rows = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(4))
+    bias = 0 if module.bias is None else module.bias
+    torch.testing.assert_close(module(rows), rows @ module.dense().T + bias, rtol=1e-4, atol=1e-4)
+    if metric == "centred":
+        expected = dense.double() @ found.mean()
+        torch.testing.assert_close(
+            module.dense().double() @ found.mean() + bias.double(), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_sides_and_rounds_that_do_not_fit_are_refused():
+    for options in ({"coupled_rounds": 2}, {"side": "input", "group": 2}, {"side": "input", "coefficient_bits": 8},
+                    {"metric": "two_sided", "coupled_rounds": 1, "dictionary_bits": 8}):  # fmt: skip
+        with pytest.raises(InputError, match="coupled_rounds|side=input"):
+            make_method("cospadi", options)

@@ -1,0 +1,63 @@
+"""Sparse dictionary of the transposed weight: W ≈ Dᵀ Sᵀ with exactly s coefficients per input."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes
+from lrcompress.formats.sparse_dictionary import SparseDictionary
+from lrcompress.protocols import Spec
+
+
+@FORMATS.register
+class TransposedDictionary(StoredLinear):
+    """y = Dᵀ (Sᵀ x) + b with atoms D (k, out) as long as the output is wide, and codes S (in, k).
+
+    `inner` is the sparse dictionary of Wᵀ, with no bias of its own; the manifest says of it what it says of
+    `sparse_dictionary`. Multiplied dense.
+    """
+
+    name: ClassVar[str] = "transposed_dictionary"
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype)
+        self.inner = SparseDictionary(inner(spec), dtype)
+        del self.inner.weight  # the empty one of this layer stands for the dense parameter
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
+
+    @classmethod
+    def check(cls, spec: Spec) -> None:
+        SparseDictionary.check(inner(spec))
+
+    @classmethod
+    def bytes(cls, spec: Spec, element_size: int) -> int:
+        return SparseDictionary.bytes(inner(spec), element_size) + added_bias_bytes(spec, element_size)
+
+    @classmethod
+    def encode(
+        cls, spec: Spec, dictionary: Tensor, codes: Tensor, support: Tensor, bias: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Stored tensors of codes (in, k), read on support (in, k) bool, @ dictionary (k, out), which is Wᵀ."""
+        stored = SparseDictionary.encode(inner(spec), dictionary, codes, support, None)
+        named = {f"inner.{key}": tensor for key, tensor in stored.items()}
+        return named if bias is None else {**named, "bias": bias}
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().T
+
+    def dense_bias(self) -> Tensor | None:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = x @ self.inner.decoded_codes()
+        y = latent @ self.inner.atoms_of(x)
+        return y if self.bias is None else y + self.bias
+
+
+def inner(spec: Spec) -> Spec:
+    """The spec of the transposed weight's dictionary."""
+    return replace(
+        spec, format=SparseDictionary.name, shape=(spec.shape[1], spec.shape[0]), bias=False, added_bias=False
+    )
