@@ -21,6 +21,7 @@ METHODS = [
     ("welore", "auto"),
     ("welore", "pivoted"),
     ("cospadi", "sparse_dictionary"),
+    ("auto", "auto"),
 ]
 
 

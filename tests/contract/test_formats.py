@@ -10,15 +10,17 @@ from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.semi_sparse import SemiSparse, top_two
 from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.formats.sum import rounded_factors
+from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.linalg.dictionary import largest
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
 FACTORED = ["low_rank", "pivoted"]
 DICTIONARY = "sparse_dictionary"
+TRANSPOSED = "transposed_dictionary"
 BASES = ["quantized", "semi_sparse"]
 SUMS = ["sum 16 of quantized", "sum 8 of quantized", "sum 4 of semi_sparse"]
-ALL = [*FACTORED, *BASES, *SUMS, DICTIONARY]
+ALL = [*FACTORED, *BASES, *SUMS, DICTIONARY, TRANSPOSED]
 SHAPES = [(24, 40), (40, 24), (24, 24)]
 BITS = {1: (8, 5), 5: (4, 7), 11: (3, 7), 23: (2, 64), 96: (3, 64)}
 """Bits and group of the example that stands for a rank."""
@@ -36,10 +38,25 @@ def dictionary_example(shape: tuple[int, int], rank: int, bias: bool, **more: in
     return spec, SparseDictionary.encode(spec, dictionary, codes, support, values), codes @ dictionary, values
 
 
+def transposed_example(shape: tuple[int, int], rank: int, bias: bool):
+    """The dictionary of the transposed weight."""
+    generator = torch.Generator().manual_seed(rank)
+    atoms = min(2 * rank, shape[1])
+    values = torch.randn(shape[0], generator=generator) if bias else None
+    spec = Spec(TRANSPOSED, shape, bias, bias, parameters={"rank": rank, "atoms": atoms})
+    dictionary = torch.randn(atoms, shape[0], generator=generator)
+    support = largest(torch.rand(shape[1], atoms, generator=generator), rank)
+    codes = torch.randn(shape[1], atoms, generator=generator) * support
+    stored = TransposedDictionary.encode(spec, dictionary, codes, support, values)
+    return spec, stored, dictionary.T @ codes.T, values
+
+
 def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
     """Spec, stored tensors, weight and bias of an example in a format; `rank` picks its size."""
     if name == DICTIONARY:
         return dictionary_example(shape, rank, bias)
+    if name == TRANSPOSED:
+        return transposed_example(shape, rank, bias)
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(shape[0], rank, generator=generator)
     right = torch.randn(rank, shape[1], generator=generator)
@@ -142,7 +159,7 @@ def test_factors_are_trainable_and_indices_are_buffers(name):
     assert not any(b.is_floating_point() and b.numel() for b in module.buffers())
 
 
-@pytest.mark.parametrize("name", [*FACTORED, DICTIONARY])
+@pytest.mark.parametrize("name", [*FACTORED, DICTIONARY, TRANSPOSED])
 @pytest.mark.parametrize("rank", [0, -1, 25, 1.5, None, True, "3"])
 def test_an_impossible_rank_is_refused_before_anything_is_allocated(name, rank):
     with pytest.raises(InputError, match="rank"):
