@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lrcompress.cli import cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
+from lrcompress.cli import bench, cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
 from lrcompress.errors import LrcompressError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("run")(run.run)
 app.command("sweep")(sweep.sweep)
 app.command("export")(export.export)

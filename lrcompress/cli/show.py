@@ -72,7 +72,12 @@ def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
     out = console()
     if not quiet:
         out.print(evaluation_table(result))
-    for entry in result["expectations"]:
+    _show_expectations(result["expectations"], quiet=quiet)
+
+
+def _show_expectations(judged: list[dict[str, Any]], *, quiet: bool) -> None:
+    out = console()
+    for entry in judged:
         mark = "[green]met[/]" if entry["met"] else "[red]MISSED[/]"
         if not quiet or not entry["met"]:
             out.print(f"{mark} {entry['expression']}: {entry['value']:.6g} (limit {entry['limit']:.6g})")
@@ -92,6 +97,54 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             cells.append(f"[dim]{row.test_shown}[/]" if dim else row.test_shown)
         table.add_row(*cells)
     return table
+
+
+def show_bench(result: dict[str, Any], *, quiet: bool) -> None:
+    """Tokens per second with what bounds the gain, then load time, memory and bytes, then the expectations."""
+    if not quiet:
+        out = console()
+        out.print(_bench_table(result))
+        both = result["against"] is not None
+        for key, name, shown in (
+            ("load_seconds", "load", lambda value: f"{value:.2f} s"),
+            ("rss_bytes", "resident memory", lambda value: f"{value / 1e6:.1f} MB"),
+            ("bytes", "checkpoint", lambda value: f"{value / 1e6:.1f} MB"),
+        ):
+            dense, own = result[key]["dense"], result[key]["compressed"]
+            out.print(f"{name}: {shown(own)}" + (f", dense {shown(dense)}" if both else ""))
+        if both:
+            out.print(
+                "bound: dense over compressed, multiply-adds (prefill) or bytes of weights read (decode), linear layers"
+            )
+    _show_expectations(result["expectations"], quiet=quiet)
+
+
+def _bench_table(result: dict[str, Any]) -> Table:
+    both = result["against"] is not None
+    settings = result["settings"]
+    table = Table(
+        title=f"{result['model']}" + (f" against {result['against']}" if both else ""),
+        caption=f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads, "
+        f"{'compiled, ' if settings['compile'] else ''}median of {settings['repeats']}",
+    )
+    pair = ["dense tokens/s", "compressed tokens/s", "speedup", "bound"] if both else ["tokens/s"]
+    first = ["dense first token", "first token"] if both else ["first token"]
+    for column in ("phase", "batch", "context", *pair, "spread", *first):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for row in result["rows"]:
+        keys = ["dense", "compressed"] if both else ["compressed"]
+        speeds = [f"{row[f'{key}_tokens_per_s']:.1f}" for key in keys]
+        gains = [_times(row["speedup"]), _times(row["bound"])] if both else []
+        waits = [row[f"{key}_first_token_seconds"] for key in keys]
+        table.add_row(
+            row["phase"], str(row["batch"]), str(row["context"]), *speeds, *gains, f"{row['spread']:.1%}",
+            *("" if wait is None else f"{1000 * wait:.0f} ms" for wait in waits),
+        )  # fmt: skip
+    return table
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:

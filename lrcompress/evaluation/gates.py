@@ -44,7 +44,7 @@ def parse_expectation(text: str) -> Expectation:
     try:
         if factor:
             number = float(factor["factor"] or 1.0)
-        elif metric == "bytes":
+        elif metric in ("bytes", "rss_bytes"):
             number = float(parse_size(right))
         elif right.endswith("%"):
             number = float(right[:-1]) / 100

@@ -27,7 +27,16 @@ class LoadedModel:
 def load_model(
     label: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """The model on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
+    """The model on `device` with its tokenizer; see `load_network`."""
+    folder, model = load_network(label, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return LoadedModel(label, folder, model, tokenizer, load_report(folder))
+
+
+def load_network(
+    label: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Path, nn.Module]:
+    """Folder and model on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -47,5 +56,4 @@ def load_model(
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise InputError(f"model {label} lacks weights ({names}): its files and its config do not belong together")
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return LoadedModel(label, folder, model.to(where).eval(), tokenizer, load_report(folder))
+    return folder, model.to(where).eval()

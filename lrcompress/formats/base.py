@@ -45,6 +45,17 @@ class StoredLinear(nn.Module, ABC):
         original_bias = spec.shape[0] if spec.bias and not spec.added_bias else 0
         return sum(t.numel() for t in stored.values()) - original_bias
 
+    @abstractmethod
+    def multiply_adds(self, rows: int) -> int:
+        """Multiply-adds for each of `rows` rows of the input, as they are multiplied without gradients."""
+
+    @abstractmethod
+    def touched_bytes(self, rows: int) -> int:
+        """Least bytes of the weight, as held in memory, that multiplying `rows` rows without gradients moves.
+
+        What every call decodes is read as it is stored, written decoded and read again. A bias is included.
+        """
+
     @classmethod
     @abstractmethod
     def check(cls, spec: Spec) -> None:
@@ -90,6 +101,20 @@ class LeafLinear(StoredLinear, nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
 
 
+class DecodedLinear(LeafLinear):
+    """A format whose dense weight is decoded at every call: keeping it would cost the memory that was saved."""
+
+    def multiply_adds(self, rows: int) -> int:
+        return self.out_features * self.in_features
+
+    def touched_bytes(self, rows: int) -> int:
+        element = next(self.parameters()).itemsize
+        return held(*self.state_dict().values()) + 2 * self.out_features * self.in_features * element
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense(), self.bias)
+
+
 def build(spec: Spec, dtype: torch.dtype) -> StoredLinear:
     """The module of `spec` with uninitialised tensors on the current default device."""
     cls = FORMATS.get(spec.format)
@@ -113,6 +138,11 @@ def spec_bytes(spec: Spec, element_size: int) -> int:
 def spec_numbers(spec: Spec) -> int:
     """Count of numbers that are stored for the weight in `spec`; see StoredLinear.numbers."""
     return spec.shape[0] * spec.shape[1] if spec.format == DENSE else FORMATS.get(spec.format).numbers(spec)
+
+
+def held(*tensors: Tensor) -> int:
+    """Bytes of the tensors."""
+    return sum(t.numel() * t.itemsize for t in tensors)
 
 
 def added_bias_bytes(spec: Spec, element_size: int) -> int:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held
 from lrcompress.protocols import Spec
 
 
@@ -50,3 +50,9 @@ class LowRank(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.B(self.A(x))
         return y
+
+    def multiply_adds(self, rows: int) -> int:
+        return self.A.weight.numel() + self.B.weight.numel()
+
+    def touched_bytes(self, rows: int) -> int:
+        return held(*self.parameters())

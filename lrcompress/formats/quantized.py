@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, LeafLinear, added_bias_bytes
+from lrcompress.formats.base import FORMATS, DecodedLinear, added_bias_bytes
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
 
 @FORMATS.register
-class Quantized(LeafLinear):
+class Quantized(DecodedLinear):
     """W = scale * (code - zero), scale and zero per group of `group` neighbouring inputs of a row.
 
     codes: (out, bytes of in codes) and zeros: (out, bytes of the groups' codes), uint8, packed along the row;
@@ -64,9 +64,6 @@ class Quantized(LeafLinear):
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense(), self.bias)
 
 
 def _layout(spec: Spec) -> tuple[int, int, int]:

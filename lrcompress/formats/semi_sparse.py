@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, LeafLinear, added_bias_bytes
+from lrcompress.formats.base import FORMATS, DecodedLinear, added_bias_bytes
 from lrcompress.linalg.packing import pack, packed_length, unpack
 from lrcompress.protocols import Spec
 
@@ -15,7 +15,7 @@ KEPT, WIDTH, POSITION_BITS = 2, 4, 2
 
 
 @FORMATS.register
-class SemiSparse(LeafLinear):
+class SemiSparse(DecodedLinear):
     """values: (out, 2 quads) kept weights in the order of their columns, positions: their places in 0..3, packed.
 
     A row whose length is no multiple of 4 is padded: positions may then lie behind its end, with a value of 0.
@@ -68,9 +68,6 @@ class SemiSparse(LeafLinear):
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense(), self.bias)
 
 
 def top_two(scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, index_dtype
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held, index_dtype
 from lrcompress.protocols import Spec
 
 BITS = (8, 16)
@@ -157,7 +157,7 @@ class SparseDictionary(StoredLinear):
         latent = nn.functional.linear(x, self.atoms_of(x))
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nn.functional.linear(latent, self.codes(), self.bias)
-        if self._is_faster_sparse(latent):
+        if self._is_faster_sparse(latent[..., 0].numel(), latent):
             return self._sparse_product(latent)
         return nn.functional.linear(latent, self.decoded_codes(), self.bias)
 
@@ -167,9 +167,32 @@ class SparseDictionary(StoredLinear):
             return self.codes()
         return self._kept("codes", self.codes)
 
-    def _is_faster_sparse(self, latent: Tensor) -> bool:
+    def _is_faster_sparse(self, rows: int, latent: Tensor) -> bool:
         fits = latent.device.type == "cpu" and latent.dtype == torch.float32
-        return fits and self.product == "sparse" and latent[..., 0].numel() >= SPARSE_ROWS
+        return fits and self.product == "sparse" and rows >= SPARSE_ROWS
+
+    def multiply_adds(self, rows: int) -> int:
+        atoms, nonzeros = _sizes(self.spec)
+        sparse = self._is_faster_sparse(rows, self._scales())
+        return atoms * self.in_features + self.out_features * (nonzeros if sparse else atoms)
+
+    def touched_bytes(self, rows: int) -> int:
+        (atoms, nonzeros), element = _sizes(self.spec), self._scales().itemsize
+        source = self._source()
+        total = held(source.dictionary, *(t for n, t in source.named_parameters() if n == "dictionary_scale"))
+        total += 2 * atoms * self.in_features * element * (_bits(self.spec, "dictionary_bits") == 8)
+        if self._is_faster_sparse(rows, self._scales()):
+            total += held(self.coefficients) + self.out_features * nonzeros * torch.int32.itemsize
+            if _bits(self.spec, "coefficient_bits") == 8:
+                total += held(self._scales()) + 2 * self.out_features * nonzeros * element
+        else:
+            total += self.out_features * atoms * element  # decoded once and kept
+        return total + (0 if self.bias is None else held(self.bias))
+
+    def _scales(self) -> Tensor:
+        """A tensor of the dtype that is computed in."""
+        scale: Tensor | None = getattr(self, "coefficients_scale", None)
+        return self.coefficients if scale is None else scale
 
     def _sparse_product(self, latent: Tensor) -> Tensor:
         """latent (..., k) to (..., out): every output sums the s rows of latentᵀ that it uses."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, build, check_rank
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, build, check_rank, held
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.packing import pack, packed_length, unpack
 from lrcompress.linalg.rounding import storable, symmetric_codes
@@ -111,6 +111,14 @@ class Sum(StoredLinear):
             left, right = self.factors()
             y = self.base(x) + nn.functional.linear(nn.functional.linear(x, right), left)
         return y if self.bias is None else y + self.bias
+
+    def multiply_adds(self, rows: int) -> int:
+        return self.base.multiply_adds(rows) + self.rank * (self.in_features + self.out_features)
+
+    def touched_bytes(self, rows: int) -> int:
+        own = held(*(t for name, t in self.state_dict().items() if not name.startswith("base.")))
+        decoded = 0 if self.bits == 16 else self.rank * (self.in_features + self.out_features) * self.scale.itemsize
+        return self.base.touched_bytes(rows) + own + 2 * decoded
 
 
 def part(spec: Spec, key: str) -> Spec:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes
+from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, held
 from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.protocols import Spec
 
@@ -49,6 +49,14 @@ class TransposedDictionary(StoredLinear):
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
+
+    def multiply_adds(self, rows: int) -> int:
+        return self.spec.parameters["atoms"] * (self.in_features + self.out_features)
+
+    def touched_bytes(self, rows: int) -> int:
+        dictionary, atoms = self.inner.dictionary, self.spec.parameters["atoms"]
+        bias = 0 if self.bias is None else held(self.bias)
+        return held(dictionary) + self.in_features * atoms * dictionary.itemsize + bias
 
     def forward(self, x: Tensor) -> Tensor:
         latent = x @ self.inner.decoded_codes()

@@ -1,8 +1,11 @@
 """One suite over every registered format."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from lrcompress.errors import InputError
 from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
@@ -263,3 +266,71 @@ def test_low_bit_factors_round_the_correction_only(bits):
     rounded_left, rounded_right = rounded_factors(left, right, bits)
     error = (rounded_left @ rounded_right - left @ right).norm() / (left @ right).norm()
     assert error < {8: 0.012, 4: 0.2}[bits]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.no_grad()
+def test_multiply_adds_are_those_that_torch_counts(name, rows):
+    spec, stored, _, _ = example(name, (24, 40), 5, False)
+    module = loaded(spec, stored)
+    with FlopCounterMode(display=False) as counter:
+        module(torch.randn(rows, 40))
+    assert module.multiply_adds(rows) * rows * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("low_rank", 2 * 5 * (24 + 40)),
+        ("pivoted", 2 * 5 * (24 + 40 - 5) + 8 * 24),  # the order as int64
+        (
+            "quantized",
+            24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40,
+        ),  # codes, zeros, scales; decoded, written and read
+        ("semi_sparse", 2 * 24 * 20 + 24 * 5 + 2 * 2 * 24 * 40),
+        ("sum 16 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40 + 2 * 5 * (24 + 40)),
+        ("sum 8 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40 + 5 * (24 + 40) * (1 + 2 * 2) + 2 * 5),
+        ("sparse_dictionary", 2 * 10 * 40 + 2 * 24 * 10),  # codes decoded once and kept
+    ],
+)
+def test_touched_bytes_in_bfloat16(name, moved):
+    spec, stored, _, _ = example(name, (24, 40), 5, False)
+    assert loaded(spec, stored).to(torch.bfloat16).touched_bytes(1) == moved
+    biased, stored, _, _ = example(name, (24, 40), 5, True)
+    assert loaded(biased, stored).to(torch.bfloat16).touched_bytes(1) == moved + 2 * 24
+
+
+@pytest.mark.parametrize("dimensions", [(40,), (3, 40), (2, 3, 40), (0, 40)])
+def test_pivoted_of_any_dimensions(dimensions):
+    spec, stored, weight, _ = example("pivoted", (24, 40), 5, False)
+    x = torch.randn(dimensions, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(loaded(spec, stored)(x), x @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_pivoted_follows_its_order_when_it_changes():
+    spec, stored, weight, _ = example("pivoted", (24, 40), 5, False)
+    module, x = loaded(spec, stored), torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
+    before = module(x)
+    module.order.copy_(torch.arange(24))
+    torch.testing.assert_close(module(x)[..., stored["order"].long()], before)
+    assert module.touched_bytes(1) == 4 * 5 * (24 + 40 - 5), "an order that moves nothing is not applied"
+    module.load_state_dict({**stored, "weight": torch.empty(0)})
+    torch.testing.assert_close(module(x), before)
+    module.order = torch.arange(24, dtype=torch.int16)
+    torch.testing.assert_close(module(x)[..., stored["order"].long()], before)
+    module.order = stored["order"]
+    for same in (copy.deepcopy(module), module.to(torch.float64).to(torch.float32)):
+        torch.testing.assert_close(same(x), x @ weight.T, rtol=1e-3, atol=1e-3)
+    assert set(module.state_dict()) == {*stored, "weight"}
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_factors_compile(name):
+    spec, stored, weight, _ = example(name, (24, 40), 5, False)
+    compiled = torch.compile(loaded(spec, stored), backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context:
+            torch.testing.assert_close(compiled(x), x @ weight.T, rtol=1e-3, atol=1e-3)

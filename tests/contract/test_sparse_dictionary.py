@@ -197,3 +197,14 @@ def test_it_compiles():
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
             torch.testing.assert_close(compiled(x), x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_work_of_the_sparse_product():
+    """Many rows in float32 multiply the coefficients only; few rows, or bfloat16, the decoded codes."""
+    module, _, _ = many_atoms()
+    (out, inputs), (atoms, nonzeros) = module.spec.shape, (module.spec.parameters["atoms"], module.spec.rank)
+    assert module.multiply_adds(50) == atoms * inputs + out * nonzeros
+    assert module.multiply_adds(1) == module.to(torch.bfloat16).multiply_adds(50) == atoms * inputs + out * atoms
+    module.float()
+    assert module.touched_bytes(50) == 4 * (atoms * inputs + 2 * out * nonzeros + out)
+    assert module.touched_bytes(1) == 4 * (atoms * inputs + out * atoms + out)
