@@ -47,6 +47,7 @@ class Auto(Method):
         else:
             self._part = Lord(LordOptions(**shared), self.format)
         self.errors_are_exact = self._part.errors_are_exact
+        self.levels_are_ranks = self._part.levels_are_ranks
 
     @property
     def metric(self) -> str:
