@@ -3,17 +3,22 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from lrcompress.errors import InputError
 
 MEGABYTE = 10**6
+
+Measure = Literal["bytes", "flops", "rank"]
+"""What a ratio counts: stored bytes, multiply-adds per token, or the sum of ranks (WeLore's convention)."""
 
 
 @dataclass(frozen=True)
 class Ratio:
     """Bytes of the targets before and after, and the two ratios that a report states.
 
-    `asked` is the ratio the user wanted, None where bytes followed from something else.
+    `asked` is the ratio the user wanted, None where bytes followed from something else; `of` is what it counts, and
+    `counted` the fraction of that which was removed, None where that is the stored bytes.
     """
 
     asked: float | None
@@ -23,12 +28,17 @@ class Ratio:
     checkpoint: int
     numbers_dense: int
     numbers_stored: int
+    of: Measure = "bytes"
+    counted: float | None = None
 
-    def as_json(self) -> dict[str, float | None]:
+    def as_json(self) -> dict[str, Any]:
         """The `ratio` object of report.json."""
+        stored = removed(self.targets_stored, self.targets_dense)
         return {
             "asked": self.asked,
-            "stored": removed(self.targets_stored, self.targets_dense),
+            "of": self.of,
+            "counted": stored if self.counted is None else self.counted,
+            "stored": stored,
             "whole_model": removed(self.checkpoint, self.checkpoint_dense),
             "params": removed(self.numbers_stored, self.numbers_dense),
         }
@@ -56,6 +66,22 @@ def parse_size(text: str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]?I?B?)\s*", text, re.IGNORECASE)
     unit = match.group(2).upper() if match else "?"
-    if match is None or unit not in units:
+    try:
+        number = float(match.group(1)) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or unit not in units or not number > 0:
         raise InputError(f"size {text!r} is not understood: write it like 200MB or 1.5GB")
-    return int(float(match.group(1)) * units[unit])
+    return int(number * units[unit])
+
+
+def parse_percent(text: str) -> float:
+    """0.02 of '2%' or '0.02'; at least 1 without a percent sign is refused, for it may well have meant percent."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(%?)\s*", text, re.IGNORECASE)
+    try:
+        value = float(match.group(1)) / (100 if match.group(2) else 1) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise InputError(f"loss {text!r} is not understood: write it like 2% or 0.02, above 0 and below 100%")
+    return value

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
+from lrcompress.stages.search import reachable, search
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -66,16 +67,35 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
     workspace.check_room(disk_need(opened))
+    if request.recipe.max_loss is not None:
+        reachable(opened)
     artefacts = profile_model(opened, scratch, reporter)
-    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start)
+    found = None
+    if request.recipe.max_loss is not None:
+
+        def write(candidate: Opened, folder: Path, own: Path, quiet: Reporter) -> dict[str, Any]:
+            return write_checkpoint(candidate, artefacts, folder, own, quiet, start)
+
+        found = search(opened, scratch, reporter, write)
+        opened = replace(opened, request=replace(request, searched=found["ratio"]))
+    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, found)
     workspace.publish()
     return report
 
 
 def write_checkpoint(
-    opened: Opened, artefacts: Artefacts | None, folder: Path, scratch: Path, reporter: Reporter, start: float
+    opened: Opened,
+    artefacts: Artefacts | None,
+    folder: Path,
+    scratch: Path,
+    reporter: Reporter,
+    start: float,
+    found: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Allocate, decompose again where propagation is sequential, and store; `start` is when the work began."""
+    """Allocate, decompose again where propagation is sequential, and store; `start` is when the work began.
+
+    `found` is what a search for the ratio has to report.
+    """
     plan = allocate(opened, artefacts)
     if opened.request.sequential:
         artefacts = propagate(opened, plan, artefacts, scratch, reporter)
@@ -86,6 +106,8 @@ def write_checkpoint(
         store(opened, plan, artefacts, folder, scratch, reporter)
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
+    if found is not None:
+        report["search"] = found
     write_json(folder / "report.json", report)
     write_card(folder, report, opened.request.recipe)
     return report
@@ -123,6 +145,11 @@ def run_recipe(
 def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
     """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
     reporter = reporter or Reporter(quiet=True)
+    if recipe.max_loss is not None:
+        raise InputError(
+            f"max_loss {recipe.max_loss:g} is found by measuring checkpoints, which a plan does not write: "
+            "plan with a ratio or a size, or compress"
+        )
     request = check_request(recipe)
     with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder:
         scratch = Path(folder)
@@ -148,9 +175,19 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
 def output_folder(recipe: Recipe) -> Path:
     """Where the recipe's checkpoint goes."""
     base = [] if recipe.base is None else [_base_name(recipe.base)]
-    amount = f"r{recipe.rank}" if recipe.ratio is None else f"{recipe.ratio:g}"
-    name = "-".join([short_name(recipe.model), recipe.method.name, *base, amount])
+    name = "-".join([short_name(recipe.model), recipe.method.name, *base, _amount_name(recipe)])
     return Path(recipe.output or name).expanduser()
+
+
+def _amount_name(recipe: Recipe) -> str:
+    """The part of how much was asked for that names an output folder."""
+    if recipe.size is not None:
+        return recipe.size.replace(" ", "")
+    if recipe.max_loss is not None:
+        return f"loss-{100 * recipe.max_loss:g}%"
+    if recipe.ratio is None:
+        return f"r{recipe.rank}"
+    return f"{recipe.ratio:g}" + ("" if recipe.ratio_of == "bytes" else f"-{recipe.ratio_of}")
 
 
 def _base_name(base: str) -> str:
@@ -172,9 +209,10 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "allocator": opened.request.amount_by,
         "base": opened.request.method.base,
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "ratio": {"asked": opened.request.recipe.ratio, "planned": 1 - stored / dense,
-                  "whole_model": (dense - stored) / whole},
-        "bytes": {"targets_dense": dense, "targets_stored": stored},
+        "ratio": {"asked": opened.request.recipe.ratio, "of": opened.request.recipe.ratio_of, "counted": plan.removed,
+                  "planned": 1 - stored / dense, "whole_model": (dense - stored) / whole},
+        "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "size", "rank", "max_loss"}),
+        "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),
     }  # fmt: skip
 
@@ -203,6 +241,8 @@ def disk_need(opened: Opened) -> int:
     if opened.request.method.keeps_gram:
         factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
     output = opened.dense_checkpoint_bytes * (1 if opened.request.method.group == 1 else 2)
+    if opened.request.recipe.max_loss is not None:  # a candidate
+        output += opened.dense_checkpoint_bytes
     hidden = 0
     if opened.calibration is not None:
         tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()

@@ -1,15 +1,46 @@
 """The recipe: one model for command-line flags, YAML files and Python."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
 
+from lrcompress.budget import Measure, parse_percent, parse_size
 from lrcompress.errors import InputError, nearest
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _size(value: Any) -> str:
+    return str(_parsed(parse_size, value) and value)
+
+
+def _percent(value: Any) -> float:
+    return float(_parsed(parse_percent, value))
+
+
+def _parsed(parse: Callable[[str], float], value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError("a number or a text is needed")
+    try:
+        return parse(str(value))
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+Size = Annotated[
+    str,
+    pydantic.BeforeValidator(_size),
+    pydantic.WithJsonSchema({"type": ["string", "integer"], "examples": ["200MB", "1.5GB"]}),
+]
+Loss = Annotated[
+    float,
+    pydantic.BeforeValidator(_percent),
+    pydantic.WithJsonSchema({"type": ["string", "number"], "examples": ["2%", 0.02]}),
+]
 
 
 class _Strict(pydantic.BaseModel):
@@ -57,7 +88,13 @@ class Recipe(_Strict):
     model: str
     method: MethodSpec
     ratio: float | None = pydantic.Field(None, gt=0, lt=1)
-    """Fraction of the targets' stored bytes to remove."""
+    """Fraction to remove of what `ratio_of` says, of the targets' stored bytes where it says nothing."""
+    ratio_of: Measure = "bytes"
+    """What the ratio counts: stored bytes, multiply-adds per token, or ranks."""
+    size: Size | None = None
+    """The whole checkpoint's bytes at most, such as 200MB, instead of a ratio."""
+    max_loss: Loss | None = None
+    """How far perplexity on held-out calibration text may rise, such as 2%, instead of a ratio."""
     rank: int | None = pydantic.Field(None, ge=0)
     """One rank for all weights instead of a ratio (eora: of the correction)."""
     base: str | None = None
@@ -95,10 +132,18 @@ class Recipe(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _how_much(self) -> "Recipe":
-        if self.ratio is None and self.rank is None:
-            raise ValueError("key 'ratio' is missing: say which fraction of the bytes to remove (eora: or a rank)")
-        if self.ratio is not None and self.rank is not None:
-            raise ValueError(f"ratio {self.ratio:g} and rank {self.rank} were both asked: give one of them")
+        asked = {key: getattr(self, key) for key in ("ratio", "size", "max_loss", "rank")}
+        given = [f"{key} {value}" for key, value in asked.items() if value is not None]
+        if not given:
+            raise ValueError(
+                "key 'ratio' is missing: say which fraction of the bytes to remove, or give size or max_loss "
+                "(eora: or a rank)"
+            )
+        if len(given) > 1:
+            both = "were both" if len(given) == 2 else "were all"
+            raise ValueError(f"{' and '.join(given)} {both} asked: give one of them")
+        if self.ratio_of != "bytes" and self.ratio is None:
+            raise ValueError(f"ratio_of {self.ratio_of} says what a ratio counts, {given[0]} has none: leave one out")
         return self
 
     def identity(self) -> dict[str, Any]:

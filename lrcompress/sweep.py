@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened, check_request, open_request
-from lrcompress.stages.profile import Artefacts, HiddenWalk
+from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.search import branch
 from lrcompress.stages.workspace import write_json
 
 IDENTITY = "sweep.json"
@@ -175,13 +175,9 @@ def _point(
     reporter: Reporter,
 ) -> dict[str, Any]:
     start, own, partial = time.perf_counter(), scratch / point.name, folder / f"{point.name}.partial"
-    for path in (own, partial):
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-    last = HiddenWalk(opened, scratch / "hidden").path(len(opened.blocks))
-    if last.exists():
-        (own / "hidden").mkdir()
-        os.link(last, own / "hidden" / last.name)
+    branch(opened, scratch, own)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     quiet = Reporter(quiet=True)
     report = write_checkpoint(opened, artefacts, partial, own, quiet, start)
     shutil.rmtree(own)

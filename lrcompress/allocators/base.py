@@ -11,13 +11,16 @@ from lrcompress.registry import Registry
 ALLOCATORS: Registry[type[Allocator]] = Registry("allocator", "lrcompress.allocators")
 
 
-def check_possible(curves: Sequence[Curve], budget: int) -> None:
-    """InputError where even the cheapest level of every site is above the budget; it names the largest ratio."""
+def check_possible(curves: Sequence[Curve], budget: int, of: str = "bytes") -> None:
+    """InputError where even the cheapest level of every site is above the budget; it names the largest ratio.
+
+    `of` is what a curve's costs count.
+    """
     least = sum(int(c.bytes[0]) for c in curves)
     if least > budget:
         dense = sum(c.dense_bytes for c in curves)
         raise InputError(
-            f"the asked ratio leaves {budget} bytes, the smallest choice needs {least}: "
+            f"the asked ratio leaves {budget} {of}, the smallest choice needs {least}: "
             f"ask for a ratio of at most {largest_ratio(least, dense):.4f}"
         )
 

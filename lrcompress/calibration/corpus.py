@@ -183,6 +183,19 @@ def calibration_blocks(
     return Calibration(torch.cat(chosen), torch.cat(held_out))
 
 
+def held_out_blocks(
+    sources: Iterable[tuple[Source, int, int]], tokenizer: Any, seed: int, folder: Path, most: int
+) -> Tensor:
+    """(windows, seqlen): at most the first `most` held-out windows of every source; of `self`, text of its own."""
+    found, prefix = [], bos_prefix(tokenizer)
+    for source, _, seqlen in sources:
+        if source.name == "self":
+            found.append(sample_from_model(folder, tokenizer, most, seqlen, seed + 1))
+        else:
+            found.append(cut_blocks(split_held_out(tokenise(documents(source), tokenizer))[1], seqlen, prefix)[:most])
+    return torch.cat(found)
+
+
 def shares(weights: Sequence[float], samples: int) -> list[int]:
     """`samples` split in proportion to `weights`: whole numbers that add up, the largest remainders rounded up."""
     exact = [w / sum(weights) * samples for w in weights]

@@ -12,12 +12,15 @@ def compress(
     model: o.Model,
     method: o.Method,
     ratio: o.Ratio = None,
+    ratio_of: o.RatioOf = "bytes",
+    size: o.Size = None,
+    max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
     base: o.Base = None,
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", help="Output folder [default: ./MODEL-METHOD[-BASE]-RATIO].", rich_help_panel=o.OUTPUT
+            "--output", "-o", help="Output folder [default: ./MODEL-METHOD[-BASE]-AMOUNT].", rich_help_panel=o.OUTPUT
         ),
     ] = None,
     settings: o.Set = None,
@@ -52,7 +55,8 @@ def compress(
 ) -> None:
     """Compress a checkpoint and write one that transformers loads."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, rank=rank, base=base, settings=settings, calibration=calibration,
+        model=model, method=method, ratio=ratio, ratio_of=ratio_of, size=size, max_loss=max_loss, rank=rank,
+        base=base, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,
         trust_remote_code=trust_remote_code,

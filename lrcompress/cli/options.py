@@ -19,6 +19,30 @@ Ratio = Annotated[
     float | None,
     typer.Option(help="Fraction of the targets' stored bytes to remove, in (0, 1).", rich_help_panel=MODEL),
 ]
+RatioOf = Annotated[
+    str,
+    typer.Option(
+        metavar="bytes|flops|rank",
+        help="What --ratio counts: stored bytes, multiply-adds per token, or ranks.",
+        rich_help_panel=MODEL,
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="The whole checkpoint's bytes at most, such as 200MB, instead of a ratio.",
+        rich_help_panel=MODEL,
+    ),
+]  # fmt: skip
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PERCENT",
+        help="The smallest checkpoint whose perplexity on held-out calibration text rises by at most so much, such as "
+        "2%, instead of a ratio.",
+        rich_help_panel=MODEL,
+    ),
+]
 Rank = Annotated[
     int | None,
     typer.Option(help="eora: one rank for every correction instead of a ratio.", rich_help_panel=MODEL),

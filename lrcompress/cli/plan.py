@@ -7,6 +7,9 @@ def plan(
     model: o.Model,
     method: o.Method,
     ratio: o.Ratio = None,
+    ratio_of: o.RatioOf = "bytes",
+    size: o.Size = None,
+    max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
     base: o.Base = None,
     settings: o.Set = None,
@@ -27,7 +30,8 @@ def plan(
 ) -> None:
     """Show what would be stored where, without writing a checkpoint."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, rank=rank, base=base, settings=settings, calibration=calibration,
+        model=model, method=method, ratio=ratio, ratio_of=ratio_of, size=size, max_loss=max_loss, rank=rank,
+        base=base, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrcompress.report.inspection import removed_by_block, sparkline
-from lrcompress.report.summary import block_kinds, caution, change, kinds_table, measurements
+from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements
 
 
 def quiet_libraries() -> None:
@@ -43,9 +43,11 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     ratio, size = plan["ratio"], plan["bytes"]
     out.print(
         f"would remove {ratio['planned']:.2%} of the targets' bytes ({size['targets_dense'] / 1e6:.1f} to "
-        f"{size['targets_stored'] / 1e6:.1f} MB), {ratio['whole_model']:.2%} of the whole model; "
-        f"needs up to {plan['disk_bytes'] / 1e6:.0f} MB of disk"
+        f"{size['targets_stored'] / 1e6:.1f} MB), {ratio['whole_model']:.2%} of the whole model, "
+        f"checkpoint {size['checkpoint'] / 1e6:.2f} MB; needs up to {plan['disk_bytes'] / 1e6:.0f} MB of disk"
     )
+    if said := answer(plan, plan["asked"]):
+        out.print(said)
 
 
 def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
@@ -60,6 +62,8 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
         f"checkpoint {size['checkpoint'] / 1e6:.1f} MB; {seconds['total']:.0f} s, "
         f"peak memory {report['peak_rss_bytes'] / 1e6:.0f} MB"
     )
+    if said := answer(report, report["recipe"]):
+        out.print(said)
     calibration = report["calibration"]
     general = calibration is None or calibration["general"]
     if text := caution(report["metric"], report["base"], general=general):

@@ -7,8 +7,19 @@ from lrcompress.formats.base import (
     build,
     index_dtype,
     spec_bytes,
+    spec_multiplies,
     spec_numbers,
     stored_tensors,
 )
 
-__all__ = ["DENSE", "FORMATS", "StoredLinear", "build", "index_dtype", "spec_bytes", "spec_numbers", "stored_tensors"]
+__all__ = [
+    "DENSE",
+    "FORMATS",
+    "StoredLinear",
+    "build",
+    "index_dtype",
+    "spec_bytes",
+    "spec_multiplies",
+    "spec_numbers",
+    "stored_tensors",
+]

@@ -38,6 +38,11 @@ class StoredLinear(nn.Module, ABC):
         """Bytes that count for the weight: everything stored but a bias that the dense layer had too."""
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        """Multiply-adds per token: those of the dense weight, for formats that multiply by it."""
+        return spec.shape[0] * spec.shape[1]
+
+    @classmethod
     def numbers(cls, spec: Spec) -> int:
         """Count of stored numbers of the weight (indices and an added bias included)."""
         with torch.device("meta"):
@@ -133,6 +138,11 @@ def spec_bytes(spec: Spec, element_size: int) -> int:
     if spec.format == DENSE:
         return spec.shape[0] * spec.shape[1] * element_size
     return FORMATS.get(spec.format).bytes(spec, element_size)
+
+
+def spec_multiplies(spec: Spec) -> int:
+    """Multiply-adds per token by the weight in `spec`; see StoredLinear.multiplies."""
+    return spec.shape[0] * spec.shape[1] if spec.format == DENSE else FORMATS.get(spec.format).multiplies(spec)
 
 
 def spec_numbers(spec: Spec) -> int:

@@ -31,6 +31,10 @@ class LowRank(StoredLinear):
         return rank * sum(spec.shape) * element_size + added_bias_bytes(spec, element_size)
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        return int(spec.parameters["rank"]) * sum(spec.shape)
+
+    @classmethod
     def encode(cls, left: Tensor, right: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Stored tensors of left (m, r) @ right (r, n); each component's scale is split evenly over both factors."""
         scale = (right.norm(dim=1) / left.norm(dim=0).clamp_min(torch.finfo(left.dtype).tiny)).sqrt()

@@ -44,6 +44,11 @@ class Pivoted(StoredLinear):
         return rank * (m + n - rank) * element_size + index + added_bias_bytes(spec, element_size)
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        rank = int(spec.parameters["rank"])
+        return rank * (sum(spec.shape) - rank)
+
+    @classmethod
     def encode(cls, left: Tensor, right: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Stored tensors of left (m, r) @ right (r, n), of full column and row rank r < m."""
         pivots, others, coefficients = pivot_rows(left)

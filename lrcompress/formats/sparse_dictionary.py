@@ -78,6 +78,11 @@ class SparseDictionary(StoredLinear):
         return total
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        (m, n), (atoms, nonzeros) = spec.shape, _sizes(spec)
+        return atoms * n + m * (nonzeros if product(spec) == "sparse" else atoms)
+
+    @classmethod
     def encode(
         cls, spec: Spec, dictionary: Tensor, codes: Tensor, support: Tensor, bias: Tensor | None
     ) -> dict[str, Tensor]:

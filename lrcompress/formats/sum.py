@@ -73,6 +73,11 @@ class Sum(StoredLinear):
         return total + added_bias_bytes(spec, element_size)
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        base = part(spec, "base")
+        return FORMATS.get(base.format).multiplies(base) + int(spec.parameters["correction"]["rank"]) * sum(spec.shape)
+
+    @classmethod
     def encode(
         cls, base: dict[str, Tensor], left: Tensor, right: Tensor, bits: int, bias: Tensor | None
     ) -> dict[str, Tensor]:

@@ -36,6 +36,10 @@ class TransposedDictionary(StoredLinear):
         return SparseDictionary.bytes(inner(spec), element_size) + added_bias_bytes(spec, element_size)
 
     @classmethod
+    def multiplies(cls, spec: Spec) -> int:
+        return int(spec.parameters["atoms"]) * sum(spec.shape)
+
+    @classmethod
     def encode(
         cls, spec: Spec, dictionary: Tensor, codes: Tensor, support: Tensor, bias: Tensor | None
     ) -> dict[str, Tensor]:

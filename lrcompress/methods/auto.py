@@ -51,7 +51,7 @@ class Auto(Method):
         self._low_rank = Lord(LordOptions(**shared), self.format)
         self._by_output = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
-        self.errors_are_exact = self.format != "auto"
+        self.errors_are_exact = self.levels_are_ranks = self.format != "auto"
 
     @property
     def metric(self) -> str:

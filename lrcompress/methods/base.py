@@ -50,6 +50,9 @@ class Method(ABC):
     takes_rank: ClassVar[bool] = False
     """Whether one rank for all weights (--rank) may be asked instead of a ratio."""
 
+    levels_are_ranks: bool = False
+    """A curve's levels are ranks of the weight itself, so that a ratio may count ranks."""
+
     errors_are_exact: bool = True
     """`errors` are those of what is stored; False where they are estimates, good for comparing weights and levels."""
 

@@ -48,6 +48,7 @@ class Eora(SpectralMethod):
     default_allocator: ClassVar[str] = "marginal_error"
     default_base: ClassVar[str | None] = "gptq:4:64"
     takes_rank: ClassVar[bool] = True
+    levels_are_ranks: bool = False
     options: EoraOptions
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:

@@ -34,6 +34,7 @@ class SpectralMethod(Method):
 
     Options: ClassVar[type[MethodOptions]] = SpectralOptions
     formats: ClassVar[tuple[str, ...]] = ("auto", "low_rank", "pivoted")
+    levels_are_ranks: bool = True
 
     @property
     def metric(self) -> str:

@@ -87,6 +87,25 @@ def change(metric: str, value: float, other: float) -> str:
     return f"x{value / other:.3f}" if "perplexity" in metric and other else f"{value - other:+.4f}"
 
 
+MEASURES = {"bytes": "stored bytes", "flops": "multiply-adds", "rank": "ranks"}
+
+
+def answer(report: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    """What was asked for and what came of it, where that was not a ratio of bytes or a rank."""
+    ratio = report["ratio"]
+    if recipe.get("size") is not None:
+        return f"asked for a checkpoint of at most {recipe['size']}"
+    if ratio.get("of", "bytes") != "bytes":
+        return f"asked for {ratio['asked']:.2%} of the targets' {MEASURES[ratio['of']]}, removed {ratio['counted']:.2%}"
+    if search := report.get("search"):
+        return (
+            f"asked for a perplexity on held-out calibration text at most {search['max_loss']:.2%} above the dense "
+            f"model's {search['dense_perplexity']:.4g}: {search['loss']:+.2%} at ratio {search['ratio']:.4f}, "
+            f"of {len(search['candidates'])} measured"
+        )
+    return None
+
+
 def caution(metric: str | None, base: str | None, *, general: bool) -> str | None:
     """What a reader should know before using such a checkpoint; `general` is whether its text was (if it read any)."""
     if metric == "plain" and base is None:
@@ -111,6 +130,8 @@ def card(report: dict[str, Any], recipe: Recipe) -> str:
     base = "HuggingFaceTB/SmolLM2-135M-Instruct" if report["model"] == "demo" else report["model"]
     hub = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/")) else ""
     measured = _measured(report.get("evaluation"))
+    said = answer(report, recipe.model_dump(mode="json"))
+    asked = f"| how much | {said} |\n" if said else ""
     calibration = report["calibration"]
     text = (
         "none (weights only)"
@@ -141,7 +162,7 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 | removed of the compressed weights' bytes | {ratio["stored"]:.2%} |
 | removed of the whole checkpoint's bytes | {ratio["whole_model"]:.2%} |
 | checkpoint | {size["checkpoint"] / 1e6:.1f} MB |
-| calibration | {text} |
+{asked}| calibration | {text} |
 | lrcompress | {report["versions"]["lrcompress"]} |
 
 {measured}## Recipe

@@ -10,7 +10,7 @@ from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.profile import SUMMARY, Artefacts
-from lrcompress.stages.sharing import joint_curve, joint_specs, levels_of, sharing
+from lrcompress.stages.sharing import joint_specs, levels_of
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Plan:
     levels: dict[str, int]
     """Index into a site's errors; -1, the last, is dense."""
     relative_errors: dict[str, float] = field(default_factory=dict)
+    removed: float = 0.0
+    """Fraction that is removed of what the ratio counts: bytes, multiply-adds or ranks."""
 
     def family(self, name: str) -> list[str]:
         """The sites that share with `name`, itself included, the owner first."""
@@ -56,20 +58,24 @@ def needs_artefacts(opened: Opened) -> bool:
 
 
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
-    """Choose a level per site: the asked rank's, or the allocator's within the bytes that the ratio leaves."""
+    """Choose a level per site: the asked rank's, or the allocator's within what the ratio or the size leaves."""
     request, size = opened.request, opened.dtype.itemsize
-    groups = sharing(request.method, opened.sites, len(opened.blocks))
-    curves = [joint_curve(request.method, sites, size) for sites in groups]
+    choices = opened.costs()
+    curves = [choice.stored for choice in choices]
     if artefacts is not None:
-        for sites, curve in zip(groups, curves, strict=True):
-            _sum_up(curve, [artefacts.load(site, SUMMARY) for site in sites])
+        for choice in choices:
+            _sum_up(choice.stored, [artefacts.load(site, SUMMARY) for site in choice.sites])
+    priced = [choice.priced(choice.stored) for choice in choices]
     if request.recipe.rank is not None:
-        levels = {curve.name: rank_level(curve, request.recipe.rank) for curve in curves}
+        asked = {curve.name: rank_level(curve, request.recipe.rank) for curve in priced}
     else:
-        levels = request.allocator.allocate(curves, budget_of(request, curves))
+        asked = request.allocator.allocate(priced, budget_of(opened, choices))
+    levels = {choice.stored.name: int(choice.levels[asked[choice.stored.name]]) for choice in choices}
     # Filled group by group, kept in the order of the sites.
     plan = Plan({site.name: Spec(DENSE, site.shape) for site in opened.sites}, {}, {}, {})
-    for sites, curve in zip(groups, curves, strict=True):
+    plan.removed = 1 - sum(int(c.bytes[asked[c.name]]) for c in priced) / sum(c.dense_bytes for c in priced)
+    for choice, curve in zip(choices, curves, strict=True):
+        sites = choice.sites
         level = levels[curve.name]
         for site, spec in zip(sites, level_specs(opened, sites, curve, level), strict=True):
             plan.specs[site.name] = spec

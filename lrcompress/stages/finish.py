@@ -20,6 +20,8 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
     reader = CheckpointReader(folder)
     ratio = Ratio(
         asked=recipe.ratio,
+        of=recipe.ratio_of,
+        counted=None if recipe.ratio_of == "bytes" else plan.removed,
         targets_dense=sum(plan.dense_bytes.values()),
         targets_stored=sum(site_bytes(reader, s, plan.specs[s.name]) for s in opened.sites),
         checkpoint_dense=opened.dense_checkpoint_bytes,

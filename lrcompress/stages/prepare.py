@@ -9,7 +9,7 @@ from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.base import check_possible, largest_ratio
-from lrcompress.budget import kept_bytes
+from lrcompress.budget import kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
@@ -20,10 +20,10 @@ from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
-from lrcompress.protocols import Allocator, Curve, Site
+from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.sharing import joint_curve, sharing
+from lrcompress.stages.costs import Costs, costs
 
 FEW_TARGETS = 0.3
 """Below this share of the model's parameters a ratio of the targets says little about the model."""
@@ -38,6 +38,13 @@ class Request:
     allocator: Allocator
     sources: list[tuple[Source, int, int]]
     device: torch.device
+    searched: float | None = None
+    """The ratio that a search for `max_loss` tries, or has chosen."""
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio to reach, None where a size or a rank was asked for."""
+        return self.searched if self.recipe.ratio is None else self.recipe.ratio
 
     @property
     def sequential(self) -> bool:
@@ -73,6 +80,16 @@ class Opened:
         """Bytes of the whole dense checkpoint at the dtype to write."""
         return self.reader.bytes // self.reader.dtype.itemsize * self.dtype.itemsize
 
+    def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:
+        """A checkpoint's own dtypes are kept unless another was asked for or it came from GGUF."""
+        keep = self.request.recipe.dtype == "auto" and not self.model.from_gguf
+        return tensor.dtype if keep or not tensor.is_floating_point() else self.dtype
+
+    def costs(self) -> list[Costs]:
+        """The choices for every weight, priced in what the asked ratio counts."""
+        request = self.request
+        return costs(request.method, self.sites, len(self.blocks), self.dtype.itemsize, request.recipe.ratio_of)
+
     def sites_of(self, block: int) -> list[Site]:
         """The sites of one block; block len(blocks) is everything outside."""
         return [site for site in self.sites if site.block == block]
@@ -83,6 +100,11 @@ def check_request(recipe: Recipe) -> Request:
     method = make_method(recipe.method.name, recipe.method.options, recipe.format, recipe.base)
     if recipe.rank is not None and not method.takes_rank:
         raise InputError(f"method {method.name} takes no --rank {recipe.rank}: ask for a --ratio")
+    if recipe.ratio_of == "rank" and not method.levels_are_ranks:
+        raise InputError(
+            f"method {method.name} has no ranks of the weights themselves for ratio_of=rank to count: "
+            "ask for ratio_of=bytes or flops" + (", or --format low_rank" if "low_rank" in method.formats else "")
+        )
     if recipe.rank is not None and recipe.allocator is not None:
         raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
@@ -155,28 +177,67 @@ def open_base(opened: Opened, model_type: str) -> None:
         )
 
 
-def budget_of(request: Request, curves: Sequence[Curve]) -> int:
-    """The bytes that the asked ratio leaves; InputError, before anything is decomposed, where no choice is so small."""
-    assert request.recipe.ratio is not None
-    budget = kept_bytes((curve.dense_bytes for curve in curves), request.recipe.ratio)
+def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
+    """What the targets may cost; InputError, before anything is decomposed, where no choice is so small.
+
+    With a size, that is what everything else leaves of it.
+    """
+    request, curves = opened.request, [choice.asked for choice in choices]
+    if request.recipe.size is not None:
+        return _budget_of_size(opened, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
+    assert request.ratio is not None
+    budget = kept_bytes((curve.dense_bytes for curve in curves), request.ratio)
     least, dense = sum(int(c.bytes[0]) for c in curves), sum(c.dense_bytes for c in curves)
-    if least > budget and request.method.base is not None:
+    if least > budget and request.method.base is not None and request.recipe.ratio_of == "bytes":
         largest = largest_ratio(least, dense)
         raise InputError(
-            f"--ratio {request.recipe.ratio:g} is more than base {request.method.base} alone removes: ask for a ratio "
+            f"--ratio {request.ratio:g} is more than base {request.method.base} alone removes: ask for a ratio "
             f"of at most {largest:.4f}, which leaves no correction, or for a smaller base"
         )
-    check_possible(curves, budget)
+    if least == dense and request.recipe.ratio_of != "bytes":
+        raise InputError(
+            f"method {request.method.name} has no choice here with fewer {request.recipe.ratio_of} than the dense "
+            "weights: ask for another ratio_of, method or base"
+        )
+    check_possible(curves, budget, request.recipe.ratio_of)
     return budget
 
 
+def _budget_of_size(opened: Opened, text: str, least: int) -> int:
+    size, other = parse_size(text), other_bytes(opened)
+    dense = opened.dense_checkpoint_bytes
+    if size >= dense:
+        raise InputError(
+            f"size {text}: the dense checkpoint has {dense} bytes, it is that small already: ask for a smaller size"
+        )
+    if other + least > size:
+        raise InputError(
+            f"size {text} cannot be reached: everything but the targets has {other} bytes, the smallest choice for the "
+            f"targets {least}: ask for at least {other + least} bytes ({(other + least) / 1e6:.2f} MB)"
+        )
+    return size - other
+
+
+def other_bytes(opened: Opened) -> int:
+    """Bytes of all that is written beside the targets' weights, and at most so much more where dtypes are mixed."""
+    weights = {site.name + ".weight" for site in opened.sites}
+    biases = {site.name + ".bias" for site in opened.sites}
+    total = 0
+    for name, key in opened.walker.names.items():
+        tensor = opened.reader.meta(key)
+        size = opened.written_dtype(tensor).itemsize
+        if name in weights:  # a weight that stays dense keeps its own dtype
+            size = max(0, size - opened.dtype.itemsize)
+        elif name in biases:
+            size = max(size, opened.dtype.itemsize)
+        total += tensor.numel() * size
+    return total
+
+
 def check_amount(opened: Opened) -> None:
-    """Refuse a ratio that cannot be reached, before any text is read."""
-    if opened.request.recipe.ratio is not None:
-        method, size = opened.request.method, opened.dtype.itemsize
-        groups = sharing(method, opened.sites, len(opened.blocks))
-        curves = [joint_curve(method, sites, size) for sites in groups]
-        budget_of(opened.request, curves)
+    """Refuse a ratio or a size that cannot be reached, before any text is read."""
+    if opened.request.ratio is not None or opened.request.recipe.size is not None:
+        budget_of(opened, opened.costs())
 
 
 def calibrate_model(opened: Opened) -> None:

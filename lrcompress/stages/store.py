@@ -152,16 +152,11 @@ class Layout:
         module, _, leaf = name.rpartition(".")
         if module not in self._compressed:
             meta = self._opened.reader.meta(self._opened.walker.names[name])
-            return [(name, torch.empty(meta.shape, dtype=self._dtype(meta), device="meta"))]
+            return [(name, torch.empty(meta.shape, dtype=self._opened.written_dtype(meta), device="meta"))]
         if leaf != "weight":
             return []
         stored = stored_tensors(self._compressed[module], self._opened.dtype)
         return [(f"{module}.{key}", tensor) for key, tensor in stored.items()]
-
-    def _dtype(self, tensor: Tensor) -> torch.dtype:
-        """A checkpoint's own dtypes are kept unless another was asked for or it came from GGUF."""
-        keep = self._opened.request.recipe.dtype == "auto" and not self._opened.model.from_gguf
-        return tensor.dtype if keep or not tensor.is_floating_point() else self._opened.dtype
 
     def tensors(self, block: int, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a block in the planned order."""
@@ -170,7 +165,7 @@ class Layout:
             if module not in self._compressed:
                 key = self._opened.walker.names[name]
                 for _, tensor in self._opened.reader.read([key]):
-                    yield name, tensor.to(self._dtype(tensor))
+                    yield name, tensor.to(self._opened.written_dtype(tensor))
             elif leaf == "weight":
                 encoded = encoder(module)
                 for key in stored_tensors(self._compressed[module], self._opened.dtype):

@@ -292,6 +292,7 @@ def test_multiply_adds_are_those_that_torch_counts(name, rows):
         ("sum 16 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40 + 2 * 5 * (24 + 40)),
         ("sum 8 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40 + 5 * (24 + 40) * (1 + 2 * 2) + 2 * 5),
         ("sparse_dictionary", 2 * 10 * 40 + 2 * 24 * 10),  # codes decoded once and kept
+        ("transposed_dictionary", 2 * 10 * 24 + 2 * 40 * 10),
     ],
 )
 def test_touched_bytes_in_bfloat16(name, moved):

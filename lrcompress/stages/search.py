@@ -1,0 +1,148 @@
+"""The largest ratio that a loss allows: bisection over checkpoints that are written, loaded again and measured."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lrcompress.allocators.base import largest_ratio
+from lrcompress.calibration.corpus import held_out_blocks
+from lrcompress.errors import InputError
+from lrcompress.evaluation.loading import load_model
+from lrcompress.evaluation.tokens import token_perplexity
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.workspace import write_json
+
+TOLERANCE, MOST = 0.005, 8
+"""The search ends where the ratio is known so well, or after so many candidates."""
+
+WINDOWS = 8
+"""Held-out windows of every source that a candidate is measured on, at most."""
+
+Write = Callable[[Opened, Path, Path, Reporter], dict[str, Any]]
+"""Writes the checkpoint of an opened request into a folder, with scratch files in another; returns its report."""
+
+
+def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> dict[str, Any]:
+    """The `search` of report.json; its `ratio` is that of the smallest candidate within `max_loss`.
+
+    Candidates are remembered as they are measured, and not measured again.
+    """
+    limit, largest = opened.request.recipe.max_loss, reachable(opened)
+    assert limit is not None
+    blocks = _windows(opened)
+    journal = scratch / "search.json"
+    known = json.loads(journal.read_text()) if journal.exists() else {"dense": None, "candidates": []}
+    if known["dense"] is None:
+        known["dense"] = _perplexity(opened, opened.model.folder, blocks)
+        write_json(journal, known)
+    dense = known["dense"]
+    reporter.say(
+        f"searching ratios up to {largest:.4f} for a perplexity of at most {(1 + limit) * dense:.4g} "
+        f"on {len(blocks)} held-out windows, dense {dense:.4g}"
+    )
+    low, high, tried = 0.0, largest, list[dict[str, Any]]()
+    while high - low > TOLERANCE and len(tried) < MOST:
+        ratio = round((low + high) / 2, 6)
+        if len(tried) == len(known["candidates"]):
+            known["candidates"].append(_measure(opened, ratio, scratch, blocks, dense, write))
+            write_json(journal, known)
+        found = known["candidates"][len(tried)]
+        tried.append(found)
+        reporter.say(f"  ratio {found['ratio']:.4f}: {found['bytes'] / 1e6:.2f} MB, perplexity {_loss_text(found)}")
+        low, high = (ratio, high) if _within(found, limit) else (low, ratio)
+    allowed = [found for found in tried if _within(found, limit)]
+    if not allowed:
+        mildest = min(tried, key=lambda found: float("inf") if found["loss"] is None else found["loss"])
+        raise InputError(
+            f"max_loss {limit:.4g}: the mildest of {len(tried)} candidates, ratio {mildest['ratio']:.4f}, has a "
+            f"perplexity of {_loss_text(mildest)} already: keep the dense model, or allow that loss"
+        )
+    chosen = min(allowed, key=lambda found: (found["bytes"], -found["ratio"]))
+    return {
+        "max_loss": limit,
+        "dense_perplexity": dense,
+        "windows": len(blocks),
+        "range": [0.0, largest],
+        **chosen,
+        "candidates": tried,
+    }
+
+
+def reachable(opened: Opened) -> float:
+    """The largest ratio that the method has levels for: eora's is that of its base alone."""
+    curves = [choice.asked for choice in opened.costs()]
+    largest = largest_ratio(sum(int(c.bytes[0]) for c in curves), sum(c.dense_bytes for c in curves))
+    if largest <= 0:
+        raise InputError(f"method {opened.request.method.name} has no choice here that is smaller than dense weights")
+    return largest
+
+
+def branch(opened: Opened, scratch: Path, own: Path) -> None:
+    """An empty scratch folder `own` for one of several checkpoints that share the decompositions in `scratch`.
+
+    What weights share is encoded for one level, so nothing of it may be left from another checkpoint.
+    """
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    for path in (scratch / "artefacts").glob("shared-*"):
+        path.unlink()
+    last = HiddenWalk(opened, scratch / "hidden").path(len(opened.blocks))
+    if last.exists():
+        (own / "hidden").mkdir()
+        os.link(last, own / "hidden" / last.name)
+
+
+def _windows(opened: Opened) -> Tensor:
+    recipe = opened.request.recipe
+    tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
+    blocks = held_out_blocks(opened.request.sources, tokenizer, recipe.seed, opened.model.folder, WINDOWS)
+    if not len(blocks):
+        raise InputError("the calibration text has no held-out window to measure a loss on: use more text")
+    return blocks
+
+
+def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense: float, write: Write) -> dict[str, Any]:
+    """Write, load, measure and remove one candidate; its perplexity is None where its logits are not finite."""
+    own, folder = scratch / "candidate-scratch", scratch / "candidate"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    branch(opened, scratch, own)
+    silent = Reporter(quiet=True)
+    silent.console.quiet = True  # a candidate's warnings are no matter of the result's
+    asked = replace(opened, request=replace(opened.request, searched=ratio))
+    report = write(asked, folder, own, silent)
+    try:
+        perplexity = _perplexity(asked, folder, blocks)
+    except ArithmeticError:
+        perplexity = None
+    branch(opened, scratch, own)
+    shutil.rmtree(own)
+    shutil.rmtree(folder)
+    return {
+        "ratio": ratio,
+        "bytes": report["bytes"]["checkpoint"],
+        "perplexity": perplexity,
+        "loss": None if perplexity is None else perplexity / dense - 1,
+    }
+
+
+def _perplexity(opened: Opened, folder: Path, blocks: Tensor) -> float:
+    recipe = opened.request.recipe
+    loaded = load_model(str(folder), device=recipe.device, trust_remote_code=recipe.trust_remote_code)
+    return float(token_perplexity(loaded.model, blocks, lambda: None)["token_perplexity"])
+
+
+def _within(found: dict[str, Any], limit: float) -> bool:
+    return found["loss"] is not None and found["loss"] <= limit
+
+
+def _loss_text(found: dict[str, Any]) -> str:
+    return "beyond all numbers" if found["loss"] is None else f"{found['perplexity']:.5g} ({found['loss']:+.2%})"

@@ -1,0 +1,328 @@
+"""How much: a size of the whole checkpoint, a ratio of multiply-adds or ranks, a loss that is not exceeded."""
+
+import json
+import struct
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lrcompress  # noqa: F401
+from lrcompress.errors import InputError, Interrupted
+from lrcompress.formats import FORMATS, build, spec_multiplies
+from lrcompress.pipeline import compress, make_plan, output_folder
+from lrcompress.protocols import Spec
+from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from tests.conftest import ARCHITECTURES, compress_tiny, run_cli
+from tests.test_pipeline import header_bytes
+
+
+def recipe(model, **changes):
+    data = {"model": str(model), "method": "lord",
+            "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}, **changes}  # fmt: skip
+    return make_recipe(data)
+
+
+def all_bytes(folder):
+    """Bytes of all tensors, from the raw safetensors headers."""
+    return sum(
+        path.stat().st_size - 8 - struct.unpack("<Q", path.read_bytes()[:8])[0] for path in folder.glob("*.safetensors")
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["lord", "welore"])
+def test_a_size_is_that_of_all_tensors(make_model, tmp_path, architecture, method):
+    model = make_model(architecture)
+    size = int(0.8 * all_bytes(model))
+    result = compress_tiny(model, tmp_path / "out", method=method, ratio=None, size=size)
+    written = all_bytes(result.folder)
+    assert 0.97 * size < written <= size
+    assert result.report["bytes"]["checkpoint"] == written
+    assert result.report["ratio"]["asked"] is None
+    assert f"at most {size}" in (result.folder / "README.md").read_text()
+
+
+def test_a_size_in_another_dtype_and_with_a_base(llama, tmp_path):
+    half = all_bytes(llama) // 2
+    size = int(0.8 * half)
+    method = {"name": "eora", "propagation": "one_pass"}
+    for name, changes in {"dtype": {}, "eora": {"method": method, "base": "rtn:4:64"}}.items():
+        result = compress_tiny(llama, tmp_path / name, ratio=None, size=f"{size / 1e3}KB", dtype="bfloat16", **changes)
+        assert 0.97 * size < all_bytes(result.folder) <= size
+
+
+def test_the_smallest_size_is_named_and_possible(llama, tmp_path):
+    with pytest.raises(InputError, match="ask for at least") as caught:
+        compress_tiny(llama, tmp_path / "out", ratio=None, size="1KB")
+    least = int(str(caught.value).partition("at least ")[2].split()[0])
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(InputError, match="ask for at least"):
+        make_plan(recipe(llama, size=least - 1))
+    assert compress_tiny(llama, tmp_path / "out", ratio=None, size=least).report["bytes"]["checkpoint"] == least
+
+
+def test_a_size_that_the_dense_checkpoint_has_already(llama, tmp_path):
+    with pytest.raises(InputError, match="is that small already"):
+        compress_tiny(llama, tmp_path / "out", ratio=None, size=all_bytes(llama))
+
+
+def executed(spec, run):
+    """Multiply-adds of one token, counted while the layer runs."""
+    found = []
+    real = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        found.append(weight.numel())
+        return real(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        run()
+    return sum(found)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec("low_rank", (12, 20), parameters={"rank": 5}),
+        Spec("pivoted", (12, 20), parameters={"rank": 5}),
+        Spec("quantized", (12, 20), parameters={"bits": 4, "group": 8}),
+        Spec("semi_sparse", (12, 20), parameters={"pattern": "2:4"}),
+        Spec("sparse_dictionary", (12, 20), parameters={"rank": 3, "atoms": 7}),
+        Spec("sum", (12, 20), parameters={"base": {"format": "quantized", "bits": 4, "group": 8},
+                                          "correction": {"format": "low_rank", "rank": 2, "bits": 16}}),
+    ],
+    ids=lambda spec: spec.format,
+)  # fmt: skip
+def test_multiply_adds_are_those_that_run(spec):
+    module = build(spec, torch.float32)
+    filled = {k: torch.ones_like(t) if t.is_floating_point() else torch.zeros_like(t)
+              for k, t in module.state_dict().items()}  # fmt: skip
+    if spec.format == "pivoted":
+        filled["order"] = torch.arange(12, dtype=filled["order"].dtype)
+    if spec.format == "sparse_dictionary":  # a mask or indices, in any case three different atoms in each row
+        encoded = FORMATS.get(spec.format).encode(
+            spec, torch.ones(7, 20), torch.ones(12, 7), torch.arange(7).expand(12, 7) < 3, None
+        )
+        filled |= encoded
+    module.load_state_dict(filled)
+    with torch.no_grad():
+        assert executed(spec, lambda: module(torch.ones(1, 20))) == spec_multiplies(spec)
+
+
+def test_a_sparse_product_is_counted_as_such():
+    spec = Spec("sparse_dictionary", (12, 20), parameters={"rank": 2, "atoms": 8})
+    assert spec_multiplies(spec) == 8 * 20 + 12 * 2
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "welore", "marginal_error"])
+def test_a_ratio_of_ranks(llama, tmp_path, allocator):
+    result = compress_tiny(llama, tmp_path / "out", ratio=0.3, ratio_of="rank", format="pivoted", allocator=allocator)
+    targets = result.report["targets"]
+    removed = 1 - sum(t["rank"] for t in targets) / sum(min(t["shape"]) for t in targets)
+    ratio = result.report["ratio"]
+    assert 0.3 <= removed <= 0.31
+    assert (ratio["asked"], ratio["of"], ratio["counted"]) == (0.3, "rank", pytest.approx(removed))
+    stored = (
+        1 - sum(header_bytes(result.folder, t["name"] + ".") for t in targets) / result.report["bytes"]["targets_dense"]
+    )
+    assert ratio["stored"] == pytest.approx(stored)
+    assert abs(stored - removed) > 0.02
+    assert "ranks" in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("format", ["low_rank", "pivoted", "auto"])
+def test_a_ratio_of_multiply_adds(llama, tmp_path, format):
+    result = compress_tiny(llama, tmp_path / "out", ratio=0.3, ratio_of="flops", format=format)
+    left = total = 0
+    for t in result.report["targets"]:
+        (m, n), r = t["shape"], t["rank"]
+        left += {"low_rank": r * (m + n), "pivoted": r * (m + n - r), "dense": m * n}[t["format"]]
+        total += m * n
+    assert 0.3 <= 1 - left / total <= 0.32
+    assert result.report["ratio"]["counted"] == pytest.approx(1 - left / total)
+    AutoModelForCausalLM.from_pretrained(result.folder)
+
+
+def test_a_ratio_of_multiply_adds_of_dictionaries_that_are_shared(llama):
+    method = {"name": "cospadi", "group": 2}
+    plan = make_plan(recipe(llama, method=method, ratio=0.3, ratio_of="flops"))
+    assert plan["ratio"]["counted"] >= 0.3
+    assert plan["ratio"]["of"] == "flops"
+
+
+def test_the_plan_of_another_measure_is_what_is_written(llama, tmp_path):
+    for name, changes in {"size": {"size": int(0.8 * all_bytes(llama)), "ratio": None},
+                          "flops": {"ratio_of": "flops", "ratio": 0.3}}.items():  # fmt: skip
+        plan = make_plan(recipe(llama, allocator="marginal_error", **changes))
+        result = compress_tiny(llama, tmp_path / name, allocator="marginal_error", **changes)
+        assert [(t["rank"], t["bytes"]) for t in plan["targets"]] == [
+            (t["rank"], t["bytes"]) for t in result.report["targets"]
+        ]
+        assert plan["bytes"]["checkpoint"] == result.report["bytes"]["checkpoint"]
+        errors = [t["relative_error"] for t in result.report["targets"]]
+        assert errors == pytest.approx([t["relative_error"] for t in plan["targets"]])
+
+
+def test_what_cannot_be_counted_is_refused(llama):
+    with pytest.raises(InputError, match="no ranks of the weights"):
+        make_plan(recipe(llama, method="cospadi", ratio=0.3, ratio_of="rank"))
+    with pytest.raises(InputError, match="no ranks of the weights"):
+        make_plan(recipe(llama, method="eora", base="rtn:4:64", ratio=0.3, ratio_of="rank"))
+    with pytest.raises(InputError, match="no choice here with fewer flops"):
+        make_plan(recipe(llama, method="eora", base="rtn:4:64", ratio=0.3, ratio_of="flops"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "'ratio' is missing"),
+        ({"ratio": 0.2, "size": "1MB"}, "ratio 0.2 and size 1MB were both asked"),
+        ({"size": "1MB", "max_loss": "2%"}, "size 1MB and max_loss 0.02 were both asked"),
+        ({"size": "1MB", "ratio_of": "flops"}, "ratio_of flops says what a ratio counts"),
+        ({"ratio": 0.2, "ratio_of": "parameters"}, "'bytes', 'flops' or 'rank'"),
+        ({"size": "lots"}, "write it like 200MB"),
+        ({"size": "1.2.3MB"}, "write it like 200MB"),
+        ({"size": "0MB"}, "write it like 200MB"),
+        ({"size": True}, "a number or a text"),
+        ({"max_loss": "2"}, "write it like 2%"),
+        ({"max_loss": 0}, "write it like 2%"),
+        ({"max_loss": "-1%"}, "write it like 2%"),
+    ],
+)
+def test_bad_amounts_are_refused_in_one_line(changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make_recipe({"model": "demo", "method": "lord", **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_of_amounts_are_read_back(tmp_path):
+    for changes in ({"size": "1.5GB"}, {"max_loss": "2%"}, {"ratio": 0.2, "ratio_of": "rank"}):
+        made = make_recipe({"model": "demo", "method": "lord", **changes})
+        (tmp_path / "r.yaml").write_text(dump_recipe(made))
+        assert load_recipe(str(tmp_path / "r.yaml"), []) == made
+    assert make_recipe({"model": "demo", "method": "lord", "max_loss": "2%"}).max_loss == pytest.approx(0.02)
+    keys = Recipe.model_json_schema()["properties"]
+    assert {"size", "max_loss", "ratio_of"} <= keys.keys()
+
+
+def test_output_folders_say_how_much():
+    named = {"0.2-flops": {"ratio": 0.2, "ratio_of": "flops"}, "0.2": {"ratio": 0.2}, "200MB": {"size": "200 MB"},
+             "loss-2%": {"max_loss": 0.02}}  # fmt: skip
+    for suffix, changes in named.items():
+        folder = output_folder(make_recipe({"model": "demo", "method": "lord", **changes}))
+        assert folder.name.endswith(f"lord-{suffix}")
+
+
+def test_the_command_line_asks_for_a_size(llama, tmp_path):
+    size = int(0.8 * all_bytes(llama))
+    run = run_cli("compress", llama, "--method", "lord", "--size", f"{size / 1e6}MB", "--samples", 4, "--seqlen", 64,
+                  "-o", tmp_path / "out", "--save-recipe", tmp_path / "r.yaml")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "asked for a checkpoint of at most" in run.stdout
+    assert all_bytes(tmp_path / "out") <= size
+    saved = load_recipe(str(tmp_path / "r.yaml"), [])
+    assert saved.model_dump(mode="json") == json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]
+
+
+def searched(model, output, **changes):
+    return compress_tiny(model, output, ratio=None, **{"max_loss": "5%", **changes})
+
+
+def held_out_perplexity(folder, tokenizer, text, seqlen=64):
+    """Over the first eight windows of the last tenth of the text, in a plain loop."""
+    ids = tokenizer(text).input_ids
+    ids = ids[len(ids) - len(ids) // 10 :]
+    windows = [torch.tensor(ids[i * seqlen : (i + 1) * seqlen]) for i in range(8)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [model(input_ids=w[None], labels=w[None]).loss.double() for w in windows]
+    return float(torch.stack(losses).mean().exp())
+
+
+METHODS = [
+    {"method": "lord"},
+    {"method": {"name": "auto", "propagation": "sequential"}, "format": "pivoted", "max_loss": "20%"},
+    {"method": "eora", "base": "rtn:4:64", "max_loss": "20%"},
+    {"method": {"name": "cospadi", "group": 2}, "max_loss": "20%"},
+]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=lambda c: str(c["method"]))
+def test_a_loss_that_is_not_exceeded(llama, tmp_path, tokenizer, text, changes):
+    result = searched(llama, tmp_path / "out", **changes)
+    found, limit = result.report["search"], 0.05 if changes["method"] == "lord" else 0.2
+    dense = held_out_perplexity(llama, tokenizer, text)
+    assert found["dense_perplexity"] == pytest.approx(dense, rel=1e-4)
+    assert found["windows"] == 8
+    loss = held_out_perplexity(result.folder, tokenizer, text) / dense - 1
+    assert loss == pytest.approx(found["loss"], abs=1e-4)
+    assert loss <= limit
+    assert result.report["bytes"]["checkpoint"] == found["bytes"] == all_bytes(result.folder)
+    tried = found["candidates"]
+    assert len(tried) <= 8
+    assert found["bytes"] == min(c["bytes"] for c in tried if c["loss"] <= limit)
+    above = [c["ratio"] for c in tried if c["loss"] > limit] + [found["range"][1]]
+    assert min(r for r in above if r > found["ratio"]) - found["ratio"] <= 0.005
+    assert "above the dense model's" in (result.folder / "README.md").read_text()
+    assert not (result.folder / "scratch").exists()
+    alone = compress_tiny(llama, tmp_path / "alone", **{**changes, "ratio": found["ratio"], "max_loss": None})
+    assert (alone.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+
+
+def test_a_search_goes_on_where_it_was_interrupted(llama, tmp_path, monkeypatch):
+    import lrcompress.stages.search as module
+
+    measured = []
+    real = module.load_model
+
+    def load(folder, **rest):
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(folder)
+        return real(folder, **rest)
+
+    whole = searched(llama, tmp_path / "whole")
+    monkeypatch.setattr(module, "load_model", load)
+    asked = recipe(llama, max_loss="5%", output=str(tmp_path / "out"))
+    with pytest.raises(Interrupted):
+        compress(asked)
+    measured.append("go on")
+    again = compress(asked, resume=True)
+    assert len(measured) == 1 + 1 + len(again.report["search"]["candidates"])  # the dense model, and "go on"
+    assert again.report["search"] == whole.report["search"]
+    assert (again.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert compress(asked, resume=True).report == json.loads((again.folder / "report.json").read_text())
+
+
+def test_a_loss_that_no_ratio_keeps(llama, tmp_path, monkeypatch):
+    worse = iter([10.0, *(20.0 - n for n in range(8))])
+    monkeypatch.setattr("lrcompress.stages.search._perplexity", lambda *_: next(worse))
+    with pytest.raises(InputError, match=r"of 8 candidates, ratio 0.00\d+, has a perplexity of 13 \(\+30.00%\)"):
+        searched(llama, tmp_path / "out", max_loss="2%")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_candidates_that_are_not_finite_are_too_bad(llama, tmp_path, monkeypatch):
+    import lrcompress.stages.search as module
+
+    real = module._perplexity
+
+    def perplexity(opened, folder, blocks):
+        if opened.request.searched is not None and opened.request.searched > 0.1:
+            raise ArithmeticError("the model puts out non-finite logits")
+        return real(opened, folder, blocks)
+
+    monkeypatch.setattr(module, "_perplexity", perplexity)
+    result = searched(llama, tmp_path / "out", max_loss="90%")
+    assert result.report["search"]["ratio"] <= 0.1
+    assert json.loads((result.folder / "report.json").read_text())["search"]["candidates"][0]["perplexity"] is None
+
+
+def test_a_plan_measures_nothing(llama):
+    with pytest.raises(InputError, match="plan does not write"):
+        make_plan(recipe(llama, max_loss="2%"))
+    run = run_cli("plan", llama, "--method", "lord", "--max-loss", "2%")
+    assert run.returncode == 2
+    assert len(run.stderr.strip().splitlines()) == 1
