@@ -339,7 +339,7 @@ def test_a_full_disk_is_exit_code_3_and_leaves_nothing_half_written(llama, tmp_p
     assert compress(llama, tmp_path / "out", "--resume").returncode == 0
 
 
-def start(model, output, *extra, samples=64):
+def start(model, output, *extra, samples=512):
     command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", "lord", "--ratio", "0.2",
                "-o", str(output), "--samples", str(samples), "--seqlen", "64", *extra]  # fmt: skip
     return subprocess.Popen(

@@ -181,6 +181,7 @@ def test_more_tokens_than_the_model_reads_are_refused(light, llama):
         bench(str(llama), BenchSpec((1,), (250,), 10, 2))
 
 
+@pytest.mark.slow
 def test_resident_memory_is_that_of_the_weights(tmp_path):
     """50 MB of weights, bfloat16 in the file: 100 MB in float32 and 50 as stored, whatever this process holds."""
     config = LlamaConfig(
