@@ -24,6 +24,7 @@ from lrcompress.allocators import ALLOCATORS
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tasks import parse_tasks, task_blocks
 from lrcompress.evaluation.tokens import token_perplexity
+from lrcompress.formats import restored
 from lrcompress.methods.eora import Eora
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import make_recipe
@@ -31,7 +32,7 @@ from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import level_specs, rank_level
 from lrcompress.stages.prepare import Opened, check_request, open_request
 from lrcompress.stages.profile import HiddenWalk
-from lrcompress.stages.store import encode_site, loaded
+from lrcompress.stages.store import encode_site
 
 BASES = ["rtn:4:64", "rtn:3:64", "rtn:2:64", "gptq:4:64", "gptq:3:64", "magnitude:2:4", "wanda:2:4", "sparsegpt:2:4"]
 EQUAL = [("rtn:3:64", "rtn:4:64"), ("gptq:3:64", "gptq:4:64"), ("rtn:2:64", "rtn:3:64")]
@@ -118,7 +119,7 @@ def variants(args: argparse.Namespace, dense: dict[str, Tensor]) -> Iterator[dic
                         put(args.loaded.model, site, dense[site.name])
                         continue
                     tensors = encode_site(opened, site, spec, artefacts[site.name])
-                    put(args.loaded.model, site, loaded(spec, tensors, torch.device("cpu"), torch.float32).dense())
+                    put(args.loaded.model, site, restored(spec, tensors, torch.float32).dense())
                 stored = sum(int(curves[n].bytes[level]) for n, level in levels.items())
                 yield {"base": base, "metric": metric, "what": what, "bytes": stored, "bits": 16 * stored / total}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
-from lrcompress.formats import build
+from lrcompress.formats import restored
 from lrcompress.formats.semi_sparse import PATTERN, SemiSparse
 from lrcompress.linalg.packing import UNITS
 from lrcompress.linalg.whitening import check_gram
@@ -158,7 +158,4 @@ def parse_base(text: str, options: BaseOptions | None = None) -> Base:
 
 def dense_of(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """What the stored tensors multiply by, (out, in) float64."""
-    module = build(spec, torch.float64)
-    cast = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    module.load_state_dict({**cast, "weight": torch.empty(0, dtype=torch.float64)}, assign=True)
-    return module.dense().detach()
+    return restored(spec, tensors, torch.float64).dense()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.bases import StoredWeights
-from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
+from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest, read_weight
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
@@ -21,16 +21,20 @@ from lrcompress.protocols import Site, Spec
 
 @dataclass(frozen=True)
 class OwnWeights:
-    """Those of a checkpoint of ours."""
+    """Those of a checkpoint of ours. What weights share there, each stores for itself under its correction."""
 
     reader: CheckpointReader
-    specs: Mapping[str, Spec]
+    stored: Mapping[str, Spec]
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """See StoredWeights."""
+        return {name: spec.alone() for name, spec in self.stored.items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """See StoredWeights."""
-        keys = [key for key in stored_tensors(self.specs[name], torch.float32) if key != "weight"]
-        read = dict(self.reader.read([f"{name}.{key}" for key in keys]))
-        return {key: read[f"{name}.{key}"] for key in keys}
+        found = read_weight(self.reader, name, self.stored[name])
+        return {key: tensor for key, tensor in found.items() if key != "weight"}
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,18 @@ def open_existing(folder: Path, dense: Dense) -> StoredWeights:
         )
     reader = CheckpointReader(folder)
     if kind == QUANT_METHOD:
-        weights: StoredWeights = OwnWeights(reader, _check_manifest(folder, settings).modules)
+        stored = _check_manifest(folder, settings).modules
+        weights: StoredWeights = OwnWeights(reader, stored)
     else:
+        stored = {}
         weights = _opener(folder, settings, kind)(reader, dense)
     if not weights.specs:
         raise InputError(f"base {folder} compresses no weight: give a compressed checkpoint")
     sites = {site.name: site for site in dense.sites}
     for name, spec in weights.specs.items():
         _check_site(folder, name, spec, sites.get(name), dense)
-        if kind == QUANT_METHOD:
-            _check_stored(folder, name, spec, reader, dense)
+        if name in stored:
+            _check_stored(folder, name, stored[name], reader, dense)
     _check_rest(folder, reader, weights.specs, dense)
     return weights
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE
+from lrcompress.formats import DENSE, stored_tensors
 from lrcompress.protocols import Site, Spec
 
 QUANT_METHOD = "lrcompress"
@@ -66,6 +69,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     config = json.loads(path.read_text(encoding="utf8"))
     data = config.get("quantization_config")
     return Manifest.from_json(data) if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD else None
+
+
+def read_weight(reader: CheckpointReader, name: str, spec: Spec) -> dict[str, Tensor]:
+    """Stored tensors of weight `name` by their names in it, those that another module stores for both among them."""
+    present = set(reader.names())
+    places = {}
+    for key in stored_tensors(spec.alone(), torch.float32):
+        own = f"{name}.{key}"
+        places[own if own in present else f"{spec.owner}.{key}"] = key
+    return {places[place]: tensor for place, tensor in reader.read(list(places))}
 
 
 def site_bytes(reader: CheckpointReader, site: Site, spec: Spec) -> int:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import Ratio
-from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes, site_numbers
+from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes, site_numbers
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, StoredLinear, build, stored_tensors
+from lrcompress.formats import DENSE, StoredLinear, restored, stored_tensors
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import load_report
 from lrcompress.stages.workspace import Workspace
@@ -45,12 +45,8 @@ class Source:
 
     def layer(self, name: str) -> StoredLinear:
         """Compressed module `name` with its tensors, in float32."""
-        spec, prefix = self.manifest.modules[name], name + "."
-        names = [n for n in self.reader.names() if n.startswith(prefix)]
-        stored = {n.removeprefix(prefix): tensor for n, tensor in self.reader.read(names)}
-        module = build(spec, torch.float32)
-        module.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in stored.items()})
-        return module.requires_grad_(False)
+        spec = self.manifest.modules[name]
+        return restored(spec, read_weight(self.reader, name, spec), torch.float32)
 
 
 def open_compressed(checkpoint: str) -> Source:

@@ -1,6 +1,7 @@
 """What every stored format offers; a new format is one file beside this one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -125,6 +126,20 @@ def build(spec: Spec, dtype: torch.dtype) -> StoredLinear:
     cls = FORMATS.get(spec.format)
     cls.check(spec)
     return cls(spec, dtype)
+
+
+def restored(
+    spec: Spec, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | None = None
+) -> StoredLinear:
+    """The module of stored tensors, those that it shares among them, computing in `dtype`; nothing requires gradients.
+
+    The empty `weight` may be missing from the tensors.
+    """
+    with torch.device("meta"):
+        module = build(spec.alone(), dtype)
+    cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
+    module.load_state_dict({"weight": torch.empty(0, dtype=dtype, device=device), **cast}, assign=True)
+    return module.requires_grad_(False)
 
 
 def stored_tensors(spec: Spec, dtype: torch.dtype) -> dict[str, Tensor]:

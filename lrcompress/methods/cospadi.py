@@ -113,7 +113,7 @@ class Cospadi(Method):
 
     @property
     def needs_gradient_gram(self) -> bool:
-        return self.coupled_rounds > 0 and self.metric == "two_sided"
+        return self.metric == "two_sided" and (self._by_input or self.coupled_rounds > 0)
 
     def curve(self, site: Site, element_size: int) -> Curve:
         """With a shared dictionary, a weight's part of a whole group's bytes."""
@@ -158,8 +158,8 @@ class Cospadi(Method):
         spectrum = decompose(weight.double() * roots[:, None], gram)
         artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
         artefact["roots"] = roots
-        if self.needs_gradient_gram and statistics is not None and statistics.gradients is not None:
-            outputs = damped(statistics.gradients, self.options.gradient_damping)
+        outputs = self._output_gram(statistics)
+        if outputs is not None:
             artefact["rows"], artefact["diagonal"] = outputs.float(), spectrum.energies
             artefact["energies"] = decompose(weight, gram, outputs).energies
         if gram is not None and self.keeps_gram:
@@ -172,9 +172,7 @@ class Cospadi(Method):
         self, weight: Tensor, gram: Tensor | None, statistics: InputStatistics | None
     ) -> dict[str, Tensor]:
         """As `decompose`, for Wᵀ: the Gram of the inputs weighs its rows, that of the gradients its columns."""
-        outputs = None
-        if self.metric == "two_sided" and statistics is not None and statistics.gradients is not None:
-            outputs = damped(statistics.gradients, self.options.gradient_damping)
+        outputs = self._output_gram(statistics)
         scale = 1.0
         if self.metric == "trace" and statistics is not None:
             scale = float(statistics.gradient_squares().mean())
@@ -189,6 +187,13 @@ class Cospadi(Method):
         if self.metric == "centred" and statistics is not None:
             artefact["mean"] = statistics.mean()
         return artefact
+
+    def _output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
+        """(out, out) float64: the damped Gram of the gradients; None where it is not asked for, or zero."""
+        if not self.needs_gradient_gram or statistics is None or not bool((statistics.gradient_squares() > 0).any()):
+            return None
+        assert statistics.gradients is not None
+        return damped(statistics.gradients, self.options.gradient_damping)
 
     @property
     def keeps_gram(self) -> bool:
@@ -331,18 +336,16 @@ class Cospadi(Method):
     ) -> dict[str, Tensor]:
         if not all(bool(torch.isfinite(t).all()) for t in (dictionary, codes)):
             raise ArithmeticError("the sparse dictionary is not finite")
-        if self._by_input:
-            if "mean" in artefact:
-                mean = artefact["mean"]
-                moved = artefact["weight"].double().T @ mean - dictionary.T @ (codes.T @ mean)
-                bias = (moved if bias is None else bias.double() + moved).float()
-            return TransposedDictionary.encode(spec, dictionary.float(), codes.float(), support, bias)
         if "mean" in artefact:
-            kept = rounded(codes, self.options.coefficient_bits), rounded(dictionary, self.options.dictionary_bits)
-            mean = artefact["mean"]
-            moved = artefact["weight"].double() @ mean - kept[0] @ (kept[1] @ mean)
+            left = rounded(codes, self.options.coefficient_bits)
+            right = rounded(dictionary, self.options.dictionary_bits)
+            weight, mean = artefact["weight"].double(), artefact["mean"]
+            if self._by_input:
+                weight, left, right = weight.T, right.T, left.T
+            moved = weight @ mean - left @ (right @ mean)
             bias = (moved if bias is None else bias.double() + moved).float()
-        return SparseDictionary.encode(spec, dictionary.float(), codes.float(), support, bias)
+        form = TransposedDictionary if self._by_input else SparseDictionary
+        return form.encode(spec, dictionary.float(), codes.float(), support, bias)
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrcompress.bases import Base, BaseOptions, Existing, parse_base
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, build, spec_bytes, stored_tensors
+from lrcompress.formats import DENSE, restored, spec_bytes, stored_tensors
 from lrcompress.formats.sum import Sum, part, rounded_factors
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
@@ -135,15 +135,7 @@ class Eora(SpectralMethod):
             bias = (moved if bias is None else bias.double() + moved).float()
         if rank:
             return Sum.encode(weights, left, right, self.options.factor_bits, bias)
-        return weights if bias is None else weights | _bias_tensors(bare, weights, bias)
-
-
-def _bias_tensors(spec: Spec, weights: dict[str, Tensor], bias: Tensor) -> dict[str, Tensor]:
-    """How `bias` (out,) float32 is stored beside the tensors of a weight without one."""
-    module = build(spec, torch.float32)
-    cast = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-    module.load_state_dict({**cast, "weight": torch.empty(0)}, assign=True)
-    return module.bias_tensors(bias)
+        return weights if bias is None else weights | restored(bare, weights, torch.float32).bias_tensors(bias)
 
 
 def coded_errors(

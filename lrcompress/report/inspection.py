@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.manifest import Manifest, read_manifest, site_bytes
+from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.formats import build
+from lrcompress.formats import restored
 from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
-from lrcompress.model.surgery import dense_parts
 from lrcompress.model.targets import find_sites
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import block_and_kind
@@ -77,19 +76,7 @@ def stored_weight(site: Site, spec: Spec | None, reader: CheckpointReader, names
         key = names.get(f"{site.name}.weight", f"{site.name}.weight")
         weight = next(t for _, t in reader.read([key])).float()
         return weight.T if site.conv1d else weight
-    module = build(spec.alone(), torch.float32)
-    local = _tensors(site.name, reader)
-    if spec.owner is not None:
-        shared = _tensors(spec.owner, reader)
-        local = {key: local.get(key, shared.get(key)) for key in module.state_dict()}  # type: ignore[misc]
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in local.items()})
-    return dense_parts(module)[0]
-
-
-def _tensors(module: str, reader: CheckpointReader) -> dict[str, Tensor]:
-    """Stored tensors of a module by their names in it."""
-    stored = reader.read([n for n in reader.names() if n.startswith(module + ".")])
-    return {name.removeprefix(module + "."): tensor for name, tensor in stored}
+    return restored(spec, read_weight(reader, site.name, spec), torch.float32).dense()
 
 
 def quantiles(values: Tensor, count: int = 16) -> list[float]:

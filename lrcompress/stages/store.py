@@ -15,7 +15,7 @@ from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, disk_errors, write_tensors
-from lrcompress.formats import DENSE, build, stored_tensors
+from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
@@ -226,20 +226,11 @@ def installed(opened: Opened, stored: dict[str, tuple[Spec, dict[str, Tensor]]])
     originals = {name: walker.model.get_submodule(name) for name in stored}
     try:
         for name, (spec, tensors) in stored.items():
-            walker.model.set_submodule(name, loaded(spec, tensors, walker.device, walker.dtype))
+            walker.model.set_submodule(name, restored(spec, tensors, walker.dtype, walker.device))
         yield
     finally:
         for name, original in originals.items():
             walker.model.set_submodule(name, original)
-
-
-def loaded(spec: Spec, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The format's module with stored tensors, those it shares among them, computing in `dtype`."""
-    with torch.device("meta"):
-        module = build(spec.alone(), dtype)
-    cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
-    module.load_state_dict(cast, assign=True)
-    return module.requires_grad_(False)
 
 
 def copy_side_files(opened: Opened, plan: Plan, folder: Path) -> None:

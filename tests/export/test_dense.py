@@ -29,6 +29,7 @@ RECIPES = {
     "pivoted": {"method": {"name": "lord", "metric": "input"}, "format": "pivoted"},
     "mixed with dense": {"method": "welore"},
     "sparse_dictionary": {"method": "cospadi"},
+    "shared dictionaries": {"method": {"name": "cospadi", "group": 2}},
     "transposed_dictionary": {"method": {"name": "cospadi", "side": "input"}},
     "quantized": eora("rtn:3:16", 16, rank=0),
     "semi_sparse": eora("magnitude:2:4", 16, rank=0),

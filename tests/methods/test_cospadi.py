@@ -320,3 +320,13 @@ def test_sides_and_rounds_that_do_not_fit_are_refused():
                     {"metric": "two_sided", "coupled_rounds": 1, "dictionary_bits": 8}):  # fmt: skip
         with pytest.raises(InputError, match="coupled_rounds|side=input"):
             make_method("cospadi", options)
+
+
+@pytest.mark.parametrize("options", [{"side": "input"}, {"side": "input", "coupled_rounds": 0}, {"coupled_rounds": 2}])
+def test_gradients_that_are_zero_weigh_nothing_in_full_grams(options):
+    site, dense, found = Site("w", (24, 48), 0, "w", False), weight((24, 48)), statistics(48)
+    found.gradients = torch.zeros(24, 24).double()
+    method = make_method("cospadi", {"metric": "two_sided", **options})
+    assert method.needs_gradient_gram
+    module = stored_module(method, site, method.decompose(site, dense, found), 6)
+    assert torch.isfinite(module.dense()).all()
