@@ -3,6 +3,8 @@
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lrcompress.model.device import memory_hint
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import write_card
-from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors
+from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
@@ -49,16 +51,22 @@ def compress(
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    with errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"), workspace:
+        report = _compress(request, workspace, reporter)
+    return Result(output, report)
+
+
+@contextmanager
+def errors_in_words(device: torch.device, resume: str) -> Iterator[None]:
+    """Lack of memory, Ctrl-C and numbers that are not finite as errors of ours; `resume` says how to go on."""
     try:
-        with workspace:
-            report = _compress(request, workspace, reporter)
+        yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(memory_hint(request.device)) from error
+        raise ResourceError(memory_hint(device)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted: run again with --resume to continue {workspace.partial}") from error
+        raise Interrupted(f"interrupted: {resume}") from error
     except ArithmeticError as error:
         raise InputError(str(error)) from error
-    return Result(output, report)
 
 
 def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def write_checkpoint(
     plan = allocate(opened, artefacts)
     if opened.request.sequential:
         artefacts = propagate(opened, plan, artefacts, scratch, reporter)
-        note_errors(opened, plan, artefacts)
+        note_errors(plan, summaries(opened, artefacts))
     assert artefacts is not None
     write_json(folder / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):

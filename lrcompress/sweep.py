@@ -5,19 +5,15 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.model.device import memory_hint
-from lrcompress.pipeline import identity, profile_model, write_checkpoint
+from lrcompress.model.device import resolve_device
+from lrcompress.pipeline import errors_in_words, identity, profile_model, write_checkpoint
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
@@ -56,7 +52,7 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
         check_request(recipe.recipe(point.method, point.ratio, point.seed))
     parse_tasks(recipe.evaluate.tasks)
     _claim(folder, recipe, overwrite)
-    with _errors(recipe, folder):
+    with errors_in_words(resolve_device(recipe.device), f"run the same sweep again to continue in {folder}"):
         dense = _dense(recipe, folder, reporter)
         for seed in recipe.seeds:
             for method in recipe.methods:
@@ -105,18 +101,6 @@ def _claim(folder: Path, recipe: Sweep, overwrite: bool) -> None:
 
 def _file(folder: Path, point: Point) -> Path:
     return folder / "points" / f"{point.name}.json"
-
-
-@contextmanager
-def _errors(recipe: Sweep, folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(memory_hint(torch.device("cpu"))) from error
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted: run the same sweep again to continue in {folder}") from error
-    except ArithmeticError as error:
-        raise InputError(str(error)) from error
 
 
 def _dense(recipe: Sweep, folder: Path, reporter: Reporter) -> dict[str, Any]:

@@ -119,15 +119,28 @@ def walk_block(
         for sample in range(first, len(before)):
             if sample == counted:
                 collector.close()
-            hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
-            if not bool(torch.isfinite(hidden).all()):
-                raise InputError(
-                    f"{walker.blocks[index]} puts out non-finite numbers on calibration sample {sample}: "
-                    "the checkpoint is damaged or overflows in this dtype"
-                )
-            after.write(sample, hidden)
+            run_sample(walker, index, module, before, after, sample)
             tick()
     return collector.statistics
+
+
+def run_sample(
+    walker: BlockWalker,
+    index: int,
+    module: nn.Module,
+    before: HiddenStates,
+    after: HiddenStates,
+    sample: int,
+    blame: tuple[str, str] = ("", "the checkpoint is damaged or overflows in this dtype"),
+) -> None:
+    """One sample through block `index`, from file to file; `blame` says what block and why if it is not finite."""
+    hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
+    if not bool(torch.isfinite(hidden).all()):
+        what, cure = blame
+        raise InputError(
+            f"{walker.blocks[index]}{what} puts out non-finite numbers on calibration sample {sample}: {cure}"
+        )
+    after.write(sample, hidden)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The library writes a file from tensors that are all in memory; here only one blo
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:
+    """Tokenizer, generation config and the like; no weights, no config, nothing that we wrote about the checkpoint."""
+    allowed = {".json", ".txt", ".model", ".jinja"} | ({".py"} if code else set())
+    skipped = {"config.json", "report.json", "plan.json"}
+    with disk_errors(folder):
+        for path in sorted(source.iterdir()):
+            named = path.name in skipped or path.name.endswith(".safetensors.index.json")
+            if path.is_file() and path.suffix in allowed and not named:
+                shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

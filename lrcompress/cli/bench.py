@@ -46,8 +46,7 @@ def bench(
     )  # fmt: skip
     show_bench(result, quiet=quiet)
     o.write_result(json_file, result)
-    if not all(entry["met"] for entry in result["expectations"]):
-        raise typer.Exit(1)
+    o.exit_unless_met(result["expectations"])
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

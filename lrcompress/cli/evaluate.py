@@ -66,5 +66,4 @@ def evaluate(
     )
     show_evaluation(result, quiet=quiet)
     o.write_result(json_file, result)
-    if not all(entry["met"] for entry in result["expectations"]):
-        raise typer.Exit(1)
+    o.exit_unless_met(result["expectations"])

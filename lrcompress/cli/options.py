@@ -168,6 +168,12 @@ def check_writable(path: Path, option: str) -> None:
         raise InputError(f"{option} {path} cannot be written: {reason}")
 
 
+def exit_unless_met(expectations: list[dict[str, Any]]) -> None:
+    """Exit code 1 where an expectation was missed."""
+    if not all(entry["met"] for entry in expectations):
+        raise typer.Exit(1)
+
+
 def write_text(path: Path, option: str, text: str) -> None:
     """Write what an option asked for, whole or not at all; InputError where that is not possible."""
     regular = path.is_file() or not path.exists()  # a device or a pipe is written straight

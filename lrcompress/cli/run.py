@@ -59,5 +59,5 @@ def run(
         o.write_text(junit, "--junit", junit_xml(result.report))
     if summary is not None:
         o.write_text(summary, "--summary", markdown_summary(result.report))
-    if evaluation is not None and not all(entry["met"] for entry in evaluation["expectations"]):
-        raise typer.Exit(1)
+    if evaluation is not None:
+        o.exit_unless_met(evaluation["expectations"])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.export.source import Source, copy_side_files, exported_report, new_folder, open_compressed
+from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
 from lrcompress.model.device import resolve_dtype
 from lrcompress.model.skeleton import empty_model, read_config
 from lrcompress.model.surgery import dense_parts
@@ -38,7 +38,7 @@ def export_dense(
     source = open_compressed(checkpoint)
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
     with new_folder(source, output, overwrite=overwrite) as folder:
-        copy_side_files(source, folder)
+        copy_files_beside(source.folder, folder, code=True)
         write_json(folder / "config.json", dense_config(source, wanted, switches))
         write_weights(source, folder, limit, wanted, zeros, reporter)
         report = exported_report(source, folder, {})

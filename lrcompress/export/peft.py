@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.export.source import Source, copy_side_files, exported_report, new_folder, open_compressed
+from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
 from lrcompress.formats import FORMATS
 from lrcompress.formats.base import LeafLinear
 from lrcompress.formats.sum import Sum, part
@@ -84,7 +84,7 @@ def base_spec(spec: Spec) -> Spec:
 
 def write_base(source: Source, bases: dict[str, Spec], folder: Path, limit: int, reporter: Reporter) -> None:
     """The checkpoint without its corrections."""
-    copy_side_files(source, folder)
+    copy_files_beside(source.folder, folder, code=True)
     manifest = Manifest(source.manifest.method, bases, source.manifest.frozen)
     write_json(folder / "config.json", {**source.config, "quantization_config": manifest.as_json()})
     named = [(base_name(source, stored), stored) for stored in source.reader.names()]

@@ -14,7 +14,6 @@ from lrcompress.budget import Ratio
 from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes, site_numbers
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, StoredLinear, restored, stored_tensors
 from lrcompress.protocols import Site, Spec
@@ -85,15 +84,6 @@ def new_folder(source: Source, output: Path, *, overwrite: bool) -> Iterator[Pat
             shutil.rmtree(workspace.partial, ignore_errors=True)
             raise
         workspace.publish()
-
-
-def copy_side_files(source: Source, folder: Path) -> None:
-    """Tokenizer, generation config and the like; nothing that speaks of the compression, no weights."""
-    skipped = {"config.json", "model.safetensors.index.json", "report.json", "plan.json"}
-    with disk_errors(folder):
-        for path in sorted(source.folder.iterdir()):
-            if path.suffix in {".json", ".txt", ".model", ".jinja", ".py"} and path.name not in skipped:
-                shutil.copyfile(path, folder / path.name)
 
 
 def exported_report(source: Source, folder: Path, modules: dict[str, Spec]) -> dict[str, Any] | None:

@@ -51,9 +51,9 @@ class StoredLinear(nn.Module, ABC):
         original_bias = spec.shape[0] if spec.bias and not spec.added_bias else 0
         return sum(t.numel() for t in stored.values()) - original_bias
 
-    @abstractmethod
     def multiply_adds(self, rows: int) -> int:
-        """Multiply-adds for each of `rows` rows of the input, as they are multiplied without gradients."""
+        """Multiply-adds for each of `rows` rows of the input, as they are multiplied here without gradients."""
+        return self.multiplies(self.spec)
 
     @abstractmethod
     def touched_bytes(self, rows: int) -> int:
@@ -109,9 +109,6 @@ class LeafLinear(StoredLinear, nn.Linear):
 
 class DecodedLinear(LeafLinear):
     """A format whose dense weight is decoded at every call: keeping it would cost the memory that was saved."""
-
-    def multiply_adds(self, rows: int) -> int:
-        return self.out_features * self.in_features
 
     def touched_bytes(self, rows: int) -> int:
         element = next(self.parameters()).itemsize

@@ -55,8 +55,5 @@ class LowRank(StoredLinear):
         y: Tensor = self.B(self.A(x))
         return y
 
-    def multiply_adds(self, rows: int) -> int:
-        return self.A.weight.numel() + self.B.weight.numel()
-
     def touched_bytes(self, rows: int) -> int:
         return held(*self.parameters())

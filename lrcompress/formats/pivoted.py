@@ -101,9 +101,6 @@ class Pivoted(StoredLinear):
             self._index = order, version, index if moves else None
         return self._index[2]
 
-    def multiply_adds(self, rows: int) -> int:
-        return self.pivot.weight.numel() + self.rest.weight.numel()
-
     def touched_bytes(self, rows: int) -> int:
         index = self._places()
         return held(*self.parameters()) + (0 if index is None else held(index))

@@ -14,8 +14,8 @@ from lrcompress.protocols import Spec
 BITS = (8, 16)
 
 SPARSE_ATOMS, SPARSE_ROWS = 3, 32
-"""From so many atoms per coefficient, and rows of the input, on the sparse product is faster on a processor: 1.3 times
-at the thresholds, 3 times at 4 and 128; see benchmarks/sparse_product.py. Fewer rows are faster dense."""
+"""From so many atoms per coefficient, and rows of the input, on the sparse product is taken on a processor: twice
+as fast at 3 atoms and 128 rows, three times at 4; see benchmarks/sparse_product.py. One row is faster dense."""
 
 
 @FORMATS.register
@@ -160,17 +160,13 @@ class SparseDictionary(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         latent = nn.functional.linear(x, self.atoms_of(x))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return nn.functional.linear(latent, self.codes(), self.bias)
-        if self._is_faster_sparse(latent[..., 0].numel(), latent):
+        if _infers() and self._is_faster_sparse(latent[..., 0].numel(), latent):
             return self._sparse_product(latent)
         return nn.functional.linear(latent, self.decoded_codes(), self.bias)
 
     def decoded_codes(self) -> Tensor:
         """`codes`; without gradients those decoded before, as long as they hold."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.codes()
-        return self._kept("codes", self.codes)
+        return self._kept("codes", self.codes) if _infers() else self.codes()
 
     def _is_faster_sparse(self, rows: int, latent: Tensor) -> bool:
         fits = latent.device.type == "cpu" and latent.dtype == torch.float32
@@ -236,6 +232,11 @@ class SparseDictionary(StoredLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoded": {}}
+
+
+def _infers() -> bool:
+    """Whether what is decoded may be kept: no gradients are wanted and nothing is being traced."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def product(spec: Spec) -> str:

@@ -54,9 +54,6 @@ class TransposedDictionary(StoredLinear):
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
-    def multiply_adds(self, rows: int) -> int:
-        return self.spec.parameters["atoms"] * (self.in_features + self.out_features)
-
     def touched_bytes(self, rows: int) -> int:
         dictionary, atoms = self.inner.dictionary, self.spec.parameters["atoms"]
         bias = 0 if self.bias is None else held(self.bias)

@@ -57,6 +57,12 @@ class Reporter:
             yield _LogLines(self, title, total)
 
 
+def skip(tick: Callable[[], None], steps: int) -> None:
+    """Count `steps` that an earlier run has done."""
+    for _ in range(steps):
+        tick()
+
+
 class _LogLines:
     def __init__(self, reporter: Reporter, title: str, total: int) -> None:
         self._reporter, self._title, self._total = reporter, title, total

@@ -62,9 +62,9 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     request, size = opened.request, opened.dtype.itemsize
     choices = opened.costs()
     curves = [choice.stored for choice in choices]
-    if artefacts is not None:
-        for choice in choices:
-            _sum_up(choice.stored, [artefacts.load(site, SUMMARY) for site in choice.sites])
+    known = {} if artefacts is None else summaries(opened, artefacts)
+    for choice in choices if known else []:
+        _sum_up(choice.stored, [known[site.name] for site in choice.sites])
     priced = [choice.priced(choice.stored) for choice in choices]
     if request.recipe.rank is not None:
         asked = {curve.name: rank_level(curve, request.recipe.rank) for curve in priced}
@@ -82,17 +82,20 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
             plan.bytes[site.name] = spec_bytes(spec, size)
             plan.dense_bytes[site.name] = site.shape[0] * site.shape[1] * size
             plan.levels[site.name] = level if level < len(curve.ranks) - 1 else -1
-    if artefacts is not None:
-        note_errors(opened, plan, artefacts)
+    note_errors(plan, known)
     return plan
 
 
-def note_errors(opened: Opened, plan: Plan, artefacts: Artefacts) -> None:
-    """Set the plan's relative errors to those of `artefacts`."""
-    for site in opened.sites:
-        summary = artefacts.load(site, SUMMARY)
-        error, total = float(summary["errors"][plan.levels[site.name]]), float(summary["total"])
-        plan.relative_errors[site.name] = float((max(error, 0.0) / total) ** 0.5) if total > 0 else 0.0
+def summaries(opened: Opened, artefacts: Artefacts) -> dict[str, dict[str, Tensor]]:
+    """Of every site, by name, what allocation needs of its artefact."""
+    return {site.name: artefacts.load(site, SUMMARY) for site in opened.sites}
+
+
+def note_errors(plan: Plan, known: dict[str, dict[str, Tensor]]) -> None:
+    """Set the plan's relative errors to those of the `summaries`."""
+    for name, summary in known.items():
+        error, total = float(summary["errors"][plan.levels[name]]), float(summary["total"])
+        plan.relative_errors[name] = float((max(error, 0.0) / total) ** 0.5) if total > 0 else 0.0
 
 
 def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]]) -> None:

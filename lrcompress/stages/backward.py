@@ -7,7 +7,7 @@ from lrcompress.calibration.collect import collect_outside
 from lrcompress.calibration.gradients import backward_block, loss_gradients, with_gradients
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.protocols import InputStatistics
-from lrcompress.report.progress import Reporter
+from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import Artefacts, HiddenWalk, decompose_block
 
@@ -30,8 +30,7 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     with reporter.phase("backward and decompose", blocks * walk.calibrated) as tick:
         for block in reversed(range(blocks)):
             if artefacts.done(block):
-                for _ in range(walk.calibrated):
-                    tick()
+                skip(tick, walk.calibrated)
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):

@@ -15,7 +15,7 @@ from lrcompress.errors import InputError
 from lrcompress.linalg.whitening import aimed
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import InputStatistics, Site
-from lrcompress.report.progress import Reporter
+from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.prepare import Opened
 
 AIM_DAMPING = 0.01
@@ -81,8 +81,7 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
         for block in range(blocks):
             if block < first:
-                for _ in range(len(walk)):
-                    tick()
+                skip(tick, len(walk))
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):

@@ -1,19 +1,18 @@
 """Sequential propagation: once the levels are known, every block is decomposed on what the compressed ones give it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lrcompress.calibration.collect import collect_beside_dense, collect_outside
+from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
+from lrcompress.calibration.gradients import with_gradients
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
-from lrcompress.errors import InputError
 from lrcompress.formats import DENSE
 from lrcompress.protocols import InputStatistics, Site
-from lrcompress.report.progress import Reporter
+from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block
@@ -38,7 +37,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
         for block in range(blocks):
             if block < start:
-                _count(tick, own.calibrated)
+                skip(tick, own.calibrated)
                 continue
             with opened.walker.block(block) as module:
                 sites, before = opened.sites_of(block), own.calibration(block)
@@ -63,23 +62,13 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     return artefacts
 
 
-def _count(tick: Callable[[], None], steps: int) -> None:
-    for _ in range(steps):
-        tick()
-
-
 def _with_gradients(
     inputs: dict[str, InputStatistics], first: Artefacts | None, sites: list[Site]
 ) -> dict[str, InputStatistics]:
-    """Statistics per site: those of its group's inputs, with the gradients that the first pass kept."""
-    if first is None:
-        return inputs
-    found = {}
-    for site in sites:
-        if site.group in inputs:
-            kept = first.load(site, ("gradients",)).get("gradients")
-            found[site.name] = replace(inputs[site.group], gradients=None if kept is None else kept.double())
-    return found
+    """Statistics per site, where the first pass kept gradients: those of its group's inputs with these."""
+    kept = {} if first is None else {site.name: first.load(site, ("gradients",)) for site in sites}
+    gradients = {name: tensors["gradients"].double() for name, tensors in kept.items() if tensors}
+    return with_gradients(inputs, gradients, sites) if gradients else inputs
 
 
 @torch.no_grad()
@@ -92,16 +81,11 @@ def _run_compressed(
     sites = {site.name: site for site in opened.sites_of(block)}
     tensors = {name: encode_site(opened, sites[name], spec, found[name]) for name, spec in specs.items()}
     before = walk.calibration(block)
+    blame = ", compressed,", "ask for less compression, or propagation=one_pass"
 
     def write(after: HiddenStates) -> None:
         for sample in range(len(before)):
-            hidden = walker.run(block, module, before.read(sample).to(walker.device, walker.dtype))
-            if not bool(torch.isfinite(hidden).all()):
-                raise InputError(
-                    f"{walker.blocks[block]}, compressed, puts out non-finite numbers on calibration sample "
-                    f"{sample}: ask for less compression, or propagation=one_pass"
-                )
-            after.write(sample, hidden)
+            run_sample(walker, block, module, before, after, sample, blame)
             tick()
 
     with installed(opened, {name: (specs[name], tensors[name]) for name in specs}), disk_errors(walk.folder):

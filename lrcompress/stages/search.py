@@ -86,14 +86,9 @@ def reachable(opened: Opened) -> float:
 
 
 def branch(opened: Opened, scratch: Path, own: Path) -> None:
-    """An empty scratch folder `own` for one of several checkpoints that share the decompositions in `scratch`.
-
-    What weights share is encoded for one level, so nothing of it may be left from another checkpoint.
-    """
+    """An empty scratch folder `own` for one of several checkpoints that share the decompositions in `scratch`."""
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
-    for path in (scratch / "artefacts").glob("shared-*"):
-        path.unlink()
     last = HiddenWalk(opened, scratch / "hidden").path(len(opened.blocks))
     if last.exists():
         (own / "hidden").mkdir()
@@ -123,7 +118,6 @@ def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense:
         perplexity = _perplexity(asked, folder, blocks)
     except ArithmeticError:
         perplexity = None
-    branch(opened, scratch, own)
     shutil.rmtree(own)
     shutil.rmtree(folder)
     return {

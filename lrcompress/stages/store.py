@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.opening import read_config_file
-from lrcompress.checkpoint.writer import ShardedWriter, disk_errors, write_tensors
+from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import Site, Spec
@@ -30,7 +29,7 @@ LOUD_LOSS = 5.0
 
 def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratch: Path, reporter: Reporter) -> None:
     """Config and tokenizer first, then every tensor in one stream; continues where an earlier run stopped."""
-    copy_side_files(opened, plan, folder)
+    write_side_files(opened, plan, folder)
     layout = Layout(opened, plan)
     journal = scratch / "journal.json"
     done = _read_journal(journal)
@@ -38,7 +37,7 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
     check = HeldOutCheck(opened, scratch)
     with reporter.phase("write", len(opened.blocks)) as tick:
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
-            tensors = Encoder(opened, plan, artefacts)
+            tensors = Encoder(opened, plan, artefacts, scratch)
             if writer.done < layout.ends[block]:
                 writer.write(layout.tensors(block, tensors))
                 writer.commit()
@@ -83,8 +82,8 @@ class Encoder:
     after an interruption, they are encoded again. They come with what they share, whoever stores it.
     """
 
-    def __init__(self, opened: Opened, plan: Plan, artefacts: Artefacts) -> None:
-        self._opened, self._plan, self._artefacts = opened, plan, artefacts
+    def __init__(self, opened: Opened, plan: Plan, artefacts: Artefacts, scratch: Path) -> None:
+        self._opened, self._plan, self._artefacts, self._scratch = opened, plan, artefacts, scratch
         self._sites = {site.name: site for site in opened.sites}
         self._encoded: dict[str, dict[str, Tensor]] = {}
 
@@ -108,7 +107,7 @@ class Encoder:
         return {key: tensor.to(device) for key, tensor in self._artefacts.load(self._sites[name]).items()}
 
     def _shared(self, name: str, family: list[str]) -> dict[str, Tensor]:
-        path = self._artefacts.folder / f"shared-{family[0]}.safetensors"
+        path = self._scratch / f"shared-{family[0]}.safetensors"
         if not path.exists():
             write_tensors(path, self._encode_together(family))
         spec = self._plan.specs[name]
@@ -233,15 +232,10 @@ def installed(opened: Opened, stored: dict[str, tuple[Spec, dict[str, Tensor]]])
             walker.model.set_submodule(name, original)
 
 
-def copy_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
+def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
     """Tokenizer and generation config as they are; config.json with the manifest."""
     recipe = opened.request.recipe
-    allowed = {".json", ".txt", ".model", ".jinja"} | ({".py"} if recipe.trust_remote_code else set())
-    skipped = {"config.json", "model.safetensors.index.json", "report.json", "recipe.yaml"}
-    with disk_errors(folder):
-        for path in sorted(opened.model.folder.iterdir()):
-            if path.is_file() and path.suffix in allowed and path.name not in skipped:
-                shutil.copyfile(path, folder / path.name)
+    copy_files_beside(opened.model.folder, folder, code=recipe.trust_remote_code)
     config = read_config_file(opened.model.folder)
     config.pop("torch_dtype", None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
