@@ -28,6 +28,7 @@ from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_re
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
 from lrcompress.stages.search import reachable, search
+from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
 
@@ -173,11 +174,13 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts | None:
     """Statistics and decompositions on the dense model's inputs; None where nothing that follows needs them."""
     request = opened.request
-    if request.method.needs_gradients:
-        return profile_backward(opened, scratch, reporter)
-    if request.sequential and not needs_artefacts(opened):
+    if request.sequential and not request.method.needs_gradients and not needs_artefacts(opened):
         return None
-    return profile(opened, scratch, reporter)
+    walk = profile_backward if request.method.needs_gradients else profile
+    artefacts = walk(opened, scratch, reporter)
+    if request.allocator.needs_sensitivity and request.recipe.rank is None:
+        measure_sensitivities(opened, artefacts, reporter)
+    return artefacts
 
 
 def output_folder(recipe: Recipe) -> Path:

@@ -189,6 +189,8 @@ class Allocator(Protocol):
     name: ClassVar[str]
     needs_errors: ClassVar[bool]
     needs_spectrum: ClassVar[bool]
+    needs_sensitivity: ClassVar[bool]
+    """Errors are scaled by what cutting each weight was measured to cost (stages/sensitivity.py)."""
 
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site name, the sum of bytes at most `budget`; InputError where that is impossible."""

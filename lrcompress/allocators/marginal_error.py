@@ -22,6 +22,7 @@ class MarginalError:
     name: ClassVar[str] = "marginal_error"
     needs_errors: ClassVar[bool] = True
     needs_spectrum: ClassVar[bool] = False
+    needs_sensitivity: ClassVar[bool] = False
 
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site; see protocols.Allocator."""

@@ -14,6 +14,7 @@ class Uniform:
     name: ClassVar[str] = "uniform"
     needs_errors: ClassVar[bool] = False
     needs_spectrum: ClassVar[bool] = False
+    needs_sensitivity: ClassVar[bool] = False
 
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site; see protocols.Allocator."""

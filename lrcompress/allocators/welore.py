@@ -21,6 +21,7 @@ class WeLore:
     name: ClassVar[str] = "welore"
     needs_errors: ClassVar[bool] = False
     needs_spectrum: ClassVar[bool] = True
+    needs_sensitivity: ClassVar[bool] = False
 
     def allocate(self, curves: Sequence[Curve], budget: int) -> dict[str, int]:
         """Level per site; see protocols.Allocator."""

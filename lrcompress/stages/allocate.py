@@ -63,8 +63,10 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     choices = opened.costs()
     curves = [choice.stored for choice in choices]
     known = {} if artefacts is None else summaries(opened, artefacts)
+    scales = (artefacts.sensitivities if artefacts is not None and request.allocator.needs_sensitivity else None) or {}
     for choice in choices if known else []:
-        _sum_up(choice.stored, [known[site.name] for site in choice.sites])
+        names = [site.name for site in choice.sites]
+        _sum_up(choice.stored, [known[name] for name in names], [scales.get(name, 1.0) for name in names])
     priced = [choice.priced(choice.stored) for choice in choices]
     if request.recipe.rank is not None:
         asked = {curve.name: rank_level(curve, request.recipe.rank) for curve in priced}
@@ -98,9 +100,10 @@ def note_errors(plan: Plan, known: dict[str, dict[str, Tensor]]) -> None:
         plan.relative_errors[name] = float((max(error, 0.0) / total) ** 0.5) if total > 0 else 0.0
 
 
-def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]]) -> None:
-    """Give a curve the errors of all its weights together, and the root mean square of their singular values."""
-    curve.errors = torch.stack([levels_of(summary["errors"], curve) for summary in summaries]).sum(0)
+def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]], scales: list[float]) -> None:
+    """Give a curve the scaled errors of all its weights, and the root mean square of their singular values."""
+    errors = [scale * levels_of(summary["errors"], curve) for summary, scale in zip(summaries, scales, strict=True)]
+    curve.errors = torch.stack(errors).sum(0)
     if "spectrum" in summaries[0]:
         spectra = torch.stack([summary["spectrum"] for summary in summaries])
         curve.spectrum = spectra.square().mean(0).sqrt() if len(spectra) > 1 else spectra[0]

@@ -1,5 +1,6 @@
 """Walking the dense model: statistics and an untruncated decomposition per weight, kept in scratch files."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +54,17 @@ class Artefacts:
     def leading(self, blocks: int) -> int:
         """How many blocks are finished without a gap."""
         return next((block for block in range(blocks) if not self.done(block)), blocks)
+
+    @property
+    def sensitivity_path(self) -> Path:
+        """File of what stages/sensitivity.py measures."""
+        return self.folder / "sensitivity.json"
+
+    @property
+    def sensitivities(self) -> dict[str, float] | None:
+        """Divergence per unit of squared error, by site, None where it has not been measured."""
+        path = self.sensitivity_path
+        return json.loads(path.read_text()) if path.exists() else None
 
     def save(self, block: int, artefacts: Found) -> None:
         """Write one block's artefacts: site name to tensors."""

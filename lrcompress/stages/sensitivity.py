@@ -1,0 +1,135 @@
+"""What cutting one weight costs: the true divergence of the model's predictions, measured weight by weight."""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.calibration.gradients import CHUNK
+from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.errors import InputError
+from lrcompress.protocols import Curve, Site
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import SUMMARY, Artefacts
+from lrcompress.stages.store import encode_site, installed
+from lrcompress.stages.workspace import write_json
+
+CUT = 0.5
+"""Share of its dense bytes that a weight is cut to."""
+
+SAMPLES = 2
+"""Calibration samples that the divergences are averaged over."""
+
+SKIPPED = 16
+"""First tokens of a sample that do not count: a text that has hardly begun is hard to predict for any model."""
+
+
+@torch.no_grad()
+def measure_sensitivities(opened: Opened, artefacts: Artefacts, reporter: Reporter) -> None:
+    """Note in `artefacts`, per site, the divergence that a cut of it alone causes per unit of its squared error.
+
+    The mean Kullback-Leibler divergence of the next token's distribution from the dense model's. The blocks are walked
+    once: hidden states in which one weight was cut go on beside the dense ones, in a scratch file.
+    """
+    if artefacts.sensitivities is not None:
+        return
+    assert opened.calibration is not None
+    walker, blocks = opened.walker, len(opened.blocks)
+    ids = opened.calibration.ids[:SAMPLES]
+    inside = sorted((site for site in opened.sites if site.block < blocks), key=lambda site: site.block)
+    cuts = {site.name: len(ids) * (1 + place) for place, site in enumerate(inside)}
+    width = walker.embed(ids[0]).shape[-1]
+    shape = (len(ids) * (1 + len(inside)), ids.shape[1], width)
+    states = HiddenStates(artefacts.folder / "cuts.bin", shape, walker.dtype)
+    with disk_errors(artefacts.folder), reporter.timed("sensitivity"):
+        for sample, tokens in enumerate(ids):
+            states.write(sample, walker.embed(tokens))
+        errors: dict[str, float] = {}
+        live = len(ids)
+        with reporter.phase("cut one weight at a time", blocks) as tick:
+            for block in range(blocks):
+                with walker.block(block) as module:
+                    for site in opened.sites_of(block):
+                        with _cut(opened, artefacts, site, errors):
+                            for sample in range(len(ids)):
+                                _run(opened, block, module, states, sample, cuts[site.name] + sample, site.name)
+                    for place in range(live):
+                        _run(opened, block, module, states, place, place, inside[max(0, place // len(ids) - 1)].name)
+                live += len(ids) * len(opened.sites_of(block))
+                tick()
+        divergences = _divergences(opened, artefacts, states, ids, cuts, errors)
+    states.path.unlink()
+    found = {name: divergences[name] / errors[name] if errors[name] > 0 else 0.0 for name in errors}
+    write_json(artefacts.sensitivity_path, found)
+
+
+def cut_level(curve: Curve) -> int:
+    """The level below dense whose bytes are nearest to CUT of the dense ones."""
+    return int((curve.bytes[:-1] - CUT * curve.dense_bytes).abs().argmin())
+
+
+def _cut(opened: Opened, artefacts: Artefacts, site: Site, errors: dict[str, float]) -> AbstractContextManager[None]:
+    """Context in which `site` alone is stored at its cut; its squared error goes to `errors`."""
+    method, artefact = opened.request.method, artefacts.load(site)
+    curve = method.curve(site, opened.dtype.itemsize)
+    if len(curve.ranks) < 2:  # never anything but dense
+        errors[site.name] = 0.0
+        return installed(opened, {})
+    level = cut_level(curve)
+    errors[site.name] = float(artefact["errors"][level])
+    spec = method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
+    kept = {key: tensor for key, tensor in artefact.items() if key not in SUMMARY}
+    return installed(opened, {site.name: (spec, encode_site(opened, site, spec, kept))})
+
+
+def _run(
+    opened: Opened, block: int, module: nn.Module, states: HiddenStates, source: int, target: int, cut: str
+) -> None:
+    walker = opened.walker
+    hidden = walker.run(block, module, states.read(source).to(walker.device, walker.dtype))
+    if not bool(torch.isfinite(hidden).all()):
+        raise InputError(f"with {cut} cut, {walker.blocks[block]} puts out non-finite numbers: leave it out (--ignore)")
+    states.write(target, hidden)
+
+
+def _divergences(
+    opened: Opened,
+    artefacts: Artefacts,
+    states: HiddenStates,
+    ids: Tensor,
+    cuts: dict[str, int],
+    errors: dict[str, float],
+) -> dict[str, float]:
+    """Mean divergence per site, those outside the blocks cut here."""
+    walker = opened.walker
+    total: dict[str, float] = {}
+    counted = 0
+    for sample, tokens in enumerate(ids):
+        for start in range(min(SKIPPED, len(tokens) - 1), len(tokens), CHUNK):
+            part = slice(start, start + CHUNK)
+
+            def logs(place: int, tokens: Tensor = tokens, part: slice = part) -> Tensor:
+                hidden = states.read(place)[:, part].to(walker.device, walker.dtype)
+                return walker.logits(tokens[part].to(walker.device), hidden)[0].float().log_softmax(-1)
+
+            dense = logs(sample)
+            counted += len(dense)
+            for name, first in cuts.items():
+                total[name] = total.get(name, 0.0) + _kl(dense, logs(first + sample))
+            for site in opened.sites_of(len(opened.blocks)):
+                with _cut(opened, artefacts, site, errors):
+                    total[site.name] = total.get(site.name, 0.0) + _kl(dense, logs(sample))
+    return {name: value / counted for name, value in total.items()}
+
+
+def _kl(dense: Tensor, other: Tensor) -> float:
+    """Sum over the rows of KL(dense || other), both log probabilities; never below zero."""
+    found = float(nn.functional.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=torch.float64))
+    if not math.isfinite(found):
+        raise InputError(
+            "the divergence of a cut weight's predictions is not finite: use metric=input or another --dtype"
+        )
+    return max(found, 0.0)

@@ -1,0 +1,84 @@
+"""The sensitivity allocator: its measured divergences against whole models with one weight replaced."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lrcompress.model.surgery import dense_parts
+from lrcompress.pipeline import compress, profile_model
+from lrcompress.report.progress import Reporter
+from lrcompress.stages import sensitivity
+from lrcompress.stages.allocate import allocate
+from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.store import encode_site
+from tests.conftest import compress_tiny
+from tests.test_pipeline import recipe
+
+
+def profiled(folder, scratch, **changes):
+    quiet = Reporter(quiet=True)
+    opened = open_request(check_request(recipe(folder, **changes)), quiet)
+    return opened, profile_model(opened, scratch, quiet)
+
+
+@pytest.mark.parametrize("method", ["lord", "auto"])
+def test_a_divergence_is_that_of_the_model_with_this_weight_cut(make_model, tmp_path, method):
+    folder = make_model("llama")
+    opened, artefacts = profiled(folder, tmp_path, method=method, allocator="sensitivity")
+    ids = opened.calibration.ids[: sensitivity.SAMPLES]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def predictions():
+        with torch.no_grad():
+            return model(input_ids=ids).logits[:, sensitivity.SKIPPED :].double().log_softmax(-1)
+
+    dense = predictions()
+    for site in [opened.sites[0], opened.sites_of(1)[4], opened.sites[-1]]:
+        curve, artefact = opened.request.method.curve(site, opened.dtype.itemsize), artefacts.load(site)
+        level = sensitivity.cut_level(curve)
+        assert abs(int(curve.bytes[level]) - curve.dense_bytes / 2) < 0.15 * curve.dense_bytes
+        spec = opened.request.method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
+        error = float(artefact["errors"][level])
+        tensors = encode_site(opened, site, spec, artefact)
+        layer = model.get_submodule(site.name)
+        with sensitivity.installed(opened, {site.name: (spec, tensors)}):
+            cut, bias = dense_parts(opened.walker.model.get_submodule(site.name))
+        before = layer.weight.data.clone(), layer.bias
+        layer.weight.data = cut.float()
+        layer.bias = None if bias is None else torch.nn.Parameter(bias.float())
+        expected = (dense.exp() * (dense - predictions())).sum(-1).mean() / error
+        layer.weight.data, layer.bias = before
+        assert artefacts.sensitivities[site.name] == pytest.approx(float(expected), rel=2e-3)
+
+
+def test_a_weight_that_the_model_feels_twice_as_much_is_given_more(llama, tmp_path):
+    opened, artefacts = profiled(llama, tmp_path, method="lord", allocator="sensitivity", ratio=0.4)
+    name = opened.sites[0].name
+    known = artefacts.sensitivities
+    kept = []
+    for factor in (0.5, 1.0, 4.0, 1e6):
+        artefacts.sensitivity_path.write_text(json.dumps({**known, name: factor * known[name]}))
+        plan = allocate(opened, artefacts)
+        assert sum(plan.bytes.values()) <= 0.6 * sum(plan.dense_bytes.values())
+        kept.append(plan.bytes[name])
+    assert kept == sorted(kept) and kept[0] < kept[-1] == plan.dense_bytes[name]
+
+
+def test_it_is_measured_once_and_resumed_to_the_same_bytes(llama, tmp_path, monkeypatch):
+    whole = compress_tiny(llama, tmp_path / "whole", method="lord", allocator="sensitivity", ratio=0.3)
+    assert whole.report["ratio"]["stored"] >= 0.3
+    monkeypatch.setattr("lrcompress.pipeline.store", _dies)
+    with pytest.raises(KeyError):
+        compress_tiny(llama, tmp_path / "cut", method="lord", allocator="sensitivity", ratio=0.3)
+    monkeypatch.undo()
+    monkeypatch.setattr(sensitivity, "_divergences", _dies)
+    again = recipe(llama, method="lord", allocator="sensitivity", ratio=0.3, output=str(tmp_path / "cut"))
+    compress(again, resume=True)
+    for file in whole.folder.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+
+
+def _dies(*_, **__):
+    raise KeyError("the test stops here")
