@@ -56,25 +56,44 @@ class GradientCollector:
 
 
 def loss_gradients(
-    walker: BlockWalker, ids: Tensor, last: HiddenStates, out: HiddenStates, sites: Sequence[Site], *, gram: bool
+    walker: BlockWalker,
+    ids: Tensor,
+    last: HiddenStates,
+    out: HiddenStates,
+    sites: Sequence[Site],
+    *,
+    gram: bool,
+    sample_seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Write the gradient of the summed next-token loss with respect to the hidden states that leave the last block.
 
+    With a `sample_seed` the labels are drawn from the model's own predictions, so that the gradients' second moment
+    is the Fisher information and not its empirical stand-in (arXiv 1905.12558); otherwise they are the text's tokens.
     Returns the gradients' moments at `sites`, those outside the blocks; `gram` as for GradientCollector.
     """
+    generator = torch.Generator()
     with GradientCollector(walker.model, sites, gram=gram) as collector:
         for sample in range(len(last)):
             hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
             tokens = ids[sample].to(walker.device)
+            generator.manual_seed((sample_seed or 0) + sample)
             for start in range(0, len(tokens) - 1, CHUNK):
                 stop = min(start + CHUNK, len(tokens) - 1)
                 with torch.enable_grad():
                     logits = walker.logits(tokens[start:stop], hidden[:, start:stop])[0].float()
-                    loss = nn.functional.cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum")
+                    labels = tokens[start + 1 : stop + 1]
+                    if sample_seed is not None:
+                        labels = drawn(logits.detach(), generator)
+                    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                     loss.backward()
             assert hidden.grad is not None
             out.write(sample, hidden.grad)
     return collector.moments()
+
+
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """(rows,) a token per row of logits (rows, vocabulary), drawn on the CPU so that every device gives the same."""
+    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
 def backward_block(

@@ -26,6 +26,9 @@ class MethodOptions(pydantic.BaseModel):
     """Whose inputs a block's statistics are of: the dense model's, or what the compressed blocks before it give."""
     toward_dense: float = pydantic.Field(0.0, ge=0.0, le=1.0)
     """sequential: how far a weight aims at the dense model's output, rather than at its own on the compressed input."""
+    labels: Literal["text", "sampled"] = "text"
+    """Of the loss whose gradients a metric asks for: the text's next tokens, or tokens drawn from the model's own
+    predictions, whose gradients' second moment is the curvature of the divergence from the dense model."""
 
 
 class Method(ABC):

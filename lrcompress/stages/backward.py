@@ -78,7 +78,10 @@ def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Repo
     temporary = walk.gradient_path(blocks).with_suffix(".tmp")
     with disk_errors(temporary.parent):
         gram = opened.request.method.needs_gradient_gram
-        gradients = loss_gradients(opened.walker, ids, last, walk.gradients(temporary), outside, gram=gram)
+        seed = opened.request.recipe.seed if opened.request.method.options.labels == "sampled" else None
+        gradients = loss_gradients(
+            opened.walker, ids, last, walk.gradients(temporary), outside, gram=gram, sample_seed=seed
+        )
         if outside:
             found = decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), reporter)
             artefacts.save(blocks, found)

@@ -112,6 +112,11 @@ def check_request(recipe: Recipe) -> Request:
         raise InputError(
             f"toward_dense={method.options.toward_dense:g} aims from compressed inputs: add propagation=sequential"
         )
+    if method.options.labels != "text" and not method.needs_gradients:
+        raise InputError(
+            f"labels={method.options.labels} are those of gradients, which metric {method.metric} does without: "
+            "use metric=two_sided or trace, or leave labels out"
+        )
     if method.existing_base is not None:
         check_existing(method.existing_base.folder)
     if method.options.propagation == "sequential" and method.group > 1:

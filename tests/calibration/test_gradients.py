@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from lrcompress.calibration.collect import InputCollector, token_weights
 from lrcompress.calibration.gradients import GradientCollector, backward_block, loss_gradients
+from lrcompress.errors import InputError
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import check_request, open_request
@@ -105,3 +106,38 @@ def test_a_backward_run_resumes(llama, tmp_path, monkeypatch):
     result = compress(recipe, resume=True)
     first, second = (f / "model.safetensors" for f in (whole.folder, result.folder))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_drawn_labels_give_the_fisher_information(make_model, tmp_path):
+    """At the logits it is diag(p) - p pᵀ; the text's own labels, never drawn, give something else."""
+    data = {"method": {"name": "lord", "metric": "two_sided", "labels": "sampled"}, "target": ["lm_head"]}
+    calibration = {"source": "python-docs", "samples": 2, "seqlen": 16}
+    recipe = make_recipe({"model": str(make_model("llama")), "ratio": 0.3, "calibration": calibration, **data})
+    opened = open_request(check_request(recipe), Reporter(quiet=True))
+    walk, blocks = HiddenWalk(opened, tmp_path / "hidden"), len(opened.blocks)
+    walk.start(0)
+    for block in range(blocks):
+        with opened.walker.block(block) as module:
+            walk.step(block, module, [], lambda: None)
+    ids, last = opened.calibration.ids, walk.calibration(blocks)
+    out = walk.gradients(walk.gradient_path(blocks))
+
+    def moment(seed):
+        found = loss_gradients(opened.walker, ids, last, out, opened.sites, gram=True, sample_seed=seed)
+        return found["lm_head"]
+
+    drawn = torch.stack([moment(100 * seed) for seed in range(300)]).mean(0)
+    expected = torch.zeros_like(drawn)
+    for sample, row in enumerate(ids):
+        hidden = last.read(sample)[:, :-1]
+        for p in opened.walker.logits(row[:-1], hidden)[0].double().softmax(-1).detach():
+            expected += (p.diag() - torch.outer(p, p)) / (len(ids) * (len(row) - 1))
+    assert float((drawn - expected).norm() / expected.norm()) < 0.25  # (320 tokens / 9000 draws) ** 0.5 = 0.19
+    assert float((moment(None) - expected).norm() / expected.norm()) > 1
+    assert torch.equal(moment(7), moment(7))
+
+
+def test_labels_without_gradients_are_refused(make_model):
+    data = {"method": {"name": "lord", "labels": "sampled"}, "ratio": 0.3}
+    with pytest.raises(InputError, match="labels=sampled"):
+        check_request(make_recipe({"model": str(make_model("llama")), **data}))
