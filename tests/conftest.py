@@ -27,7 +27,8 @@ VOCABULARY = 320
 def _cache() -> Iterator[None]:
     """A cache of this session's own, so that nothing an older version computed is found; gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="lrcompress-cache-") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LRCOMPRESS_CACHE", folder)
+        patch.delenv("LRCOMPRESS_CACHE", raising=False)
+        patch.setenv("XDG_CACHE_HOME", folder)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What is kept between runs: converted files and evaluations. Safe to delete at any time."""
+"""What is kept between runs: converted files, evaluations, calibration statistics. Safe to delete at any time."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONVERTED, EVALUATIONS = "converted", "evaluations"
+CONVERTED, EVALUATIONS, STATISTICS = "converted", "evaluations", "statistics"
+KINDS = (CONVERTED, EVALUATIONS, STATISTICS)
+LABEL = "label.json"
+"""Of an entry that is a folder, where it is no conversion."""
+
 READ_BY_MODELS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 WRITTEN_ABOUT = ("report.json", "plan.json")
 """Our notes on how a checkpoint was made: no part of the model."""
@@ -18,10 +22,16 @@ WRITTEN_ABOUT = ("report.json", "plan.json")
 
 def cache_folder() -> Path:
     """LRCOMPRESS_CACHE, else lrcompress in the user's cache folder."""
-    named = os.environ.get("LRCOMPRESS_CACHE")
-    if named:
-        return Path(named).expanduser()
+    named = named_cache_folder()
+    if named is not None:
+        return named
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrcompress"
+
+
+def named_cache_folder() -> Path | None:
+    """LRCOMPRESS_CACHE, which --cache sets, or None: there alone what is large is kept."""
+    named = os.environ.get("LRCOMPRESS_CACHE")
+    return Path(named).expanduser() if named else None
 
 
 def conversion_folder(path: Path) -> Path:
@@ -64,7 +74,7 @@ def note(key: dict[str, Any], label: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """kind: converted or evaluations; label: what it is, for people."""
+    """kind: converted, evaluations or statistics; label: what it is, for people."""
 
     kind: str
     path: Path
@@ -75,7 +85,7 @@ class Entry:
 def entries() -> list[Entry]:
     """What the cache holds."""
     found = []
-    for kind in (CONVERTED, EVALUATIONS):
+    for kind in KINDS:
         folder = cache_folder() / kind
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
@@ -86,7 +96,7 @@ def entries() -> list[Entry]:
 def clear() -> list[Entry]:
     """Delete what the cache holds, and nothing else in its folder; returns what that was."""
     gone = entries()
-    for kind in (CONVERTED, EVALUATIONS):
+    for kind in KINDS:
         shutil.rmtree(cache_folder() / kind, ignore_errors=True)
     return gone
 
@@ -97,9 +107,9 @@ def _file(key: dict[str, Any]) -> Path:
 
 
 def _label(path: Path) -> str:
-    if path.is_dir():
+    if path.is_dir() and path.parent.name == CONVERTED:
         return "GGUF, dequantised"
     try:
-        return str(json.loads(path.read_text(encoding="utf8"))["label"])
+        return str(json.loads((path / LABEL if path.is_dir() else path).read_text(encoding="utf8"))["label"])
     except (OSError, ValueError, KeyError, TypeError):
         return "not readable"

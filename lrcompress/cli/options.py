@@ -103,7 +103,8 @@ Cache = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", callback=_use_cache, rich_help_panel=OUTPUT,
-        help="Keeps conversions and evaluations between runs [default: LRCOMPRESS_CACHE or ~/.cache/lrcompress].",
+        help="Keeps conversions and evaluations between runs [default: LRCOMPRESS_CACHE or ~/.cache/lrcompress], "
+        "and in a named folder also calibration statistics, which are large.",
     ),
 ]  # fmt: skip
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=OUTPUT)]

@@ -8,6 +8,7 @@ from lrcompress.calibration.gradients import backward_block, loss_gradients, wit
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
+from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import Artefacts, HiddenWalk, decompose_block
 
@@ -20,13 +21,17 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     artefacts = Artefacts(scratch / "artefacts")
     if artefacts.complete(opened.sites):
         return artefacts
-    walk = HiddenWalk(opened, scratch / "hidden")
-    blocks = len(opened.blocks)
-    with reporter.phase("forward", blocks * len(walk)) as tick, reporter.timed("calibrate"):
-        _forward(opened, walk, tick)
+    walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
+    blocks, known = len(opened.blocks), kept.complete()
+    samples = walk.calibrated if known else 0
+    with reporter.phase("forward", blocks * (len(walk) - samples)) as tick, reporter.timed("calibrate"):
+        _forward(opened, walk, tick, samples)
+    if known:
+        _decompose_known(opened, kept, artefacts, reporter)
+        return artefacts
     if not walk.gradient_path(blocks).exists():
         with reporter.timed("calibrate"):
-            _loss(opened, walk, artefacts, reporter)
+            _loss(opened, walk, kept, artefacts, reporter)
     with reporter.phase("backward and decompose", blocks * walk.calibrated) as tick:
         for block in reversed(range(blocks)):
             if artefacts.done(block):
@@ -49,14 +54,28 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
                             gram=opened.request.method.needs_gradient_gram,
                         )
                         temporary.rename(walk.gradient_path(block))
+                    kept.save(block, statistics)
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.gradient_path(block + 2).unlink(missing_ok=True)
             walk.drop(block + 1, keep_last=True)
     return artefacts
 
 
-def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None:
-    """Hidden states into every block; files that are there already are kept."""
+def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:
+    """Every block with the statistics of an earlier run."""
+    with reporter.phase("decompose", len(opened.blocks)) as tick:
+        for block in range(len(opened.blocks)):
+            if not artefacts.done(block):
+                with opened.walker.block(block):
+                    artefacts.save(block, decompose_block(opened, block, kept.load(block), reporter))
+            tick()
+    outside = len(opened.blocks)
+    if opened.sites_of(outside) and not artefacts.done(outside):
+        artefacts.save(outside, decompose_block(opened, outside, kept.load(outside), reporter))
+
+
+def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None], samples: int) -> None:
+    """Hidden states into every block, from calibration sample `samples` on; files that are there are kept."""
     blocks = len(opened.blocks)
     known = [block for block in range(blocks + 1) if walk.path(block).exists()]
     if blocks in known:
@@ -64,10 +83,10 @@ def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None
     first = walk.start(max(known, default=0))
     for block in range(first, blocks):
         with opened.walker.block(block) as module:
-            walk.step(block, module, [], tick)
+            walk.step(block, module, [], tick, samples)
 
 
-def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Reporter) -> None:
+def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:
     """The gradient that enters the last block from behind, and the sites outside of the blocks."""
     assert opened.calibration is not None
     blocks, outside = len(opened.blocks), opened.sites_of(len(opened.blocks))
@@ -83,6 +102,7 @@ def _loss(opened: Opened, walk: HiddenWalk, artefacts: Artefacts, reporter: Repo
             opened.walker, ids, last, walk.gradients(temporary), outside, gram=gram, sample_seed=seed
         )
         if outside:
-            found = decompose_block(opened, blocks, with_gradients(inputs, gradients, outside), reporter)
-            artefacts.save(blocks, found)
+            statistics = with_gradients(inputs, gradients, outside)
+            kept.save(blocks, statistics)
+            artefacts.save(blocks, decompose_block(opened, blocks, statistics, reporter))
         temporary.rename(walk.gradient_path(blocks))

@@ -17,6 +17,7 @@ from lrcompress.linalg.whitening import aimed
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
+from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
 
 AIM_DAMPING = 0.01
@@ -88,22 +89,32 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     outside = opened.sites_of(blocks)
     if artefacts.complete(opened.sites):
         return artefacts
-    walk = HiddenWalk(opened, scratch / "hidden")
+    walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
+    known = kept.complete()
+    samples = walk.calibrated if known else 0
     first = walk.start(artefacts.leading(blocks))
-    with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
+    with reporter.phase("calibrate and decompose", blocks * (len(walk) - samples)) as tick:
         for block in range(blocks):
             if block < first:
-                skip(tick, len(walk))
+                skip(tick, len(walk) - samples)
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
-                    statistics = walk.step(block, module, opened.sites_of(block), tick)
+                    statistics = walk.step(block, module, [] if known else opened.sites_of(block), tick, samples)
+                    if known:
+                        statistics = kept.load(block)
+                    else:
+                        kept.save(block, statistics)
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.drop(block - 1)
     if outside:
         assert opened.calibration is not None
         ids = opened.calibration.ids
-        statistics = collect_outside(opened.walker, ids, walk.calibration(blocks), outside, walk.weights)
+        if known:
+            statistics = kept.load(blocks)
+        else:
+            statistics = collect_outside(opened.walker, ids, walk.calibration(blocks), outside, walk.weights)
+            kept.save(blocks, statistics)
         artefacts.save(blocks, decompose_block(opened, blocks, statistics, reporter))
     return artefacts
 

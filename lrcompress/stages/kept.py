@@ -1,0 +1,113 @@
+"""Calibration statistics kept between runs, where a cache folder was named: another method or ratio starts there."""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lrcompress import __version__
+from lrcompress.calibration.gradients import with_gradients
+from lrcompress.checkpoint.cache import LABEL, STATISTICS, content_digest, named_cache_folder
+from lrcompress.checkpoint.writer import write_tensors
+from lrcompress.errors import ResourceError
+from lrcompress.protocols import InputStatistics
+from lrcompress.stages.prepare import Opened
+from lrcompress.stages.workspace import write_json
+
+COUNT, TOTAL, SECOND, GRADIENTS = "|count", "|total", "|second", "|gradients"
+
+
+class KeptStatistics:
+    """A file per block under the named cache folder; the key is everything that the statistics depend on.
+
+    They are many: a second moment per input and, for metrics with gradients, per output, in float64. So without a
+    folder that the user named nothing is kept.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self._folder: Path | None = None
+        self._sites = opened.sites
+        named = named_cache_folder()
+        if named is None:
+            return
+        key = statistics_key(opened)
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        self._folder = named / STATISTICS / digest
+        with contextlib.suppress(OSError, ResourceError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            samples, seqlen = key["tokens"]
+            gradients = "" if key["gradients"] is None else ", with gradients"
+            write_json(self._folder / LABEL, {"label": f"{key['name']}, {samples} x {seqlen} tokens{gradients}"})
+
+    def complete(self) -> bool:
+        """Whether every block's statistics are there."""
+        blocks = {site.block for site in self._sites}
+        return self._folder is not None and all(self._path(self._folder, block).exists() for block in blocks)
+
+    def load(self, block: int) -> dict[str, InputStatistics]:
+        """One block's, as they were saved."""
+        assert self._folder is not None
+        with safe_open(self._path(self._folder, block), framework="pt") as file:
+            keys = list(file.keys())
+            parts = {
+                name.removesuffix(SECOND): InputStatistics(
+                    float(file.get_tensor(name.removesuffix(SECOND) + COUNT)),
+                    file.get_tensor(name.removesuffix(SECOND) + TOTAL),
+                    file.get_tensor(name),
+                )
+                for name in keys
+                if name.endswith(SECOND)
+            }
+            gradients = {
+                name.removesuffix(GRADIENTS): file.get_tensor(name) for name in keys if name.endswith(GRADIENTS)
+            }
+        return with_gradients(parts, gradients, self._sites) if gradients else parts
+
+    def save(self, block: int, statistics: dict[str, InputStatistics]) -> None:
+        """Keep one block's; a folder that cannot be written costs time later, nothing now."""
+        if self._folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for site in self._sites:
+            found = statistics.get(site.name, statistics.get(site.group)) if site.block == block else None
+            if found is not None:  # sites of a group have the same sums of their one input
+                count = found.total.new_tensor([found.count])
+                tensors |= {
+                    site.group + COUNT: count,
+                    site.group + TOTAL: found.total,
+                    site.group + SECOND: found.second,
+                }
+                if found.gradients is not None:
+                    tensors[site.name + GRADIENTS] = found.gradients
+        with contextlib.suppress(OSError, ResourceError):
+            write_tensors(self._path(self._folder, block), tensors)
+
+    @staticmethod
+    def _path(folder: Path, block: int) -> Path:
+        return folder / f"block-{block:05d}.safetensors"
+
+
+def statistics_key(opened: Opened) -> dict[str, Any]:
+    """Everything that the dense model's calibration statistics depend on."""
+    assert opened.calibration is not None
+    method, recipe = opened.request.method, opened.request.recipe
+    gradients = None
+    if method.needs_gradients:
+        drawn = recipe.seed if method.options.labels == "sampled" else None
+        gradients = {"gram": method.needs_gradient_gram, "drawn": drawn}
+    return {
+        "name": Path(recipe.model).name,
+        "model": content_digest(opened.model.folder),
+        "text": opened.calibration.digest(),
+        "tokens": list(opened.calibration.ids.shape),
+        "sites": [(site.name, site.group) for site in opened.sites],
+        "sink_share": method.options.sink_share,
+        "gradients": gradients,
+        "compute": [opened.request.device.type, str(opened.walker.dtype)],
+        "versions": {"lrcompress": __version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,91 @@
+"""Calibration statistics between runs: the same bytes without a calibration, and nothing that belongs to another text."""
+
+import shutil
+
+import pytest
+
+from lrcompress.checkpoint.cache import clear, entries
+from tests.conftest import compress_tiny
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """How many calibration samples went through a block, forward or backward."""
+    from lrcompress.calibration import collect, gradients
+    from lrcompress.stages import backward, profile
+
+    counts = {"forward": 0, "backward": 0}
+    forward, back = collect.walk_block, gradients.backward_block
+
+    def counted_forward(*args, **kwargs):
+        sites, counted, first = args[5], args[7], args[9]
+        counts["forward"] += (counted - first) if sites or first < counted else 0
+        return forward(*args, **kwargs)
+
+    def counted_back(*args, **kwargs):
+        counts["backward"] += 1
+        return back(*args, **kwargs)
+
+    monkeypatch.setattr(profile, "walk_block", counted_forward)
+    monkeypatch.setattr(backward, "backward_block", counted_back)
+    return counts
+
+
+def same_weights(one, two):
+    names = {path.name for path in one.folder.glob("*.safetensors")}
+    assert names
+    assert all((one.folder / name).read_bytes() == (two.folder / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "lord"},
+        {"name": "auto", "propagation": "sequential", "toward_dense": 0.5},
+        {"name": "cospadi", "metric": "trace"},
+    ],
+)
+@pytest.mark.parametrize("target", [[], ["lm_head", "*.q_proj", "*.down_proj"]])
+def test_the_second_run_reads_no_text_and_writes_the_same_bytes(llama, tmp_path, monkeypatch, walks, method, target):
+    plain = compress_tiny(llama, tmp_path / "plain", method=method, ratio=0.4, target=target)
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "cache"))
+    first = compress_tiny(llama, tmp_path / "first", method=method, ratio=0.4, target=target)
+    same_weights(plain, first)
+    assert walks["forward"] > 0
+    walks.update(forward=0, backward=0)
+    second = compress_tiny(llama, tmp_path / "second", method=method, ratio=0.4, target=target)
+    same_weights(plain, second)
+    if method.get("propagation") != "sequential":
+        assert walks == {"forward": 0, "backward": 0}
+    assert walks["backward"] == 0
+    assert [entry.kind for entry in entries()] == ["statistics"]
+    clear()
+    assert not entries()
+
+
+def test_methods_and_ratios_share_what_is_equal(llama, tmp_path, cache, walks):
+    compress_tiny(llama, tmp_path / "a", method="lord", ratio=0.2)
+    walks["forward"] = 0
+    compress_tiny(llama, tmp_path / "b", method="welore", ratio=0.5)
+    assert walks["forward"] == 0
+    for change in (
+        {"calibration": {"source": "python-docs", "samples": 3, "seqlen": 64}},
+        {"method": {"name": "lord", "sink_share": 0.0}},
+        {"target": ["*.q_proj"]},
+    ):
+        walks["forward"] = 0
+        compress_tiny(llama, tmp_path / "c", **change)
+        assert walks["forward"] > 0
+        shutil.rmtree(tmp_path / "c")
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(llama, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "file" / "cache"))
+    assert compress_tiny(llama, tmp_path / "out").report["ratio"]["stored"] >= 0.2
