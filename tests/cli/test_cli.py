@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
 from tests.conftest import run_cli
 
@@ -470,7 +471,7 @@ def test_schema_and_shipped_recipes():
     assert schema["properties"].keys() >= {"model", "method", "ratio", "calibration", "expect"}
     for name in shipped_recipes().keys() - {"sweep"}:
         assert load_recipe(name, []).output
-    assert shipped_recipes().keys() >= {"quickstart", "cospadi"}
+    assert shipped_recipes().keys() >= {"quickstart", "sweep", "eora-gptq3", *METHODS.names()}
     unknown = run_cli("run", "quickstrat")
     assert unknown.returncode == 2
     assert "quickstart" in unknown.stderr
