@@ -15,15 +15,20 @@ def export(
         typer.Option(
             metavar="SHAPE",
             help="dense: an ordinary checkpoint, as large as before; peft: eora's corrections as a LoRA adapter, "
-            "and the base beside it.",
+            "and the base beside it; gguf: one file, through llama.cpp's converter, as large as before.",
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Output folder [default: ./CHECKPOINT-SHAPE].")
+        Path | None,
+        typer.Option("--output", "-o", help="Output folder, or file [default: ./CHECKPOINT-SHAPE or CHECKPOINT.gguf]."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="dense: auto (the checkpoint's), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dense, gguf: auto, float32, bfloat16, float16.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    converter: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="gguf: llama.cpp's convert_hf_to_gguf.py [default: that on the PATH]."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output.")] = False,
     trust_remote_code: o.Trust = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -33,17 +38,26 @@ def export(
     from lrcompress.cli.show import quiet_libraries, show_export
     from lrcompress.errors import InputError, nearest
     from lrcompress.export.dense import export_dense
+    from lrcompress.export.gguf import export_gguf
     from lrcompress.export.peft import export_peft
     from lrcompress.report.progress import Reporter
 
-    if to not in ("dense", "peft"):
-        raise InputError(f"--to {to!r} is unknown: {nearest(to, ['dense', 'peft'])}")
+    if to not in (shapes := ["dense", "peft", "gguf"]):
+        raise InputError(f"--to {to!r} is unknown: {nearest(to, shapes)}")
     if to == "peft" and dtype != "auto":
         raise InputError(f"--dtype {dtype} is for --to dense: an adapter and its base keep the checkpoint's numbers")
+    if to != "gguf" and converter is not None:
+        raise InputError(f"--converter is for --to gguf, not for --to {to}: leave it out")
     quiet_libraries()
-    folder = (output or Path(f"{short_name(checkpoint)}-{to}")).expanduser()
+    name = short_name(checkpoint)
+    folder = (output or Path(f"{name}.gguf" if to == "gguf" else f"{name}-{to}")).expanduser()
     reporter = Reporter(quiet=quiet)
-    if to == "peft":
+    if to == "gguf":
+        result = export_gguf(
+            checkpoint, folder, converter=converter, dtype=dtype, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, reporter=reporter,
+        )  # fmt: skip
+    elif to == "peft":
         result = export_peft(checkpoint, folder, shard_size=shard_size, overwrite=overwrite, reporter=reporter)
     else:
         result = export_dense(
