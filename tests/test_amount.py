@@ -13,6 +13,7 @@ from lrcompress.formats import FORMATS, build, spec_multiplies
 from lrcompress.pipeline import compress, make_plan, output_folder
 from lrcompress.protocols import Spec
 from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
+from lrcompress.report.ci import markdown_summary
 from tests.conftest import ARCHITECTURES, compress_tiny, run_cli
 from tests.test_pipeline import header_bytes
 
@@ -221,6 +222,11 @@ def test_the_command_line_asks_for_a_size(llama, tmp_path):
                   "-o", tmp_path / "out", "--save-recipe", tmp_path / "r.yaml")  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "asked for a checkpoint of at most" in run.stdout
+    page = run_cli("report", tmp_path / "out", "--html", tmp_path / "page.html", "--no-generate")
+    assert page.returncode == 0, page.stderr
+    assert "asked for a checkpoint of at most" in (tmp_path / "page.html").read_text()
+    summary = markdown_summary(json.loads((tmp_path / "out/report.json").read_text()))
+    assert "\nAsked for a checkpoint of at most" in summary
     assert all_bytes(tmp_path / "out") <= size
     saved = load_recipe(str(tmp_path / "r.yaml"), [])
     assert saved.model_dump(mode="json") == json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]

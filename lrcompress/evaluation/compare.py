@@ -41,14 +41,14 @@ def evaluate(
     tasks = parse_tasks(spec.tasks)
     expectations = [parse_expectation(text) for text in expect]
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
-    bench = _Bench(model, tasks, spec, options, reporter)
-    seconds = {"model": _timed(bench.run)}
-    facts = bench.facts()
+    both = _Comparison(model, tasks, spec, options, reporter)
+    seconds = {"model": _timed(both.run)}
+    facts = both.facts()
     against: dict[str, Any] | None = None
     if spec.against is not None:
-        seconds["against"] = _timed(bench.compare)
-        against = {"model": spec.against, "results": _flat(tasks, bench.theirs), "tests": bench.tests}
-    results = _flat(tasks, bench.ours)
+        seconds["against"] = _timed(both.compare)
+        against = {"model": spec.against, "results": _flat(tasks, both.theirs), "tests": both.tests}
+    results = _flat(tasks, both.ours)
     judged = [judge(expectation, results, facts, against and against["results"]) for expectation in expectations]
     return {
         "schema": 1,
@@ -61,7 +61,7 @@ def evaluate(
     }
 
 
-class _Bench:
+class _Comparison:
     """One model, then a second one beside it.
 
     Only `tokens:` tasks need both at once, for their predictions are compared block by block: both models' weights and

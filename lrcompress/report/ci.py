@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ET
 from typing import Any
 
-from lrcompress.report.summary import metric_rows
+from lrcompress.report.summary import answer, metric_rows
 
 
 def junit_xml(report: dict[str, Any]) -> str:
@@ -36,6 +36,8 @@ def markdown_summary(report: dict[str, Any]) -> str:
         f"checkpoint {size['checkpoint'] / 1e6:.1f} MB; {report['seconds']['total']:.0f} s.",
         "",
     ]
+    if said := answer(report, report["recipe"]):
+        lines += [said[0].upper() + said[1:] + ".", ""]
     evaluation = report.get("evaluation")
     if evaluation:
         lines += metric_rows(evaluation)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pydantic
 
+from lrcompress.budget import Measure
 from lrcompress.errors import InputError
 from lrcompress.recipe import validated
-from lrcompress.report.summary import load_report
+from lrcompress.report.summary import answer, load_report
 
 
 class Target(pydantic.BaseModel):
@@ -33,6 +34,18 @@ class Ratio(pydantic.BaseModel):
     asked: pydantic.FiniteFloat | None
     stored: pydantic.FiniteFloat
     whole_model: pydantic.FiniteFloat
+    of: Measure = "bytes"
+    counted: pydantic.FiniteFloat | None = None
+
+
+class Search(pydantic.BaseModel):
+    """How a ratio was found for a loss that was allowed."""
+
+    max_loss: pydantic.FiniteFloat
+    dense_perplexity: pydantic.FiniteFloat
+    loss: pydantic.FiniteFloat
+    ratio: pydantic.FiniteFloat
+    candidates: list[dict[str, Any]]
 
 
 class Sizes(pydantic.BaseModel):
@@ -99,6 +112,12 @@ class Finished(pydantic.BaseModel):
     versions: dict[str, str] = {}
     evaluation: Evaluation | None = None
     exported_from: str | None = None
+    search: Search | None = None
+
+    @property
+    def answer(self) -> str | None:
+        """What was asked for and what came of it, where that was not a ratio of bytes or a rank."""
+        return answer(self.model_dump(include={"ratio", "search"}), self.recipe or {})
 
 
 def read_finished(label: str, folder: Path) -> Finished:

@@ -119,7 +119,8 @@ def test_nothing_in_a_report_becomes_markup(everything, measured):
         "calibration": {"sources": [HOSTILE], "tokens": 1, "general": True},
         "warnings": [HOSTILE],
     }
-    data["recipe"] = {HOSTILE: HOSTILE}
+    data["recipe"] = {HOSTILE: HOSTILE, "size": HOSTILE}
+    data["ratio"]["of"] = "flops"
     data["exported_from"] = HOSTILE
     data["evaluation"] = {
         "model": HOSTILE,
