@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import lrcompress  # noqa: F401
-
-VOCABULARY = 320
+from tests.architectures import VOCABULARY, configs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,36 +52,6 @@ def tokenizer(text: str) -> Any:
     )
     raw.train_from_iterator([text[:100_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-
-
-def configs() -> dict[str, Any]:
-    """A tiny config per architecture."""
-    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen3Config
-
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **common}
-    return {
-        "llama": LlamaConfig(num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=256, **llama),
-        "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **llama),
-        "gemma3": Gemma3TextConfig(
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            **llama,
-        ),
-        "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common),
-        "opt": OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            max_position_embeddings=256,
-            **common,
-        ),
-        "gpt_neox": GPTNeoXConfig(max_position_embeddings=256, **llama),
-    }
 
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox"]

@@ -1,7 +1,7 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from lrcompress.allocators.base import check_possible, largest_ratio
 from lrcompress.budget import kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
+from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
+from lrcompress.model.experts import LinearExperts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
@@ -69,6 +71,8 @@ class Opened:
     sites: list[Site]
     dtype: torch.dtype
     calibration: Calibration | None
+    experts: dict[str, LinearExperts] = field(default_factory=dict)
+    """The modules that hold experts, which the dense model has fused."""
 
     @property
     def blocks(self) -> list[str]:
@@ -137,16 +141,17 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_dense(recipe.model)
-    reader = model.reader()
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
+    experts = linearise(skeleton)
+    reader = ExpertReader(model.folder, skeleton)
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
     warn_few_targets(skeleton, sites, reporter)
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
     open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
     check_amount(opened)
     if calibrate:
