@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.protocols import TensorSource
 
@@ -100,6 +101,37 @@ class BlockWalker:
             return captured.hidden
         finally:
             handle.remove()
+        raise InputError("the model never called its first block: it cannot be walked block by block")
+
+    def uncalled(self, names: Sequence[str]) -> list[str]:
+        """Those of the layers `names` that the first block holds but does not call when it runs: it reads their weights.
+
+        An expert to which nothing was sent counts as called.
+        """
+        first = self.model.get_submodule(self.blocks[0])
+        own = {name for name in names if name.startswith(self.blocks[0] + ".")}
+        seen = {name for name in own if experts_of(name, linear_experts(self.model)) is not None}
+        forward = first.forward
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            with self.block(0):
+                forward(*args, **kwargs)
+            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_: seen.add(name)
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
+        first.forward = run
+        try:
+            with torch.no_grad():
+                self._forward(torch.arange(4))
+        except _HiddenCaptured:
+            return [name for name in names if name in own - seen]
+        finally:
+            del first.forward
+            for handle in handles:
+                handle.remove()
         raise InputError("the model never called its first block: it cannot be walked block by block")
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:

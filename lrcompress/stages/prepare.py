@@ -146,11 +146,11 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     experts = linearise(skeleton)
     reader = ExpertReader(model.folder, skeleton)
     blocks = find_blocks(skeleton)
-    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
-    warn_few_targets(skeleton, sites, reporter)
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
+    sites = _called(find_sites(skeleton, blocks, recipe.target, recipe.ignore), walker, reporter)
+    warn_few_targets(skeleton, sites, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
     open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
     check_amount(opened)
@@ -267,6 +267,18 @@ def calibrate_model(opened: Opened) -> None:
     with torch.no_grad():
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = group_sites(opened.sites, groups)
+
+
+def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[Site]:
+    """The sites whose layers are called when their block runs; others' weights are read past them (Mamba's dt_proj)."""
+    uncalled = set(walker.uncalled([site.name for site in sites]))
+    kinds = {site.kind for site in sites if site.name in uncalled}
+    left = [site for site in sites if site.kind not in kinds]
+    if not left:
+        raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
+    if kinds:
+        reporter.say(f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}")
+    return left
 
 
 def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:
