@@ -1,6 +1,6 @@
 """Running a model block by block: only one block's weights are in memory at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -209,10 +209,19 @@ class BlockWalker:
             raise InputError(
                 f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
             )
-        return groups
+        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
 
     def _forward(self, ids: Tensor) -> Any:
         return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+
+
+def _unrouted(sites: Sequence[str], experts: Iterable[str]) -> dict[str, str]:
+    """As BlockWalker.probe, for sites of experts to which nothing was sent: all but down_proj read the same."""
+    first: dict[str, str] = {}
+    names = [name for name in sites if experts_of(name, experts) is not None]
+    return {
+        name: name if name.endswith(".down_proj") else first.setdefault(name.rpartition(".")[0], name) for name in names
+    }
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
