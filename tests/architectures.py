@@ -58,3 +58,6 @@ FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon",
     "bloom", "mpt", "cohere", "stablelm", "gpt_bigcode", "mamba", "deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss",
 ]  # fmt: skip
+
+MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]
+"""Those whose experts are fused."""

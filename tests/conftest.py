@@ -59,13 +59,18 @@ ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox"]
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
-    """make_model(architecture, shards=False): a saved float32 checkpoint, made once per session."""
+    """make_model(architecture, shards=False, rank=None): a saved float32 checkpoint, made once per session.
+
+    With `rank`, every matrix in its blocks has that rank.
+    """
     from transformers import AutoModelForCausalLM
 
-    made: dict[tuple[str, bool], Path] = {}
+    from lrcompress.model.skeleton import find_blocks
 
-    def make(architecture: str = "llama", *, shards: bool = False) -> Path:
-        key = (architecture, shards)
+    made: dict[tuple[str, bool, int | None], Path] = {}
+
+    def make(architecture: str = "llama", *, shards: bool = False, rank: int | None = None) -> Path:
+        key = (architecture, shards, rank)
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
@@ -74,6 +79,12 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
                 for parameter in model.parameters():  # larger than the usual initialisation, so that layers matter
                     if parameter.dim() > 1:
                         parameter.mul_(4)
+                blocks = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
+                for parameter in blocks.parameters() if rank is not None else []:
+                    if parameter.dim() > 1:
+                        left, values, right = torch.linalg.svd(parameter, full_matrices=False)
+                        values[..., rank:] = 0
+                        parameter.copy_(left * values[..., None, :] @ right)
             model.save_pretrained(folder, **({"max_shard_size": "40KB"} if shards else {}))
             tokenizer.save_pretrained(folder)
             made[key] = folder

@@ -89,7 +89,9 @@ def _pooled(known: Sequence[InputStatistics], *, inner_inputs: bool) -> InputSta
     if inner_inputs:
         pooled.second, pooled.total = _even(pooled.second), torch.zeros_like(pooled.total)
     if known[0].gradients is not None:
-        gradients = sum((one.rows * one.gradients for one in known if one.gradients is not None), start=torch.tensor(0.0))
+        gradients = sum(
+            (one.rows * one.gradients for one in known if one.gradients is not None), start=torch.tensor(0.0)
+        )
         gradients = gradients / sum(one.rows for one in known)
         pooled.gradients = gradients if inner_inputs else _even(gradients)
     return pooled

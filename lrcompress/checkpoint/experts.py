@@ -86,7 +86,10 @@ class ExpertReader(CheckpointReader):
                 fused.converter = renaming.converter(pattern)
         for name, fused in self._fused.items():
             module = self._modules[fused.experts]
-            shape, dtype = module.fused_shapes()[fused.parameter], super().meta(next(iter(fused.sources.values()))[0]).dtype
+            shape, dtype = (
+                module.fused_shapes()[fused.parameter],
+                super().meta(next(iter(fused.sources.values()))[0]).dtype,
+            )
             self._check(name, fused, module)
             self._shapes[name] = torch.empty(shape, dtype=dtype, device="meta")
             for key, part in module.split(fused.parameter, self._shapes[name][0]).items():
@@ -99,9 +102,7 @@ class ExpertReader(CheckpointReader):
         counts = {len(names) for names in fused.sources.values()}
         if fused.whole:
             counts = {super(ExpertReader, self).meta(names[0]).shape[0] for names in fused.sources.values()}
-        metas = {
-            pattern: super(ExpertReader, self).meta(names[0]) for pattern, names in fused.sources.items()
-        }
+        metas = {pattern: super(ExpertReader, self).meta(names[0]) for pattern, names in fused.sources.items()}
         found = None
         if counts == {module.count}:
             found = self._convert(fused, {p: m[:1] if fused.whole else m for p, m in metas.items()}).shape
@@ -125,12 +126,12 @@ class ExpertReader(CheckpointReader):
         if fused.converter is None:
             return next(iter(slices.values()))[0]
         converter, name = copy.deepcopy(fused.converter), f"{fused.experts}.{fused.parameter}"
-        for pattern, tensor in slices.items():
-            converter.add_tensor(name, name, pattern, tensor)
+        for pattern, piece in slices.items():
+            converter.add_tensor(name, name, pattern, piece)
         made: dict[str, Any] = converter.convert(name, model=self._model, config=self._model.config)
         result = made[name]
-        tensor: Tensor = result[0] if isinstance(result, list) else result
-        return tensor[0]
+        whole: Tensor = result[0] if isinstance(result, list) else result
+        return whole[0]
 
     def _whole(self, name: str) -> Tensor:
         """All experts' slices, one above the other."""

@@ -104,7 +104,7 @@ class BlockWalker:
         raise InputError("the model never called its first block: it cannot be walked block by block")
 
     def uncalled(self, names: Sequence[str]) -> list[str]:
-        """Those of the layers `names` that the first block holds but does not call when it runs: it reads their weights.
+        """Those of the layers `names` in the first block that it does not call when it runs: it reads their weights.
 
         An expert to which nothing was sent counts as called.
         """

@@ -4,6 +4,7 @@ transformers 5 holds the experts of a layer in three-dimensional parameters and 
 linear layers they are weights like any other: they have inputs of their own, formats, and names on disk.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,7 +15,9 @@ INTERLEAVED, FLAGS = "is_concatenated", ("is_transposed", "has_bias", "has_gate"
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `module` holds experts as transformers' `use_experts_implementation` describes them, and nothing else."""
-    if not all(hasattr(module, flag) for flag in (INTERLEAVED, *FLAGS)) or getattr(module, "has_post_expert_norm", 0):
+    if not all(hasattr(module, flag) for flag in (INTERLEAVED, *FLAGS)) or getattr(
+        module, "has_post_expert_norm", False
+    ):
         return False
     names = {_first(module), "down_proj"}
     wanted = names | {f"{name}_bias" for name in names} if module.has_bias else names
@@ -94,6 +97,23 @@ class LinearExperts(nn.Module):
         stem = name.removesuffix("_bias")
         return [f"{part}.{leaf}" for part in (("gate_proj", "up_proj") if stem == "gate_up_proj" else (stem,))]
 
+    def fusable(self) -> bool:
+        """Whether every expert is linear layers with a bias where the fused module has one."""
+        layers = [layer for name, layer in self.named_modules() if name.count(".") == 1]
+        return all(type(layer) is nn.Linear and (layer.bias is not None) == self.fused[0].has_bias for layer in layers)
+
+    @torch.no_grad()
+    def as_fused(self) -> nn.Module:
+        """The fused module with these weights."""
+        fused = copy.deepcopy(self.fused[0])
+        for name in self.fused_shapes():
+            slices = [
+                self.join(name, {key: expert.get_parameter(key) for key in self.tensors_of(name)})
+                for expert in self.children()
+            ]
+            setattr(fused, name, nn.Parameter(torch.stack(slices)))
+        return fused.train(self.training)
+
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """One expert's tensors, by their names in it, from its slice of fused parameter `name`."""
         tensor = tensor.T if self.fused[0].is_transposed and tensor.dim() == 2 else tensor
@@ -132,6 +152,13 @@ def linearise(model: nn.Module, holding: Iterable[str] | None = None) -> dict[st
     for name, module in made.items():
         model.set_submodule(name, module)
     return made
+
+
+def fuse(model: nn.Module) -> None:
+    """Put fused modules back in the place of LinearExperts, but for those whose experts have more than these hold."""
+    for name, module in linear_experts(model).items():
+        if module.fusable():
+            model.set_submodule(name, module.as_fused())
 
 
 def linear_experts(model: nn.Module) -> dict[str, LinearExperts]:

@@ -14,8 +14,10 @@ from lrcompress.protocols import Site
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, a class of its own that computes the same (Falcon's), or GPT-2's Conv1D, whose weight is transposed."""
-    return type(module) is nn.Linear or is_conv1d(module) or (isinstance(module, nn.Linear) and _computes_linear(module))
+    """nn.Linear, a class derived from it that computes the same, or GPT-2's Conv1D, whose weight lies transposed."""
+    return (
+        type(module) is nn.Linear or is_conv1d(module) or (isinstance(module, nn.Linear) and _computes_linear(module))
+    )
 
 
 def _computes_linear(module: nn.Linear) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.base import check_possible, largest_ratio
-from lrcompress.budget import kept_bytes, parse_size
+from lrcompress.budget import FEW_TARGETS, kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.experts import ExpertReader
@@ -25,10 +25,8 @@ from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import block_and_kind
 from lrcompress.stages.costs import Costs, costs
-
-FEW_TARGETS = 0.3
-"""Below this share of the model's parameters a ratio of the targets says little about the model."""
 
 
 @dataclass(frozen=True)
@@ -277,18 +275,26 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
     if not left:
         raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
     if kinds:
-        reporter.say(f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}")
+        reporter.say(
+            f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}"
+        )
     return left
 
 
 def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:
-    """Say so where most of a model's parameters are no targets."""
+    """Say so where most of a model's parameters are no targets, and where most of those are."""
     targeted = sum(site.shape[0] * site.shape[1] for site in sites)
     total = sum(parameter.numel() for parameter in model.parameters())
     if targeted < FEW_TARGETS * total:
+        weights, others = {f"{site.name}.weight" for site in sites}, dict[str, int]()
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                kind = block_and_kind(name)[1]
+                others[kind] = others.get(kind, 0) + parameter.numel()
+        largest = max(others, key=lambda kind: others[kind])
         reporter.warn(
-            f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters: "
-            "the whole-model ratio will be far below the asked one"
+            f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters, {largest} alone "
+            f"{others[largest] / total:.0%}: a ratio of the targets says little here, read that of the whole model"
         )
 
 
