@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.calibration.routing import complete
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.linalg.whitening import aimed
@@ -206,12 +207,22 @@ class HiddenWalk:
 def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
     """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
     found: Found = {}
+    if statistics and opened.experts:
+        statistics = complete(opened.sites_of(block), statistics, opened.experts, _tokens(opened))
     for site in opened.sites_of(block):
         start = time.perf_counter()
         with reporter.timed("decompose"):
             found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
         reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
     return found
+
+
+def _tokens(opened: Opened) -> float:
+    """How many tokens the statistics of a block count."""
+    assert opened.calibration is not None
+    samples, length = opened.calibration.ids.shape
+    weights = token_weights(length, opened.request.method.options.sink_share)
+    return samples * (length if weights is None else float(weights.sum()))
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
@@ -228,8 +239,9 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
         artefact = method.decompose(site, weight, statistics)
         curve = method.curve(site, opened.dtype.itemsize)
-        artefact["errors"] = method.errors(artefact, curve)
-        artefact["total"] = torch.tensor(method.total(artefact), dtype=torch.float64)
+        share = 1.0 if statistics is None or method.metric == "plain" else statistics.share
+        artefact["errors"] = share * method.errors(artefact, curve)
+        artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:

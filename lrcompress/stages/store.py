@@ -16,6 +16,7 @@ from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
+from lrcompress.model.experts import experts_of
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
@@ -137,9 +138,10 @@ class Layout:
         self.planned: list[tuple[str, Tensor]] = []
         self.ends: dict[int, int] = {}
         self._own: dict[int, list[str]] = {}
+        self._empty: set[str] = set()
         self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
         stems = {block + ".": i for i, block in enumerate(opened.blocks)}
-        for name in opened.walker.names:
+        for name in self._names():
             index = next((i for stem, i in stems.items() if name.startswith(stem)), len(stems))
             self._own.setdefault(index, []).append(name)
         for index in [len(stems), *range(len(stems))]:
@@ -147,10 +149,35 @@ class Layout:
                 self.planned += self._plan_tensor(name)
             self.ends[index] = len(self.planned)
 
+    def _names(self) -> list[str]:
+        """Names of the dense model's tensors, experts fused as there unless one of theirs is compressed.
+
+        Those follow the empty tensors that stand for the fused ones.
+        """
+        experts = self._opened.experts
+        touched = {experts_of(name, experts) for name in self._compressed}
+        found: dict[str, None] = {}
+        for name in self._opened.walker.names:
+            holder = experts_of(name, experts)
+            if holder is None:
+                found[name] = None
+            elif holder in touched:
+                self._empty |= {f"{holder}.{key}" for key in experts[holder].fused_weights()}
+                found |= dict.fromkeys([*(f"{holder}.{key}" for key in experts[holder].fused_weights()), name])
+            else:
+                found |= dict.fromkeys(f"{holder}.{key}" for key in experts[holder].fused_shapes())
+        return list(found)
+
+    def _key(self, name: str) -> str:
+        """What the reader calls a tensor that is written as it is."""
+        return self._opened.walker.names.get(name, name)
+
     def _plan_tensor(self, name: str) -> list[tuple[str, Tensor]]:
         module, _, leaf = name.rpartition(".")
+        if name in self._empty:
+            return [(name, torch.empty(0, dtype=self._opened.dtype, device="meta"))]
         if module not in self._compressed:
-            meta = self._opened.reader.meta(self._opened.walker.names[name])
+            meta = self._opened.reader.meta(self._key(name))
             return [(name, torch.empty(meta.shape, dtype=self._opened.written_dtype(meta), device="meta"))]
         if leaf != "weight":
             return []
@@ -161,9 +188,10 @@ class Layout:
         """The tensors of a block in the planned order."""
         for name in self._own.get(block, []):
             module, _, leaf = name.rpartition(".")
-            if module not in self._compressed:
-                key = self._opened.walker.names[name]
-                for _, tensor in self._opened.reader.read([key]):
+            if name in self._empty:
+                yield name, torch.empty(0, dtype=self._opened.dtype)
+            elif module not in self._compressed:
+                for _, tensor in self._opened.reader.read([self._key(name)]):
                     yield name, tensor.to(self._opened.written_dtype(tensor))
             elif leaf == "weight":
                 encoded = encoder(module)
