@@ -2,27 +2,15 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lrcompress.calibration.routing import LEAST_SHARE, complete
-from lrcompress.checkpoint.experts import ExpertReader
-from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.errors import InputError
-from lrcompress.export.dense import export_dense
-from lrcompress.model.experts import LinearExperts, fuse, linear_experts, linearise
-from lrcompress.model.skeleton import checkpoint_names, empty_model
+from lrcompress.model.experts import LinearExperts, linear_experts
 from lrcompress.model.surgery import dense_parts, stored_layers
-from lrcompress.model.targets import is_linear
-from lrcompress.protocols import InputStatistics, Site
-from lrcompress.report.inspection import inspect_model
-from tests.architectures import FAMILIES, MIXTURES, configs
+from tests.architectures import FAMILIES
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)

@@ -1,7 +1,7 @@
 """Gathering input statistics while a block runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import Routes
 from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
 
@@ -56,6 +57,24 @@ class InputCollector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def summed(self, device: torch.device) -> dict[str, InputStatistics]:
+        """The statistics of all processes together; of this one alone where there are no others."""
+        team = processes()
+        if team.size == 1 or not self._sites:
+            return self.statistics
+        drifts = any(team.gather(any(one.drift is not None for one in self.statistics.values())))
+        found = {}
+        for site in self._sites:
+            if site.group != site.name:
+                continue
+            one = self.statistics.get(site.group) or InputStatistics.zeros(site.shape[1], device)
+            counts = one.total.new_tensor([one.count, one.rows])
+            drift = one.drift if one.drift is not None else torch.zeros_like(one.second) if drifts else None
+            team.add_up([counts, one.total, one.second, *([] if drift is None else [drift])])
+            if counts[1] > 0:
+                found[site.group] = replace(one, count=float(counts[0]), rows=int(counts[1]), drift=drift)
+        return found
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -143,7 +162,7 @@ def walk_block(
                 collector.close()
             run_sample(walker, index, module, before, after, sample)
             tick()
-    return collector.statistics
+    return collector.summed(walker.device)
 
 
 def run_sample(
@@ -184,7 +203,7 @@ def collect_beside_dense(
             collector.dense, recorder.last = recorder.last, {}
         with collector:
             walker.run(index, module, hidden.read(sample).to(walker.device, walker.dtype))
-    return collector.statistics
+    return collector.summed(walker.device)
 
 
 @torch.no_grad()
@@ -195,4 +214,4 @@ def collect_outside(
     with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(last)):
             walker.logits(ids[sample], last.read(sample).to(walker.device, walker.dtype))
-    return collector.statistics
+    return collector.summed(walker.device)
