@@ -9,6 +9,9 @@ from lrcompress.errors import InputError
 
 MEGABYTE = 10**6
 
+FEW_TARGETS = 0.5
+"""Where the targets hold less than this part of a model, a ratio of theirs says little about it."""
+
 Measure = Literal["bytes", "flops", "rank"]
 """What a ratio counts: stored bytes, multiply-adds per token, or the sum of ranks (WeLore's convention)."""
 

@@ -18,6 +18,7 @@ from lrcompress.evaluation.compare import check_chat_template, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import memory_hint
+from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import write_card
@@ -48,6 +49,7 @@ def compress(
     reporter = reporter or Reporter(quiet=True)
     output = output_folder(recipe)
     request = check_request(recipe)
+    join_processes(request, reporter)
     if resume and (finished := _finished(output, recipe)):
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
@@ -55,6 +57,18 @@ def compress(
     with errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"), workspace:
         report = _compress(request, workspace, reporter)
     return Result(output, report)
+
+
+def join_processes(request: Request, reporter: Reporter) -> None:
+    """Find the other processes of this run, if it has some; only the first one speaks."""
+    team = join(request.device)
+    samples = sum(samples for _, samples, _ in request.sources)
+    if request.recipe.max_loss is not None:
+        refuse_several("the search for a ratio that max_loss allows")
+    if samples < team.size:
+        raise InputError(f"{samples} calibration samples are too few for {team.size} processes: one each at least")
+    if not team.first:
+        reporter.silence()
 
 
 @contextmanager
@@ -108,17 +122,21 @@ def write_checkpoint(
     plan = allocate(opened, artefacts)
     if opened.request.sequential:
         artefacts = propagate(opened, plan, artefacts, scratch, reporter)
+        processes().wait()
         note_errors(plan, summaries(opened, artefacts))
     assert artefacts is not None
-    write_json(folder / "plan.json", plan_json(opened, plan))
+    if processes().first:
+        write_json(folder / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
         store(opened, plan, artefacts, folder, scratch, reporter)
+    processes().wait()
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
     if found is not None:
         report["search"] = found
-    write_json(folder / "report.json", report)
-    write_card(folder, report, opened.request.recipe)
+    if processes().first:
+        write_json(folder / "report.json", report)
+        write_card(folder, report, opened.request.recipe)
     return report
 
 
@@ -126,6 +144,7 @@ def run_recipe(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
 ) -> Result:
     """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`."""
+    refuse_several("run")
     spec = recipe.evaluate
     for text in recipe.expect:
         parse_expectation(text)
@@ -153,6 +172,7 @@ def run_recipe(
 
 def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
     """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
+    refuse_several("a plan")
     reporter = reporter or Reporter(quiet=True)
     if recipe.max_loss is not None:
         raise InputError(
@@ -180,6 +200,7 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
     artefacts = walk(opened, scratch, reporter)
     if request.allocator.needs_sensitivity and request.recipe.rank is None:
         measure_sensitivities(opened, artefacts, reporter)
+    processes().wait()
     return artefacts
 
 

@@ -111,6 +111,8 @@ class InputStatistics:
     gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
     where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
+    rows: how many there were, whatever their weights; share: the part of the block's tokens that they count for, less
+    than 1 for an expert's.
     """
 
     count: float
@@ -118,6 +120,8 @@ class InputStatistics:
     second: Tensor
     gradients: Tensor | None = None
     drift: Tensor | None = None
+    rows: int = 0
+    share: float = 1.0
 
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
@@ -138,6 +142,7 @@ class InputStatistics:
             away = dense.detach().flatten(0, -2).float() - rows
             away = away if weights is None else away * weights[:, None]
             self.drift = (0.0 if self.drift is None else self.drift) + (away.T @ rows).double()
+        self.rows += rows.shape[0]
         if weights is None:
             self.count += rows.shape[0]
             self.total += rows.sum(0, dtype=torch.float64)
@@ -150,6 +155,7 @@ class InputStatistics:
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another batch or process."""
         self.count += other.count
+        self.rows += other.rows
         self.total += other.total
         self.second += other.second
         if other.drift is not None:

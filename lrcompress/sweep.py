@@ -14,6 +14,7 @@ from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import errors_in_words, identity, profile_model, write_checkpoint
+from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
@@ -45,6 +46,7 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     Writes points/NAME.json as they come, then sweep.csv and one picture per perplexity. Returns {"dense": results,
     "points": [...]}. InputError, before anything runs, where the folder holds another sweep.
     """
+    refuse_several("a sweep")
     reporter = reporter or Reporter(quiet=True)
     folder = Path(recipe.output).expanduser()
     points = [Point(m, r, s) for s in recipe.seeds for m in recipe.methods for r in sorted(recipe.ratios)]

@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import lrcompress  # noqa: F401
-
-VOCABULARY = 320
+from tests.architectures import VOCABULARY, configs
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,48 +55,23 @@ def tokenizer(text: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 
-def configs() -> dict[str, Any]:
-    """A tiny config per architecture."""
-    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, Qwen3Config
-
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **common}
-    return {
-        "llama": LlamaConfig(num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=256, **llama),
-        "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **llama),
-        "gemma3": Gemma3TextConfig(
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            **llama,
-        ),
-        "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common),
-        "opt": OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            max_position_embeddings=256,
-            **common,
-        ),
-        "gpt_neox": GPTNeoXConfig(max_position_embeddings=256, **llama),
-    }
-
-
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox"]
 
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
-    """make_model(architecture, shards=False): a saved float32 checkpoint, made once per session."""
+    """make_model(architecture, shards=False, rank=None): a saved float32 checkpoint, made once per session.
+
+    With `rank`, every matrix in its blocks has that rank.
+    """
     from transformers import AutoModelForCausalLM
 
-    made: dict[tuple[str, bool], Path] = {}
+    from lrcompress.model.skeleton import find_blocks
 
-    def make(architecture: str = "llama", *, shards: bool = False) -> Path:
-        key = (architecture, shards)
+    made: dict[tuple[str, bool, int | None], Path] = {}
+
+    def make(architecture: str = "llama", *, shards: bool = False, rank: int | None = None) -> Path:
+        key = (architecture, shards, rank)
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
             torch.manual_seed(0)
@@ -106,6 +80,12 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
                 for parameter in model.parameters():  # larger than the usual initialisation, so that layers matter
                     if parameter.dim() > 1:
                         parameter.mul_(4)
+                blocks = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
+                for parameter in blocks.parameters() if rank is not None else []:
+                    if parameter.dim() > 1:
+                        left, values, right = torch.linalg.svd(parameter, full_matrices=False)
+                        values[..., rank:] = 0
+                        parameter.copy_(left * values[..., None, :] @ right)
             model.save_pretrained(folder, **({"max_shard_size": "40KB"} if shards else {}))
             tokenizer.save_pretrained(folder)
             made[key] = folder

@@ -1,13 +1,16 @@
 """Gathering input statistics while a block runs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.calibration.routing import Routes
 from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
 
@@ -32,11 +35,13 @@ class InputCollector:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], weights: Tensor | None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self.dense: dict[str, Tensor] = {}
+        self.dense: dict[str, Recorded] = {}
         self._model, self._sites, self._weights = model, sites, weights
+        self._routes = Routes(model, [site.name for site in sites])
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "InputCollector":
+        self._routes.listen()
         for site in self._sites:
             if site.group == site.name:
                 layer = self._model.get_submodule(site.name)
@@ -48,51 +53,87 @@ class InputCollector:
 
     def close(self) -> None:
         """Stop counting."""
+        self._routes.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def summed(self, device: torch.device) -> dict[str, InputStatistics]:
+        """The statistics of all processes together; of this one alone where there are no others."""
+        team = processes()
+        if team.size == 1 or not self._sites:
+            return self.statistics
+        drifts = any(team.gather(any(one.drift is not None for one in self.statistics.values())))
+        found = {}
+        for site in self._sites:
+            if site.group != site.name:
+                continue
+            one = self.statistics.get(site.group) or InputStatistics.zeros(site.shape[1], device)
+            counts = one.total.new_tensor([one.count, one.rows])
+            drift = one.drift if one.drift is not None else torch.zeros_like(one.second) if drifts else None
+            team.add_up([counts, one.total, one.second, *([] if drift is None else [drift])])
+            if counts[1] > 0:
+                found[site.group] = replace(one, count=float(counts[0]), rows=int(counts[1]), drift=drift)
+        return found
+
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if site.group not in self.statistics:
+                self.statistics[site.group] = InputStatistics.zeros(site.shape[1], args[0].device)
+            rows, tokens = args[0].detach().flatten(0, -2), self._routes.tokens(site.name)
+            weights = None if self._weights is None else self._weights.to(rows.device)
+            if weights is not None:
+                weights = weights if tokens is None else weights[tokens]
+            dense = self.dense.pop(site.group, None)
+            counterparts = None if dense is None else dense.beside(rows, tokens)
+            self.statistics[site.group].update(rows, weights, counterparts)
+
+        return hook
+
+
+@dataclass
+class Recorded:
+    """Input rows (rows, in) of a layer and, for an expert's, the tokens (rows,) that they belong to."""
+
+    rows: Tensor
+    tokens: Tensor | None
+
+    def beside(self, rows: Tensor, tokens: Tensor | None) -> Tensor:
+        """The recorded row of the same token for each of `rows`; the row itself where its token was sent elsewhere."""
+        if tokens is None or self.tokens is None:
+            return self.rows
+        found = rows.clone()
+        mine, recorded = torch.where(tokens[:, None] == self.tokens)
+        found[mine] = self.rows[recorded]
+        return found
+
+
+class InputRecorder:
+    """Context manager: while open, `last` holds the last input of every group of sites."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.last: dict[str, Recorded] = {}
+        self._model, self._sites = model, sites
+        self._routes = Routes(model, [site.name for site in sites])
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "InputRecorder":
+        self._routes.listen()
+        for site in self._sites:
+            if site.group == site.name:
+                layer = self._model.get_submodule(site.name)
+                self._handles.append(layer.register_forward_pre_hook(self._hook(site)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._routes.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if site.group not in self.statistics:
-                self.statistics[site.group] = InputStatistics.zeros(site.shape[1], args[0].device)
-            rows = args[0].detach().flatten(0, -2)
-            weights = self._weights
-            if weights is not None and len(weights) == len(rows):
-                weights = weights.to(rows.device)
-            else:  # rows that are not the block's tokens in their order (a routed expert's)
-                weights = None
-            dense = self.dense.pop(site.group, None)
-            if dense is not None and len(dense) != len(rows):
-                dense = None  # the router sent other tokens here
-            self.statistics[site.group].update(rows, weights, dense)
-
-        return hook
-
-
-class InputRecorder:
-    """Context manager: while open, `rows` holds the last input (rows, in) of every group of sites."""
-
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        self.rows: dict[str, Tensor] = {}
-        self._model, self._sites = model, sites
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> "InputRecorder":
-        for site in self._sites:
-            if site.group == site.name:
-                layer = self._model.get_submodule(site.name)
-                self._handles.append(layer.register_forward_pre_hook(self._hook(site.group)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _hook(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.rows[group] = args[0].detach().flatten(0, -2)
+            self.last[site.group] = Recorded(args[0].detach().flatten(0, -2), self._routes.tokens(site.name))
 
         return hook
 
@@ -121,7 +162,7 @@ def walk_block(
                 collector.close()
             run_sample(walker, index, module, before, after, sample)
             tick()
-    return collector.statistics
+    return collector.summed(walker.device)
 
 
 def run_sample(
@@ -159,10 +200,10 @@ def collect_beside_dense(
         if dense is not None:
             with recorder:
                 walker.run(index, module, dense.read(sample).to(walker.device, walker.dtype))
-            collector.dense = recorder.rows
+            collector.dense, recorder.last = recorder.last, {}
         with collector:
             walker.run(index, module, hidden.read(sample).to(walker.device, walker.dtype))
-    return collector.statistics
+    return collector.summed(walker.device)
 
 
 @torch.no_grad()
@@ -173,4 +214,4 @@ def collect_outside(
     with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(last)):
             walker.logits(ids[sample], last.read(sample).to(walker.device, walker.dtype))
-    return collector.statistics
+    return collector.summed(walker.device)

@@ -10,6 +10,7 @@ from lrcompress.calibration.collect import InputCollector
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
 CHUNK = 256
@@ -38,9 +39,17 @@ class GradientCollector:
         for handle in self._handles:
             handle.remove()
 
-    def moments(self) -> dict[str, Tensor]:
-        """Site name to the second moment per row, or its diagonal, float64."""
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+    def moments(self, device: torch.device) -> dict[str, Tensor]:
+        """Site name to the second moment per row, or its diagonal, float64; over the rows of all processes."""
+        found = {}
+        for site in self._sites:
+            shape = (site.shape[0], site.shape[0]) if self._gram else (site.shape[0],)
+            total = self._sums.get(site.name, torch.zeros(shape, dtype=torch.float64, device=device))
+            count = total.new_tensor(float(self._counts.get(site.name, 0)))
+            processes().add_up([total, count])
+            if count > 0:
+                found[site.name] = total / count
+        return found
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(gradient: Tensor) -> None:
@@ -64,11 +73,13 @@ def loss_gradients(
     *,
     gram: bool,
     sample_seed: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Write the gradient of the summed next-token loss with respect to the hidden states that leave the last block.
 
     With a `sample_seed` the labels are drawn from the model's own predictions, so that the gradients' second moment
     is the Fisher information and not its empirical stand-in (arXiv 1905.12558); otherwise they are the text's tokens.
+    `numbers` are those of the samples among all processes' (0, 1, ... where None), which the draws depend on.
     Returns the gradients' moments at `sites`, those outside the blocks; `gram` as for GradientCollector.
     """
     generator = torch.Generator()
@@ -76,7 +87,7 @@ def loss_gradients(
         for sample in range(len(last)):
             hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
             tokens = ids[sample].to(walker.device)
-            generator.manual_seed((sample_seed or 0) + sample)
+            generator.manual_seed((sample_seed or 0) + (sample if numbers is None else numbers[sample]))
             for start in range(0, len(tokens) - 1, CHUNK):
                 stop = min(start + CHUNK, len(tokens) - 1)
                 with torch.enable_grad():
@@ -88,7 +99,7 @@ def loss_gradients(
                     loss.backward()
             assert hidden.grad is not None
             out.write(sample, hidden.grad)
-    return collector.moments()
+    return collector.moments(walker.device)
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -130,7 +141,7 @@ def backward_block(
                 )
             gradient_before.write(sample, hidden.grad)
             tick()
-    return with_gradients(inputs.statistics, gradients.moments(), sites)
+    return with_gradients(inputs.summed(walker.device), gradients.moments(walker.device), sites)
 
 
 def with_gradients(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.bases import StoredWeights
+from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest, read_weight
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
@@ -85,7 +86,7 @@ def open_existing(folder: Path, dense: Dense) -> StoredWeights:
         _check_site(folder, name, spec, sites.get(name), dense)
         if name in stored:
             _check_stored(folder, name, stored[name], reader, dense)
-    _check_rest(folder, reader, weights.specs, dense)
+    _check_rest(folder, ExpertReader(folder, dense.skeleton, weights.specs), weights.specs, dense)
     return weights
 
 

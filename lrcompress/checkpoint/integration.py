@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -18,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
 from lrcompress.errors import InputError
+from lrcompress.model.experts import linear_experts, linearise
 from lrcompress.model.surgery import connect, densify, install
 
 
@@ -45,6 +47,9 @@ class LrcompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         manifest = self.quantization_config.manifest()
+        for experts in linearise(model, manifest.modules).values():
+            with torch.device("meta"):
+                experts.mark()
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)
@@ -53,6 +58,17 @@ class LrcompressQuantizer(HfQuantizer):
             _check_shape(name, replaced, spec.shape, spec.conv1d)
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
         connect(model, manifest.modules)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Without the conversions into fused experts: we store experts as they are here."""
+        modules = linear_experts(model)
+        fused = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
+
+        def makes_fused(conversion: Any) -> bool:
+            patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
+            return any(pattern in name for name in fused for pattern in patterns)
+
+        return [conversion for conversion in weight_conversions if not makes_fused(conversion)]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())

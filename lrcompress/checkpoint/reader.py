@@ -68,10 +68,21 @@ class CheckpointReader:
         for path, wanted in by_file.items():
             with safe_open(path, framework="pt") as shard:
                 for name in wanted:
-                    tensor = shard.get_tensor(name).clone()
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        raise InputError(f"tensor {name} in {path} has non-finite numbers: the checkpoint is damaged")
-                    yield name, tensor
+                    yield name, _finite(name, path, shard.get_tensor(name).clone())
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """Element `index` of the first dimension of a tensor, as (1, ...); checked as in `read`."""
+        from safetensors import safe_open
+
+        path = self._files[name]
+        with safe_open(path, framework="pt") as shard:
+            return _finite(name, path, shard.get_slice(name)[index : index + 1].clone())
+
+
+def _finite(name: str, path: Path, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"tensor {name} in {path} has non-finite numbers: the checkpoint is damaged")
+    return tensor
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -25,7 +25,8 @@ MODEL = "model"
 class ShardedWriter:
     """Shards `stem`... of at most `shard_bytes` in `folder`; every name, shape and dtype is known beforehand.
 
-    `done` is how many tensors are safely on disk after `commit`; pass it to continue an interrupted write.
+    `done` is how many tensors are safely on disk after `commit`; pass it to continue an interrupted write. Of `size`
+    writers the one of this `rank` writes every `size`-th shard, the first one the index too.
     """
 
     def __init__(
@@ -36,8 +37,11 @@ class ShardedWriter:
         done: int = 0,
         *,
         stem: str = MODEL,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         self.folder, self.done, self.stem = folder, done, stem
+        self._rank, self._size = rank, size
         self._planned = list(planned)
         self._shards = _split(self._planned, shard_bytes)
         self._paths = _paths(folder, stem, len(self._shards))
@@ -51,8 +55,12 @@ class ShardedWriter:
         return sum(_size(t) for _, t in self._planned)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Append tensors, which must come in the planned order with the planned shapes and dtypes."""
+        """Append tensors, which must come in the planned order with the planned shapes and dtypes.
+
+        Those that are not `wanted` are left out by the caller.
+        """
         for name, tensor in tensors:
+            self.leave_others(len(self._planned))
             expected, meta = self._planned[self.done]
             if (name, tensor.shape, tensor.dtype) != (expected, meta.shape, meta.dtype):
                 raise ValueError(
@@ -61,6 +69,15 @@ class ShardedWriter:
                 )
             with disk_errors(self.folder):
                 self._seek(self.done).write(_raw(tensor))
+            self.done += 1
+
+    def wanted(self, position: int) -> bool:
+        """Whether the planned tensor of this position is for this writer."""
+        return self._where[position][0] % self._size == self._rank
+
+    def leave_others(self, end: int) -> None:
+        """Go past the tensors before position `end` that are for other writers."""
+        while self.done < end and not self.wanted(self.done):
             self.done += 1
 
     def commit(self) -> None:
@@ -72,13 +89,14 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Finish: every planned tensor must have been written; writes the index of several shards."""
+        self.leave_others(len(self._planned))
         if self.done != len(self._planned):
             raise ValueError(f"{len(self._planned) - self.done} planned tensors were not written")
         self.commit()
         if self._file is not None:
             self._file.close()
             self._file = None
-        if len(self._shards) > 1:
+        if len(self._shards) > 1 and self._rank == 0:
             names = {n: p.name for p, shard in zip(self._paths, self._shards, strict=True) for n, _ in shard}
             index = {"metadata": {"total_size": self.bytes}, "weight_map": names}
             with disk_errors(self.folder):

@@ -8,6 +8,7 @@ import typer
 
 from lrcompress.cli import bench, cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
 from lrcompress.errors import LrcompressError
+from lrcompress.processes import several
 
 app = typer.Typer(
     name="lrcompress",
@@ -46,6 +47,11 @@ def root(
     """Options that stand before the command."""
 
 
+def _speaker() -> str:
+    """Which of several processes an error is of."""
+    return f"[process {os.environ.get('RANK', '0')}] " if several() else ""
+
+
 def main() -> None:
     """Entry point: exit codes 0 done, 1 expectation failed, 2 bad input, 3 out of a resource, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -54,7 +60,7 @@ def main() -> None:
     try:
         app()
     except LrcompressError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{_speaker()}error: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

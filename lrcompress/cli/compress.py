@@ -64,6 +64,7 @@ def compress(
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
     from lrcompress.pipeline import compress as run_compress
     from lrcompress.pipeline import make_plan
+    from lrcompress.processes import processes
     from lrcompress.recipe import dump_recipe
     from lrcompress.report.progress import Reporter
 
@@ -77,5 +78,7 @@ def compress(
         o.write_result(json_file, plan)
         return
     result = run_compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
+    if not processes().first:
+        return
     show_report(result.report, result.folder, quiet=quiet)
     o.write_result(json_file, result.report)

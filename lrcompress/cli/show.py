@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lrcompress.report.inspection import removed_by_block, sparkline
-from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements
+from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements, removed_in_words
 
 
 def quiet_libraries() -> None:
@@ -56,9 +56,9 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
         return
     out = console()
     out.print(kinds_table(report, block_kinds([t["name"] for t in report["targets"]])))
-    ratio, size, seconds = report["ratio"], report["bytes"], report["seconds"]
+    size, seconds = report["bytes"], report["seconds"]
     out.print(
-        f"removed {ratio['stored']:.2%} of the targets' bytes, {ratio['whole_model']:.2%} of the whole model; "
+        f"{removed_in_words(report)}; "
         f"checkpoint {size['checkpoint'] / 1e6:.1f} MB; {seconds['total']:.0f} s, "
         f"peak memory {report['peak_rss_bytes'] / 1e6:.0f} MB"
     )

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
+from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
 from lrcompress.model.device import resolve_dtype
+from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, read_config
 from lrcompress.model.surgery import dense_parts
 from lrcompress.protocols import Spec
@@ -36,12 +39,13 @@ def export_dense(
     reporter, limit = reporter or Reporter(quiet=True), parse_size(shard_size)
     wanted = None if dtype == "auto" else resolve_dtype(dtype, torch.float32)
     source = open_compressed(checkpoint)
+    model = model_with_experts(source, trust_remote_code=trust_remote_code)
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
     with new_folder(source, output, overwrite=overwrite) as folder:
         copy_files_beside(source.folder, folder, code=True)
         write_json(folder / "config.json", dense_config(source, wanted, switches))
-        write_weights(source, folder, limit, wanted, zeros, reporter)
-        report = exported_report(source, folder, {})
+        write_weights(source, model, folder, limit, wanted, zeros, reporter)
+        report = exported_report(source, CheckpointReader(folder) if model is None else ExpertReader(folder, model), {})
         if report is not None:
             write_json(folder / "report.json", report)
         (folder / "README.md").write_text(card(source), encoding="utf8")
@@ -67,35 +71,86 @@ def dense_config(source: Source, dtype: torch.dtype | None, switches: list[str])
     return {**config, **dict.fromkeys(switches, True)}
 
 
+def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module | None:
+    """The model, empty, with the experts that are stored as linear layers; None where there are none."""
+    markers = [n for n in source.reader.names() if source.owner(n) is None and not source.reader.meta(n).numel()]
+    if not markers:
+        return None
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    linearise(model, source.manifest.modules)
+    return model
+
+
 def write_weights(
-    source: Source, folder: Path, limit: int, dtype: torch.dtype | None, zeros: dict[str, Tensor], reporter: Reporter
+    source: Source,
+    model: nn.Module | None,
+    folder: Path,
+    limit: int,
+    dtype: torch.dtype | None,
+    zeros: dict[str, Tensor],
+    reporter: Reporter,
 ) -> None:
-    """Every tensor in the order of its name; `zeros` are meta tensors of biases that a switch asks for, added last."""
+    """Every tensor in the order of its name, experts of `model` fused; `zeros` are meta tensors of biases that a switch
+    asks for, added last."""
     modules, reader = source.manifest.modules, source.reader
+    experts = {} if model is None else linear_experts(model)
+    fused = {f"{name}.{key}": (name, key) for name, module in experts.items() for key in module.fused_shapes()}
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
+    def written(name: str) -> torch.dtype:
+        """The dtype of weight or bias `name`, by its tensor or the empty one in its place."""
+        return cast(reader.meta(name)).dtype
+
     names = [name for name in reader.names() if source.owner(name) in (None, name.removesuffix(".weight"))]
+    names = [*(name for name in names if experts_of(name, experts) is None), *fused]
     planned: list[tuple[str, Tensor]] = []
     for name in names:
-        module, meta = source.owner(name), reader.meta(name)
-        if module is None:
-            planned.append((name, cast(meta)))
+        module = source.owner(name)
+        if name in fused:
+            holder, key = fused[name]
+            kind = written(f"{holder}.{experts[holder].fused_weights()[0]}")
+            planned.append((name, torch.empty(experts[holder].fused_shapes()[key], dtype=kind, device="meta")))
+        elif module is None:
+            planned.append((name, cast(reader.meta(name))))
         else:
-            planned += [(key, cast(meta.new_empty(shape))) for key, shape in dense_shapes(module, modules[module])]
+            shapes = dense_shapes(module, modules[module])
+            planned += [(key, torch.empty(shape, dtype=written(name), device="meta")) for key, shape in shapes]
     planned += [(name, cast(meta)) for name, meta in zeros.items()]
+    metas = dict(planned)
     writer = ShardedWriter(folder, planned, limit)
     with reporter.phase("write", len(names)) as tick:
         for name in names:
             module = source.owner(name)
-            if module is None:
+            if name in fused:
+                holder, key = fused[name]
+                tensor = fused_tensor(source, holder, experts[holder], key, metas[name].dtype)
+                writer.write([(name, tensor)])
+            elif module is None:
                 writer.write([(name, cast(source.tensor(name)))])
             else:
-                writer.write(dense_tensors(source, module, cast(reader.meta(name)).dtype))
+                writer.write(dense_tensors(source, module, written(name)))
             tick()
     writer.write((name, torch.zeros(cast(meta).shape, dtype=cast(meta).dtype)) for name, meta in zeros.items())
     writer.close()
+
+
+def fused_tensor(source: Source, name: str, experts: LinearExperts, parameter: str, dtype: torch.dtype) -> Tensor:
+    """Fused `parameter` of module `name`, one expert's weights multiplied out at a time."""
+    found = torch.empty(experts.fused_shapes()[parameter], dtype=dtype)
+    for index in range(experts.count):
+        parts = {}
+        for key in experts.tensors_of(parameter):
+            full = f"{name}.{index}.{key}"
+            layer = full.rpartition(".")[0]
+            compressed = layer in source.manifest.modules
+            parts[key] = (
+                dict(dense_tensors(source, layer, dtype))[full] if compressed else source.tensor(full).to(dtype)
+            )
+        found[index] = experts.join(parameter, parts)
+    return found
 
 
 def dense_shapes(name: str, spec: Spec) -> list[tuple[str, tuple[int, ...]]]:

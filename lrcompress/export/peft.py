@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import Manifest
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
@@ -54,7 +55,7 @@ def export_peft(
         write_base(source, bases, base, limit, reporter)
         write_adapter(source, corrected, folder, reporter)
         write_json(folder / "adapter_config.json", adapter_config(corrected, (output / BASE).resolve()))
-        report = exported_report(source, base, bases)
+        report = exported_report(source, CheckpointReader(base), bases)
         if report is not None:
             write_json(base / "report.json", report)
         (base / "README.md").write_text(base_card(source), encoding="utf8")

@@ -86,14 +86,14 @@ def new_folder(source: Source, output: Path, *, overwrite: bool) -> Iterator[Pat
         workspace.publish()
 
 
-def exported_report(source: Source, folder: Path, modules: dict[str, Spec]) -> dict[str, Any] | None:
-    """report.json for `folder`, whose weights lie as in `modules` or dense: counted anew from its files.
+def exported_report(source: Source, reader: CheckpointReader, modules: dict[str, Spec]) -> dict[str, Any] | None:
+    """report.json for what `reader` reads, whose weights lie as in `modules` or dense: counted anew from its files.
 
     What was measured on the compressed model is left out; how that was made stays.
     """
     if source.report is None:
         return None
-    reader, originals, targets = CheckpointReader(folder), set(source.reader.names()), []
+    originals, targets = set(source.reader.names()), []
     numbers_dense = numbers_stored = 0
     for entry in source.report["targets"]:
         name, shape = entry["name"], (int(entry["shape"][0]), int(entry["shape"][1]))

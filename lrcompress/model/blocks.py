@@ -1,6 +1,6 @@
 """Running a model block by block: only one block's weights are in memory at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.protocols import TensorSource
 
@@ -102,6 +103,37 @@ class BlockWalker:
             handle.remove()
         raise InputError("the model never called its first block: it cannot be walked block by block")
 
+    def uncalled(self, names: Sequence[str]) -> list[str]:
+        """Those of the layers `names` in the first block that it does not call when it runs: it reads their weights.
+
+        An expert to which nothing was sent counts as called.
+        """
+        first = self.model.get_submodule(self.blocks[0])
+        own = {name for name in names if name.startswith(self.blocks[0] + ".")}
+        seen = {name for name in own if experts_of(name, linear_experts(self.model)) is not None}
+        forward = first.forward
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            with self.block(0):
+                forward(*args, **kwargs)
+            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_: seen.add(name)
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
+        first.forward = run
+        try:
+            with torch.no_grad():
+                self._forward(torch.arange(4))
+        except _HiddenCaptured:
+            return [name for name in names if name in own - seen]
+        finally:
+            del first.forward
+            for handle in handles:
+                handle.remove()
+        raise InputError("the model never called its first block: it cannot be walked block by block")
+
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
 
@@ -177,10 +209,19 @@ class BlockWalker:
             raise InputError(
                 f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
             )
-        return groups
+        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
 
     def _forward(self, ids: Tensor) -> Any:
         return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+
+
+def _unrouted(sites: Sequence[str], experts: Iterable[str]) -> dict[str, str]:
+    """As BlockWalker.probe, for sites of experts to which nothing was sent: all but down_proj read the same."""
+    first: dict[str, str] = {}
+    names = [name for name in sites if experts_of(name, experts) is not None]
+    return {
+        name: name if name.endswith(".down_proj") else first.setdefault(name.rpartition(".")[0], name) for name in names
+    }
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:

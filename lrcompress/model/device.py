@@ -1,5 +1,7 @@
 """The one place that chooses devices and dtypes."""
 
+import os
+
 import torch
 
 from lrcompress.errors import InputError
@@ -11,6 +13,8 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the machine's accelerator where there is one; an unusable device is an InputError."""
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is not None and "LOCAL_RANK" in os.environ:  # torchrun: an accelerator each
+            return torch.device(found.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         return found or torch.device("cpu")
     try:
         device = torch.device(name)

@@ -1,6 +1,6 @@
 """A transformers model on the meta device: its structure without its weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +57,50 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     transformers' own renamings are applied (GPT-NeoX's embed_out is lm_head in the model), a base model's prefix is
     added or removed (gpt2).
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    state = model.state_dict()
-    transforms: list[Any] = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    prefix = getattr(model, "base_model_prefix", None)
+    state, renaming = model.state_dict(), Renaming(model)
     found: dict[str, str] = {}
     for source in stored:
-        name, converted = rename_source_key(source, renamings, converters, prefix, state)
-        if converted is not None and name in state:
+        name, pattern = renaming(source, state)
+        if pattern is not None and name in state:
             raise InputError(
-                f"{name} is made from several tensors of the checkpoint ({source} and others), as in fused experts: "
+                f"{name} is made from several tensors of the checkpoint ({source} and others): "
                 "this architecture cannot be compressed yet"
             )
         if name in state:
             found[name] = source
     return found
+
+
+class Renaming:
+    """transformers' own way from the names in a checkpoint to those in a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        transforms: list[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._prefix = getattr(model, "base_model_prefix", None)
+
+    def __call__(self, stored: str, state: Mapping[str, Any]) -> tuple[str, str | None]:
+        """The name in the model whose tensors are `state`, and the pattern of a conversion that makes its tensor."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, state)  # type: ignore[arg-type]
+        if name not in state and stored in state:  # it has its final name already
+            return stored, None
+        return name, pattern
+
+    def converter(self, pattern: str | None) -> Any:
+        """The conversion of a pattern, None for none."""
+        return next((c for c in self._converters if pattern in c.source_patterns), None)
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """The order in which conversions get their tensors: numbers in a name by their size."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(names, key=dot_natural_key)
 
 
 def _tied_names(model: nn.Module) -> set[str]:

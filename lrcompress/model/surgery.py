@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.formats import StoredLinear, build
+from lrcompress.model.experts import fuse
 from lrcompress.protocols import Spec
 
 
@@ -24,9 +25,13 @@ def connect(model: nn.Module, modules: dict[str, Spec]) -> None:
 
 
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every stored format by the ordinary layer that computes the same."""
+    """Replace every stored format by the ordinary layer that computes the same, and fuse experts as they were.
+
+    Experts with biases that compression added have no fused form: they stay linear layers.
+    """
     for name, module in stored_layers(model).items():
         model.set_submodule(name, dense_layer(module, dtype))
+    fuse(model)
     return model
 
 

@@ -1,10 +1,12 @@
 """Which weights are compressed: linear layers of the decoder blocks, by structure and patterns."""
 
+import copy
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lrcompress.errors import InputError, nearest
@@ -12,8 +14,23 @@ from lrcompress.protocols import Site
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear or GPT-2's Conv1D (a linear layer whose weight lies transposed)."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """nn.Linear, a class derived from it that computes the same, or GPT-2's Conv1D, whose weight lies transposed."""
+    return (
+        type(module) is nn.Linear or is_conv1d(module) or (isinstance(module, nn.Linear) and _computes_linear(module))
+    )
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear gives x Wᵀ + b, tried with small numbers in the place of its parameters."""
+    if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or list(module.named_buffers()):
+        return False
+    tried, bias = copy.copy(module), torch.tensor([0.5, -1.0]) if module.bias is not None else None
+    weight, x = torch.tensor([[1.0, -2.0, 0.25], [3.0, 0.5, -1.0]]), torch.tensor([[1.0, 2.0, -4.0]])
+    tried._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    try:
+        return torch.equal(tried(x), nn.functional.linear(x, weight, bias))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -19,6 +19,10 @@ class Reporter:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
 
+    def silence(self) -> None:
+        """From now on nothing is shown: another process speaks."""
+        self.quiet = self.console.quiet = True
+
     def say(self, message: str) -> None:
         """A line for the user, left out when quiet."""
         if not self.quiet:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.opening import open_dense
 from lrcompress.errors import InputError
 from lrcompress.model.device import decomposition_device, resolve_device
+from lrcompress.model.experts import linearise
 from lrcompress.model.skeleton import checkpoint_names, empty_model, read_config
 from lrcompress.model.targets import is_conv1d, is_linear
 from lrcompress.protocols import Site
@@ -42,8 +44,9 @@ def dense_spectra(
     where = decomposition_device(resolve_device(device))
     config = read_config(opened.folder, trust_remote_code=trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=trust_remote_code)
+    linearise(skeleton)
     sites = [_site(model, skeleton, target) for target in targets]
-    reader = opened.reader()
+    reader = ExpertReader(opened.folder, skeleton)
     names = checkpoint_names(skeleton, reader.names())
     found = {}
     for target, site in zip(targets, sites, strict=True):

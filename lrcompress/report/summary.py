@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lrcompress.budget import FEW_TARGETS
 from lrcompress.recipe import Recipe, dump_recipe
 
 
@@ -76,10 +77,15 @@ def block_kinds(names: Sequence[str]) -> dict[str, str]:
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:
-    """model.layers.3.mlp.up_proj is in block 3, of kind mlp.up_proj; what is in no block is a kind of its own."""
+    """model.layers.3.mlp.up_proj is in block 3, of kind mlp.up_proj; what is in no block is a kind of its own.
+
+    Experts are of one kind: model.layers.3.mlp.experts.7.up_proj of kind mlp.experts.*.up_proj.
+    """
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return (None, name) if first is None else (int(parts[first]), ".".join(parts[first + 1 :]))
+    if first is None:
+        return None, name
+    return int(parts[first]), ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
 
 
 def change(metric: str, value: float, other: float) -> str:
@@ -104,6 +110,23 @@ def answer(report: dict[str, Any], recipe: dict[str, Any]) -> str | None:
             f"of {len(search['candidates'])} measured"
         )
     return None
+
+
+def targets_share(report: dict[str, Any]) -> float:
+    """The part of the dense checkpoint's bytes that the targets have."""
+    size = report["bytes"]
+    return float(size["targets_dense"] / (size["checkpoint"] - size["targets_stored"] + size["targets_dense"]))
+
+
+def removed_in_words(report: dict[str, Any]) -> str:
+    """How much smaller it is: the whole model first where the targets are a small part of it."""
+    ratio, share = report["ratio"], targets_share(report)
+    if share < FEW_TARGETS:
+        return (
+            f"removed {ratio['whole_model']:.2%} of the whole model: the targets are {share:.0%} of it, "
+            f"and {ratio['stored']:.2%} of their bytes are gone"
+        )
+    return f"removed {ratio['stored']:.2%} of the targets' bytes, {ratio['whole_model']:.2%} of the whole model"
 
 
 def caution(metric: str | None, base: str | None, *, general: bool) -> str | None:
@@ -132,6 +155,8 @@ def card(report: dict[str, Any], recipe: Recipe) -> str:
     measured = _measured(report.get("evaluation"))
     said = answer(report, recipe.model_dump(mode="json"))
     asked = f"| how much | {said} |\n" if said else ""
+    share = targets_share(report)
+    few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
     calibration = report["calibration"]
     text = (
         "none (weights only)"
@@ -162,7 +187,7 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 | removed of the compressed weights' bytes | {ratio["stored"]:.2%} |
 | removed of the whole checkpoint's bytes | {ratio["whole_model"]:.2%} |
 | checkpoint | {size["checkpoint"] / 1e6:.1f} MB |
-{asked}| calibration | {text} |
+{few}{asked}| calibration | {text} |
 | lrcompress | {report["versions"]["lrcompress"]} |
 
 {measured}## Recipe

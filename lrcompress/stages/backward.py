@@ -6,6 +6,7 @@ from pathlib import Path
 from lrcompress.calibration.collect import collect_outside
 from lrcompress.calibration.gradients import backward_block, loss_gradients, with_gradients
 from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.kept import KeptStatistics
@@ -22,19 +23,21 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     if artefacts.complete(opened.sites):
         return artefacts
     walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
-    blocks, known = len(opened.blocks), kept.complete()
+    blocks, team = len(opened.blocks), processes()
+    known = bool(team.least(kept.complete()))
     samples = walk.calibrated if known else 0
     with reporter.phase("forward", blocks * (len(walk) - samples)) as tick, reporter.timed("calibrate"):
         _forward(opened, walk, tick, samples)
     if known:
         _decompose_known(opened, kept, artefacts, reporter)
         return artefacts
-    if not walk.gradient_path(blocks).exists():
+    done = [artefacts.done(block) for block in range(blocks)]  # the same for all processes, before any goes on
+    if not team.least(walk.gradient_path(blocks).exists()):
         with reporter.timed("calibrate"):
             _loss(opened, walk, kept, artefacts, reporter)
     with reporter.phase("backward and decompose", blocks * walk.calibrated) as tick:
         for block in reversed(range(blocks)):
-            if artefacts.done(block):
+            if done[block]:
                 skip(tick, walk.calibrated)
                 continue
             with opened.walker.block(block) as module:
@@ -78,9 +81,10 @@ def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None], samples
     """Hidden states into every block, from calibration sample `samples` on; files that are there are kept."""
     blocks = len(opened.blocks)
     known = [block for block in range(blocks + 1) if walk.path(block).exists()]
-    if blocks in known:
+    last = processes().least(max(known, default=0))
+    if last == blocks:
         return
-    first = walk.start(max(known, default=0))
+    first = walk.start(last)
     for block in range(first, blocks):
         with opened.walker.block(block) as module:
             walk.step(block, module, [], tick, samples)
@@ -88,9 +92,8 @@ def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None], samples
 
 def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:
     """The gradient that enters the last block from behind, and the sites outside of the blocks."""
-    assert opened.calibration is not None
     blocks, outside = len(opened.blocks), opened.sites_of(len(opened.blocks))
-    ids, last = opened.calibration.ids, walk.calibration(blocks)
+    ids, last = walk.ids, walk.calibration(blocks)
     inputs: dict[str, InputStatistics] = {}
     if outside:
         inputs = collect_outside(opened.walker, ids, last, outside, walk.weights)
@@ -99,8 +102,9 @@ def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Art
         gram = opened.request.method.needs_gradient_gram
         seed = opened.request.recipe.seed if opened.request.method.options.labels == "sampled" else None
         gradients = loss_gradients(
-            opened.walker, ids, last, walk.gradients(temporary), outside, gram=gram, sample_seed=seed
-        )
+            opened.walker, ids, last, walk.gradients(temporary), outside,
+            gram=gram, sample_seed=seed, numbers=walk.numbers,
+        )  # fmt: skip
         if outside:
             statistics = with_gradients(inputs, gradients, outside)
             kept.save(blocks, statistics)

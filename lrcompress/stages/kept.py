@@ -15,11 +15,12 @@ from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.cache import LABEL, STATISTICS, content_digest, named_cache_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.workspace import write_json
 
-COUNT, TOTAL, SECOND, GRADIENTS = "|count", "|total", "|second", "|gradients"
+COUNTS, TOTAL, SECOND, GRADIENTS = "|counts", "|total", "|second", "|gradients"
 
 
 class KeptStatistics:
@@ -35,14 +36,16 @@ class KeptStatistics:
         named = named_cache_folder()
         if named is None:
             return
-        key = statistics_key(opened)
+        self._device, key = opened.walker.device, statistics_key(opened)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         self._folder = named / STATISTICS / digest
         with contextlib.suppress(OSError, ResourceError):
             self._folder.mkdir(parents=True, exist_ok=True)
             samples, seqlen = key["tokens"]
             gradients = "" if key["gradients"] is None else ", with gradients"
-            write_json(self._folder / LABEL, {"label": f"{key['name']}, {samples} x {seqlen} tokens{gradients}"})
+            name = Path(opened.request.recipe.model).name
+            if processes().first:
+                write_json(self._folder / LABEL, {"label": f"{name}, {samples} x {seqlen} tokens{gradients}"})
 
     def complete(self) -> bool:
         """Whether every block's statistics are there."""
@@ -53,35 +56,28 @@ class KeptStatistics:
         """One block's, as they were saved."""
         assert self._folder is not None
         with safe_open(self._path(self._folder, block), framework="pt") as file:
-            keys = list(file.keys())
-            parts = {
-                name.removesuffix(SECOND): InputStatistics(
-                    float(file.get_tensor(name.removesuffix(SECOND) + COUNT)),
-                    file.get_tensor(name.removesuffix(SECOND) + TOTAL),
-                    file.get_tensor(name),
-                )
-                for name in keys
-                if name.endswith(SECOND)
-            }
-            gradients = {
-                name.removesuffix(GRADIENTS): file.get_tensor(name) for name in keys if name.endswith(GRADIENTS)
-            }
+            found = {name: file.get_tensor(name).to(self._device) for name in file.keys()}
+        parts, gradients = {}, {}
+        for name, tensor in found.items():
+            stem, bar, kind = name.rpartition("|")
+            if bar + kind == SECOND:
+                count, rows = found[stem + COUNTS].tolist()
+                parts[stem] = InputStatistics(count, found[stem + TOTAL], tensor, rows=int(rows))
+            elif bar + kind == GRADIENTS:
+                gradients[stem] = tensor
         return with_gradients(parts, gradients, self._sites) if gradients else parts
 
     def save(self, block: int, statistics: dict[str, InputStatistics]) -> None:
         """Keep one block's; a folder that cannot be written costs time later, nothing now."""
-        if self._folder is None:
+        if self._folder is None or not processes().first:
             return
         tensors: dict[str, Tensor] = {}
         for site in self._sites:
             found = statistics.get(site.name, statistics.get(site.group)) if site.block == block else None
             if found is not None:  # sites of a group have the same sums of their one input
-                count = found.total.new_tensor([found.count])
-                tensors |= {
-                    site.group + COUNT: count,
-                    site.group + TOTAL: found.total,
-                    site.group + SECOND: found.second,
-                }
+                counts = found.total.new_tensor([found.count, found.rows])
+                sums = {COUNTS: counts, TOTAL: found.total, SECOND: found.second}
+                tensors |= {site.group + key: tensor for key, tensor in sums.items()}
                 if found.gradients is not None:
                     tensors[site.name + GRADIENTS] = found.gradients
         with contextlib.suppress(OSError, ResourceError):
@@ -101,7 +97,6 @@ def statistics_key(opened: Opened) -> dict[str, Any]:
         drawn = recipe.seed if method.options.labels == "sampled" else None
         gradients = {"gram": method.needs_gradient_gram, "drawn": drawn}
     return {
-        "name": Path(recipe.model).name,
         "model": content_digest(opened.model.folder),
         "text": opened.calibration.digest(),
         "tokens": list(opened.calibration.ids.shape),

@@ -1,7 +1,7 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,24 +9,24 @@ from torch import nn
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.base import check_possible, largest_ratio
-from lrcompress.budget import kept_bytes, parse_size
+from lrcompress.budget import FEW_TARGETS, kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
+from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
+from lrcompress.model.experts import LinearExperts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import block_and_kind
 from lrcompress.stages.costs import Costs, costs
-
-FEW_TARGETS = 0.3
-"""Below this share of the model's parameters a ratio of the targets says little about the model."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Opened:
     sites: list[Site]
     dtype: torch.dtype
     calibration: Calibration | None
+    experts: dict[str, LinearExperts] = field(default_factory=dict)
+    """The modules that hold experts, which the dense model has fused."""
 
     @property
     def blocks(self) -> list[str]:
@@ -142,16 +144,17 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_dense(recipe.model)
-    reader = model.reader()
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
+    experts = linearise(skeleton)
+    reader = ExpertReader(model.folder, skeleton)
     blocks = find_blocks(skeleton)
-    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
-    warn_few_targets(skeleton, sites, reporter)
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+    sites = _called(find_sites(skeleton, blocks, recipe.target, recipe.ignore), walker, reporter)
+    warn_few_targets(skeleton, sites, reporter)
+    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
     open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
     check_amount(opened)
     if calibrate:
@@ -269,14 +272,34 @@ def calibrate_model(opened: Opened) -> None:
     opened.sites = group_sites(opened.sites, groups)
 
 
+def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[Site]:
+    """The sites whose layers are called when their block runs; others' weights are read past them (Mamba's dt_proj)."""
+    uncalled = set(walker.uncalled([site.name for site in sites]))
+    kinds = {site.kind for site in sites if site.name in uncalled}
+    left = [site for site in sites if site.kind not in kinds]
+    if not left:
+        raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
+    if kinds:
+        reporter.say(
+            f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}"
+        )
+    return left
+
+
 def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:
-    """Say so where most of a model's parameters are no targets."""
+    """Say so where most of a model's parameters are no targets, and where most of those are."""
     targeted = sum(site.shape[0] * site.shape[1] for site in sites)
     total = sum(parameter.numel() for parameter in model.parameters())
     if targeted < FEW_TARGETS * total:
+        weights, others = {f"{site.name}.weight" for site in sites}, dict[str, int]()
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                kind = block_and_kind(name)[1]
+                others[kind] = others.get(kind, 0) + parameter.numel()
+        largest = max(others, key=lambda kind: others[kind])
         reporter.warn(
-            f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters: "
-            "the whole-model ratio will be far below the asked one"
+            f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters, {largest} alone "
+            f"{others[largest] / total:.0%}: a ratio of the targets says little here, read that of the whole model"
         )
 
 

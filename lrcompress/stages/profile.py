@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.calibration.routing import complete
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.linalg.whitening import aimed
 from lrcompress.model.device import decomposition_device
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.kept import KeptStatistics
@@ -34,19 +36,24 @@ Found = dict[str, dict[str, Tensor]]
 
 
 class Artefacts:
-    """Decompositions by block in `folder`; a block's file appears whole, after its outgoing hidden states."""
+    """Decompositions by block in `folder`; a block's file appears whole, after its outgoing hidden states.
+
+    Every process writes a file of its own weights, and reads all.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, block: int) -> Path:
-        """File of a block."""
-        return self.folder / f"block-{block:05d}.safetensors"
+    def paths(self, block: int) -> list[Path]:
+        """The files of a block, one a process."""
+        team = processes()
+        of = [""] if team.size == 1 else [f"-{rank + 1}-of-{team.size}" for rank in range(team.size)]
+        return [self.folder / f"block-{block:05d}{part}.safetensors" for part in of]
 
     def done(self, block: int) -> bool:
         """Whether the block is finished."""
-        return self.path(block).exists()
+        return all(path.exists() for path in self.paths(block))
 
     def complete(self, sites: Sequence[Site]) -> bool:
         """Whether nothing is left to do for `sites`."""
@@ -70,16 +77,19 @@ class Artefacts:
     def save(self, block: int, artefacts: Found) -> None:
         """Write one block's artefacts: site name to tensors."""
         flat = {f"{site}|{key}": t for site, part in artefacts.items() for key, t in part.items()}
-        write_tensors(self.path(block), flat)
+        write_tensors(self.paths(block)[processes().rank], flat)
 
     def load(self, site: Site, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """A site's artefact, or only the named tensors of it, such as SUMMARY."""
         from safetensors import safe_open
 
-        with safe_open(self.path(site.block), framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(site.name + "|")]
-            keys = {name: name.rpartition("|")[2] for name in names}
-            return {key: file.get_tensor(name).clone() for name, key in keys.items() if only is None or key in only}
+        for path in self.paths(site.block):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(site.name + "|")]
+                keys = {name: name.rpartition("|")[2] for name in names}
+                if keys:
+                    return {k: file.get_tensor(name).clone() for name, k in keys.items() if only is None or k in only}
+        raise ValueError(f"{site.name} has not been decomposed")
 
 
 def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
@@ -90,7 +100,7 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     if artefacts.complete(opened.sites):
         return artefacts
     walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
-    known = kept.complete()
+    known = bool(processes().least(kept.complete()))
     samples = walk.calibrated if known else 0
     first = walk.start(artefacts.leading(blocks))
     with reporter.phase("calibrate and decompose", blocks * (len(walk) - samples)) as tick:
@@ -108,26 +118,31 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.drop(block - 1)
     if outside:
-        assert opened.calibration is not None
-        ids = opened.calibration.ids
         if known:
             statistics = kept.load(blocks)
         else:
-            statistics = collect_outside(opened.walker, ids, walk.calibration(blocks), outside, walk.weights)
+            statistics = collect_outside(opened.walker, walk.ids, walk.calibration(blocks), outside, walk.weights)
             kept.save(blocks, statistics)
         artefacts.save(blocks, decompose_block(opened, blocks, statistics, reporter))
     return artefacts
 
 
 class HiddenWalk:
-    """The hidden states of the calibration and held-out samples, in a file a block, whose names begin with `stem`."""
+    """The hidden states of the calibration and held-out samples, in a file a block, whose names begin with `stem`.
+
+    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too.
+    """
 
     def __init__(self, opened: Opened, folder: Path, stem: str = "dense") -> None:
         assert opened.calibration is not None
+        team, every = processes(), opened.calibration
+        folder = folder if team.first else folder.with_name(f"{folder.name}-{team.rank + 1}")
         folder.mkdir(parents=True, exist_ok=True)
         self._opened, self.folder, self._stem = opened, folder, stem
-        self._ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
-        self.calibrated = len(opened.calibration.ids)
+        self.numbers = team.samples(len(every.ids))
+        self.ids = every.ids[list(self.numbers)]
+        self._ids = torch.cat([self.ids, every.held_out]) if team.first else self.ids
+        self.calibrated = len(self.ids)
         self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
         with torch.no_grad():
             self._width = opened.walker.embed(self._ids[0]).shape[-1]
@@ -137,7 +152,7 @@ class HiddenWalk:
 
     def start(self, finished: int) -> int:
         """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
-        if finished and self.path(finished).exists():
+        if processes().least(finished if self.path(finished).exists() else 0):
             return finished
         self._embed()
         return 0
@@ -206,12 +221,28 @@ class HiddenWalk:
 def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
     """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
     found: Found = {}
-    for site in opened.sites_of(block):
+    if statistics and opened.experts:
+        statistics = complete(opened.sites_of(block), statistics, opened.experts, _tokens(opened))
+    sites = opened.sites_of(block)
+    for site in (sites[place] for place in processes().own([decomposition_cost(site) for site in sites])):
         start = time.perf_counter()
         with reporter.timed("decompose"):
             found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
         reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
     return found
+
+
+def decomposition_cost(site: Site) -> float:
+    """About the multiplications that a weight's decomposition and encoding take."""
+    return float(min(site.shape) * max(site.shape) ** 2)
+
+
+def _tokens(opened: Opened) -> float:
+    """How many tokens the statistics of a block count."""
+    assert opened.calibration is not None
+    samples, length = opened.calibration.ids.shape
+    weights = token_weights(length, opened.request.method.options.sink_share)
+    return samples * (length if weights is None else float(weights.sum()))
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
@@ -228,8 +259,9 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
         artefact = method.decompose(site, weight, statistics)
         curve = method.curve(site, opened.dtype.itemsize)
-        artefact["errors"] = method.errors(artefact, curve)
-        artefact["total"] = torch.tensor(method.total(artefact), dtype=torch.float64)
+        share = 1.0 if statistics is None or method.metric == "plain" else statistics.share
+        artefact["errors"] = share * method.errors(artefact, curve)
+        artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:

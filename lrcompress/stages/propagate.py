@@ -11,6 +11,7 @@ from lrcompress.calibration.gradients import with_gradients
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.formats import DENSE
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan
@@ -29,9 +30,9 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     blocks = len(opened.blocks)
     paired = opened.request.method.options.toward_dense > 0
     dense, own = HiddenWalk(opened, scratch / "hidden"), HiddenWalk(opened, scratch / "hidden", "compressed")
-    walk_dense = paired or not dense.path(blocks).exists()
+    walk_dense = paired or not processes().least(dense.path(blocks).exists())
     walks, finished = [own, dense] if walk_dense else [own], artefacts.leading(blocks)
-    if not all(walk.path(finished).exists() for walk in walks):
+    if not processes().least(all(walk.path(finished).exists() for walk in walks)):
         finished = 0
     start = min(walk.start(finished) for walk in walks)
     with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
@@ -47,17 +48,16 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                     beside = dense.calibration(block) if paired else None
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
                 found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
+                encoded = _encoded(opened, plan, found)
                 with reporter.timed("calibrate"):
-                    encoded = _run_compressed(opened, plan, block, module, found, own, tick)
+                    _run_compressed(opened, plan, block, module, encoded, own, tick)
                 artefacts.save(block, _kept(found, encoded))
             own.drop(block - 1)
             if walk_dense:
                 dense.drop(block - 1)
     outside = opened.sites_of(blocks)
     if outside and not artefacts.done(blocks):
-        assert opened.calibration is not None
-        ids = opened.calibration.ids
-        inputs = collect_outside(opened.walker, ids, own.calibration(blocks), outside, own.weights)
+        inputs = collect_outside(opened.walker, own.ids, own.calibration(blocks), outside, own.weights)
         artefacts.save(blocks, decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter))
     return artefacts
 
@@ -71,15 +71,26 @@ def _with_gradients(
     return with_gradients(inputs, gradients, sites) if gradients else inputs
 
 
+def _encoded(opened: Opened, plan: Plan, found: Found) -> Found:
+    """The stored tensors of the sites that are not dense, decomposed as in `found` by this process."""
+    sites = {site.name: site for site in opened.sites if site.name in found}
+    specs = {name: plan.specs[name] for name in sites if plan.specs[name].format != DENSE}
+    return {name: encode_site(opened, sites[name], spec, found[name]) for name, spec in specs.items()}
+
+
 @torch.no_grad()
 def _run_compressed(
-    opened: Opened, plan: Plan, block: int, module: nn.Module, found: Found, walk: HiddenWalk, tick: Callable[[], None]
-) -> Found:
-    """The calibration samples through the block as it will be stored; the stored tensors of its sites."""
+    opened: Opened,
+    plan: Plan,
+    block: int,
+    module: nn.Module,
+    encoded: Found,
+    walk: HiddenWalk,
+    tick: Callable[[], None],
+) -> None:
+    """The calibration samples through the block as it will be stored; `encoded` are this process's sites."""
     walker = opened.walker
-    specs = {s.name: plan.specs[s.name] for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE}
-    sites = {site.name: site for site in opened.sites_of(block)}
-    tensors = {name: encode_site(opened, sites[name], spec, found[name]) for name, spec in specs.items()}
+    tensors = {name: stored for part in processes().gather(encoded) for name, stored in part.items()}
     before = walk.calibration(block)
     blame = ", compressed,", "ask for less compression, or propagation=one_pass"
 
@@ -88,9 +99,9 @@ def _run_compressed(
             run_sample(walker, block, module, before, after, sample, blame)
             tick()
 
-    with installed(opened, {name: (specs[name], tensors[name]) for name in specs}), disk_errors(walk.folder):
-        walk.replace(block + 1, write)
-    return tensors
+    with installed(opened, {name: (plan.specs[name], stored) for name, stored in tensors.items()}):
+        with disk_errors(walk.folder):
+            walk.replace(block + 1, write)
 
 
 def _kept(found: Found, encoded: Found) -> Found:

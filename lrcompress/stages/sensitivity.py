@@ -10,6 +10,7 @@ from lrcompress.calibration.gradients import CHUNK
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
+from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
@@ -34,7 +35,7 @@ def measure_sensitivities(opened: Opened, artefacts: Artefacts, reporter: Report
     The mean Kullback-Leibler divergence of the next token's distribution from the dense model's. The blocks are walked
     once: hidden states in which one weight was cut go on beside the dense ones, in a scratch file.
     """
-    if artefacts.sensitivities is not None:
+    if artefacts.sensitivities is not None or not processes().first:
         return
     assert opened.calibration is not None
     walker, blocks = opened.walker, len(opened.blocks)

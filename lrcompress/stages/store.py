@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
+from lrcompress.model.experts import experts_of
+from lrcompress.processes import processes
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk
+from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost
 from lrcompress.stages.workspace import write_json
 
 LOUD_LOSS = 5.0
@@ -29,24 +31,45 @@ LOUD_LOSS = 5.0
 
 def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratch: Path, reporter: Reporter) -> None:
     """Config and tokenizer first, then every tensor in one stream; continues where an earlier run stopped."""
-    write_side_files(opened, plan, folder)
+    team = processes()
+    if team.first:
+        write_side_files(opened, plan, folder)
     layout = Layout(opened, plan)
-    journal = scratch / "journal.json"
-    done = _read_journal(journal)
-    writer = ShardedWriter(folder, layout.planned, parse_size(opened.request.recipe.shard_size), done)
-    check = HeldOutCheck(opened, scratch)
+    journal = scratch / f"journal-{team.rank}.json"
+    limit = parse_size(opened.request.recipe.shard_size)
+    writer = ShardedWriter(folder, layout.planned, limit, _read_journal(journal), rank=team.rank, size=team.size)
+    if team.size > 1:
+        _encode_apart(opened, plan, artefacts, scratch, reporter)
+    check = HeldOutCheck(opened, scratch) if team.first else None
     with reporter.phase("write", len(opened.blocks)) as tick:
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, scratch)
             if writer.done < layout.ends[block]:
-                writer.write(layout.tensors(block, tensors))
+                writer.write(layout.tensors(block, tensors, writer.wanted))
+                writer.leave_others(layout.ends[block])
                 writer.commit()
                 write_json(journal, {"done": writer.done})
             if block < len(opened.blocks):
-                check.step(block, tensors, plan)
+                if check is not None:
+                    check.step(block, tensors, plan)
                 tick()
     writer.close()
-    check.judge(reporter)
+    if check is not None:
+        check.judge(reporter)
+
+
+def _encode_apart(opened: Opened, plan: Plan, artefacts: Artefacts, scratch: Path, reporter: Reporter) -> None:
+    """Every process encodes its share of the weights into scratch files, where all processes' encoders find them."""
+    sites = {site.name: site for site in opened.sites}
+    owners = [name for name, spec in plan.specs.items() if spec.format != DENSE and spec.owner is None]
+    costs = [sum(decomposition_cost(sites[name]) for name in plan.family(owner)) for owner in owners]
+    mine = processes().own(costs)
+    encoder = Encoder(opened, plan, artefacts, scratch)
+    with reporter.phase("encode", len(mine)) as tick:
+        for place in mine:
+            encoder.put_by(owners[place])
+            tick()
+    processes().wait()
 
 
 def _read_journal(path: Path) -> int:
@@ -97,7 +120,21 @@ class Encoder:
                 self._encoded[name] = self._alone(name)
         return self._encoded[name]
 
+    def put_by(self, owner: str) -> None:
+        """Encode a weight, and those that share with it, for the encoders of other processes."""
+        family = self._plan.family(owner)
+        if len(family) > 1:
+            self._shared(owner, family)
+        elif not self._alone_path(owner).exists():
+            write_tensors(self._alone_path(owner), self._alone(owner))
+
+    def _alone_path(self, name: str) -> Path:
+        return self._scratch / f"encoded-{name}.safetensors"
+
     def _alone(self, name: str) -> dict[str, Tensor]:
+        if self._alone_path(name).exists():
+            with safe_open(self._alone_path(name), framework="pt") as file:
+                return {key: file.get_tensor(key).clone() for key in file.keys()}
         artefact = self._artefact(name)
         stored = {key.removeprefix(STORED): tensor.cpu() for key, tensor in artefact.items() if key.startswith(STORED)}
         return stored or encode_site(self._opened, self._sites[name], self._plan.specs[name], artefact)
@@ -135,40 +172,79 @@ class Layout:
     def __init__(self, opened: Opened, plan: Plan) -> None:
         self._opened, self._plan = opened, plan
         self.planned: list[tuple[str, Tensor]] = []
+        self._begins: dict[int, int] = {}
         self.ends: dict[int, int] = {}
         self._own: dict[int, list[str]] = {}
+        self._empty: set[str] = set()
         self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
         stems = {block + ".": i for i, block in enumerate(opened.blocks)}
-        for name in opened.walker.names:
+        for name in self._names():
             index = next((i for stem, i in stems.items() if name.startswith(stem)), len(stems))
             self._own.setdefault(index, []).append(name)
         for index in [len(stems), *range(len(stems))]:
+            self._begins[index] = len(self.planned)
             for name in self._own.get(index, []):
                 self.planned += self._plan_tensor(name)
             self.ends[index] = len(self.planned)
 
+    def _names(self) -> list[str]:
+        """Names of the dense model's tensors, experts fused as there unless one of theirs is compressed.
+
+        Those follow the empty tensors that stand for the fused ones.
+        """
+        experts = self._opened.experts
+        touched = {experts_of(name, experts) for name in self._compressed}
+        found: dict[str, None] = {}
+        for name in self._opened.walker.names:
+            holder = experts_of(name, experts)
+            if holder is None:
+                found[name] = None
+            elif holder in touched:
+                self._empty |= {f"{holder}.{key}" for key in experts[holder].fused_weights()}
+                found |= dict.fromkeys([*(f"{holder}.{key}" for key in experts[holder].fused_weights()), name])
+            else:
+                found |= dict.fromkeys(f"{holder}.{key}" for key in experts[holder].fused_shapes())
+        return list(found)
+
+    def _key(self, name: str) -> str:
+        """What the reader calls a tensor that is written as it is."""
+        return self._opened.walker.names.get(name, name)
+
     def _plan_tensor(self, name: str) -> list[tuple[str, Tensor]]:
         module, _, leaf = name.rpartition(".")
+        if name in self._empty:
+            return [(name, torch.empty(0, dtype=self._opened.dtype, device="meta"))]
         if module not in self._compressed:
-            meta = self._opened.reader.meta(self._opened.walker.names[name])
+            meta = self._opened.reader.meta(self._key(name))
             return [(name, torch.empty(meta.shape, dtype=self._opened.written_dtype(meta), device="meta"))]
         if leaf != "weight":
             return []
         stored = stored_tensors(self._compressed[module], self._opened.dtype)
         return [(f"{module}.{key}", tensor) for key, tensor in stored.items()]
 
-    def tensors(self, block: int, encoder: Encoder) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a block in the planned order."""
+    def tensors(
+        self, block: int, encoder: Encoder, wanted: Callable[[int], bool] = lambda position: True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a block in the planned order, those whose position in `planned` is wanted."""
+        position = self._begins[block]
         for name in self._own.get(block, []):
             module, _, leaf = name.rpartition(".")
-            if module not in self._compressed:
-                key = self._opened.walker.names[name]
-                for _, tensor in self._opened.reader.read([key]):
-                    yield name, tensor.to(self._opened.written_dtype(tensor))
+            if name in self._empty or module not in self._compressed:
+                if wanted(position):
+                    yield name, self._kept(name)
+                position += 1
             elif leaf == "weight":
-                encoded = encoder(module)
                 for key in stored_tensors(self._compressed[module], self._opened.dtype):
-                    yield f"{module}.{key}", encoded[key]
+                    if wanted(position):
+                        yield f"{module}.{key}", encoder(module)[key]
+                    position += 1
+
+    def _kept(self, name: str) -> Tensor:
+        """A tensor of the dense model, or the empty one that stands for experts that are no longer fused."""
+        if name in self._empty:
+            return torch.empty(0, dtype=self._opened.dtype)
+        tensor = next(tensor for _, tensor in self._opened.reader.read([self._key(name)]))
+        return tensor.to(self._opened.written_dtype(tensor))
 
 
 class HeldOutCheck:

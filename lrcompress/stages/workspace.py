@@ -11,12 +11,15 @@ from typing import Any, BinaryIO
 
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
+from lrcompress.processes import processes
 
 MARKER = "lrcompress-partial"
 
 
 class Workspace:
-    """Owns DIR.partial. Output lies in it, scratch files in its folder `scratch`; DIR appears by rename.
+    """Owns DIR.partial; of several processes the first one does.
+
+    Output lies in it, scratch files in its folder `scratch`; DIR appears by rename.
 
     On a bad input everything is removed again; on an interruption or a lack of resources it stays for --resume.
     """
@@ -39,6 +42,12 @@ class Workspace:
             raise InputError(f"{self.partial} is in the way and is not ours: move it, or choose another -o")
 
     def __enter__(self) -> "Workspace":
+        if processes().first:
+            self._open()
+        processes().wait()
+        return self
+
+    def _open(self) -> None:
         self.check()
         self._continued = self.resume and (self.partial / MARKER).exists()
         with disk_errors(self.partial):
@@ -52,7 +61,6 @@ class Workspace:
         if not self._continued:
             self._clear()
         self.scratch.mkdir(exist_ok=True)
-        return self
 
     def _clear(self) -> None:
         for path in self.partial.iterdir():
@@ -64,12 +72,14 @@ class Workspace:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, InputError) and not self._continued:
+        if isinstance(error, InputError) and not self._continued and processes().first:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def claim(self, identity: dict[str, Any]) -> None:
         """Remember what this work is made from; InputError where resumed work was made from something else."""
         path = self.scratch / "identity.json"
+        if not processes().first:
+            return
         if path.exists():
             before = json.loads(path.read_text())
             changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
@@ -91,7 +101,13 @@ class Workspace:
             )
 
     def publish(self) -> None:
-        """Remove scratch files and let the output folder appear whole."""
+        """Remove scratch files and let the output folder appear whole, once all processes have come here."""
+        processes().wait()
+        if processes().first:
+            self._publish()
+        processes().wait()
+
+    def _publish(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
         (self.partial / MARKER).unlink()
         old = self.output.with_name(self.output.name + ".replaced")

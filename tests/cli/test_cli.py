@@ -372,7 +372,9 @@ def test_interrupted_with_ctrl_c_and_resumed(llama, tmp_path):
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("moment", ["scratch/artefacts/block-00001.safetensors", "config.json", "scratch/journal.json"])
+@pytest.mark.parametrize(
+    "moment", ["scratch/artefacts/block-00001.safetensors", "config.json", "scratch/journal-0.json"]
+)
 def test_killed_and_resumed_gives_the_same_bytes(llama, tmp_path, moment):
     assert start(llama, tmp_path / "whole").wait(timeout=120) == 0
     out, partial = tmp_path / "out", tmp_path / "out.partial"

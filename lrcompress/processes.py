@@ -1,0 +1,97 @@
+"""Several processes of one run, as torchrun starts them: who has which samples and weights, and sums over all."""
+
+import heapq
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.errors import InputError
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: shares of the work differ. One that dies is noticed at once all the same."""
+
+
+class Processes:
+    """This process and its peers; alone it is process 0 of 1, and nothing is ever waited for.
+
+    All see the same files. What one process holds is never sent whole: sums go over the network, factors through files.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks, and that writes what exists once."""
+        return self.rank == 0
+
+    def samples(self, count: int) -> range:
+        """The numbers of this process's samples among `count`."""
+        return range(self.rank, count, self.size)
+
+    def own(self, costs: Sequence[float]) -> list[int]:
+        """The places of this process's jobs: the costliest first, each to whoever has least to do so far."""
+        loads = [(0.0, rank) for rank in range(self.size)]
+        mine = []
+        for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+            load, rank = heapq.heappop(loads)
+            heapq.heappush(loads, (load + costs[place], rank))
+            if rank == self.rank:
+                mine.append(place)
+        return sorted(mine)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over all processes; their order and shapes must be the same everywhere."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        return min(self.gather(value))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gather(None)
+
+
+_current = Processes()
+
+
+def processes() -> Processes:
+    """Those of this run; alone until `join` has been called."""
+    return _current
+
+
+def several() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def refuse_several(what: str) -> None:
+    """InputError where this process is one of several."""
+    if several():
+        raise InputError(f"{what} is the work of one process: run it without torchrun, which is for compress")
+
+
+def join(device: torch.device) -> Processes:
+    """Find the other processes, where there are any; the groups for `device` are made by accelerate."""
+    global _current
+    if several() and _current.size == 1:
+        from accelerate.state import PartialState
+
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        _current = Processes(state.process_index, state.num_processes)
+    return _current

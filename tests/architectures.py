@@ -1,0 +1,63 @@
+"""A tiny config of every architecture that the tests build."""
+
+from typing import Any
+
+VOCABULARY = 320
+
+
+def configs() -> dict[str, Any]:
+    """Architecture to config; three blocks, or two where experts make a block large."""
+    import transformers as t
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **common}
+    grouped = {**sizes, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    moe = {**grouped, "num_hidden_layers": 2, "tie_word_embeddings": False, "head_dim": 8}
+    qwen_moe = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    return {
+        "llama": t.LlamaConfig(tie_word_embeddings=False, **grouped),
+        "mistral": t.MistralConfig(sliding_window=16, **grouped),
+        "qwen2": t.Qwen2Config(**grouped),
+        "qwen3": t.Qwen3Config(
+            num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, **sizes
+        ),
+        "gemma2": t.Gemma2Config(head_dim=8, sliding_window=16, layer_types=layers, **grouped),
+        "gemma3": t.Gemma3TextConfig(
+            num_key_value_heads=2, head_dim=8, sliding_window=16, layer_types=layers, **sizes
+        ),
+        "phi3": t.Phi3Config(**grouped),
+        "olmo2": t.Olmo2Config(**grouped),
+        "gpt2": t.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common),
+        "gpt_neox": t.GPTNeoXConfig(max_position_embeddings=256, **sizes),
+        "opt": t.OPTConfig(
+            hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32,
+            max_position_embeddings=256, **common,
+        ),
+        "falcon": t.FalconConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, **common),
+        "bloom": t.BloomConfig(hidden_size=32, n_layer=3, n_head=4, **common),
+        "mpt": t.MptConfig(d_model=32, n_layers=3, n_heads=4, max_seq_len=256, **common),
+        "cohere": t.CohereConfig(**grouped),
+        "stablelm": t.StableLmConfig(**grouped),
+        "gpt_bigcode": t.GPTBigCodeConfig(n_embd=32, n_layer=3, n_head=4, n_positions=256, **common),
+        "mamba": t.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=3, time_step_rank=4, **common),
+        "deepseek_v3": t.DeepseekV3Config(
+            **{**moe, "head_dim": 4, "num_key_value_heads": 4}, moe_intermediate_size=24, n_routed_experts=8,
+            num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=12,
+            kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        ),
+        "mixtral": t.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **moe),
+        "qwen3_moe": t.Qwen3MoeConfig(**qwen_moe, **moe),
+        "gpt_oss": t.GptOssConfig(
+            num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=layers[:2], **moe
+        ),
+    }  # fmt: skip
+
+
+FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon",
+    "bloom", "mpt", "cohere", "stablelm", "gpt_bigcode", "mamba", "deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss",
+]  # fmt: skip
+
+MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]
+"""Those whose experts are fused."""

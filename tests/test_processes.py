@@ -1,0 +1,155 @@
+"""Several processes, as torchrun starts them: the same checkpoint as one process makes, up to rounding; no hang."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrcompress.export.source import open_compressed
+from lrcompress.processes import Processes
+from tests.conftest import compress_tiny
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def start(*arguments, launcher=("--standalone", "--nproc-per-node", "2")):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, *launcher, "-m", "lrcompress", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def compress_arguments(model, output, *more):
+    return ["compress", model, "--samples", 5, "--seqlen", 64, "-o", output, *more]
+
+
+def finished(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def dense_weights(folder):
+    source = open_compressed(str(folder))
+    return {name: source.layer(name).dense() for name in source.manifest.modules}
+
+
+def same_checkpoint(one, other):
+    """What every layer computes; the factors themselves may turn where singular values are close."""
+    ours, theirs = dense_weights(one), dense_weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        error = float((weight - theirs[name]).norm() / weight.norm())
+        assert error < 1e-3, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("auto", ["--ratio", 0.3, "--target", "*_proj", "--target", "lm_head", "--shard-size", "20KB"]),
+        ("eora", ["--rank", 2, "--base", "rtn:3:16", "--set", "toward_dense=0.5"]),
+        pytest.param("cospadi", ["--ratio", 0.3, "--set", "group=2"], marks=pytest.mark.slow),
+        pytest.param("lord", ["--ratio", 0.3, "--allocator", "sensitivity"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_make_what_one_does(llama, tmp_path, method, more):
+    code, out, err = finished(start(*compress_arguments(llama, tmp_path / "two", "--method", method, *more)))
+    assert code == 0, err
+    assert out.count("wrote ") == 1
+    alone = subprocess.run(
+        [sys.executable, "-m", "lrcompress", *map(str, compress_arguments(llama, tmp_path / "one", "--method", method, *more))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    same_checkpoint(tmp_path / "one", tmp_path / "two")
+    names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
+    assert names[0] == names[1]
+    if method == "auto":
+        shards = sorted((tmp_path / "two").glob("model-*.safetensors"))
+        assert len(shards) > 3
+        tensors = [
+            {k: (v.shape, v.dtype) for k, v in load_file(tmp_path / f / shards[1].name).items()} for f in ("one", "two")
+        ]
+        assert tensors[0] == tensors[1]
+        index = [(tmp_path / folder / "model.safetensors.index.json").read_text() for folder in ("one", "two")]
+        assert index[0] == index[1]
+
+
+def test_a_process_that_dies_ends_the_run_and_what_it_did_is_continued(llama, tmp_path):
+    arguments = compress_arguments(llama, tmp_path / "out", "--method", "lord", "--ratio", 0.3)
+    process = start(*arguments)
+    deadline = time.monotonic() + 120
+    child = None
+    while child is None and time.monotonic() < deadline:
+        if (tmp_path / "out.partial/scratch").exists():
+            child = _second(process.pid)
+        time.sleep(0.02)
+    assert child is not None
+    os.kill(child, signal.SIGKILL)
+    code, _, err = finished(process, timeout=90)
+    assert code != 0
+    assert "Signal 9" in err or "SIGKILL" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = finished(start(*arguments, "--resume"))
+    assert code == 0, err
+    whole = compress_tiny(
+        llama, tmp_path / "one", ratio=0.3, calibration={"source": "python-docs", "samples": 5, "seqlen": 64}
+    )
+    same_checkpoint(tmp_path / "out", whole.folder)
+
+
+def _second(parent):
+    """The process of rank 1 among the children of torchrun."""
+    import psutil
+
+    for child in psutil.Process(parent).children():
+        if child.environ().get("RANK") == "1":
+            return child.pid
+    return None
+
+
+@pytest.mark.slow
+def test_two_machines_find_each_other(llama, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = compress_arguments(llama, tmp_path / "two", "--method", "lord", "--ratio", 0.3)
+    launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port)]
+    machines = [start(*arguments, launcher=[*launcher, "--node-rank", str(rank)]) for rank in range(2)]
+    for machine in machines:
+        code, _, err = finished(machine)
+        assert code == 0, err
+    one = compress_tiny(
+        llama, tmp_path / "one", ratio=0.3, calibration={"source": "python-docs", "samples": 5, "seqlen": 64}
+    )
+    same_checkpoint(tmp_path / "two", one.folder)
+
+
+def test_jobs_are_shared_by_cost():
+    costs = [5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0]
+    shares = [Processes(rank, 3).own(costs) for rank in range(3)]
+    assert sorted(place for share in shares for place in share) == list(range(7))
+    assert max(sum(costs[place] for place in share) for share in shares) == 5.0
+    assert [list(Processes(rank, 2).samples(5)) for rank in range(2)] == [[0, 2, 4], [1, 3]]
+    assert Processes().own(costs) == list(range(7))
+
+
+def test_what_one_process_does_is_refused_to_several(monkeypatch, llama):
+    from lrcompress.errors import InputError
+    from lrcompress.pipeline import make_plan
+    from tests.test_pipeline import recipe
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="without torchrun"):
+        make_plan(recipe(llama))
+
+
+def test_sums_need_no_peers():
+    value = torch.ones(2)
+    Processes().add_up([value])
+    assert value.tolist() == [1.0, 1.0]
+    assert Processes().least(3) == 3
