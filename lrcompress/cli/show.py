@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lrcompress.checkpoint.opening import short_name
 from lrcompress.report.inspection import removed_by_block, sparkline
-from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements
+from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements, span
 
 
 def quiet_libraries() -> None:
@@ -196,3 +197,40 @@ def show_export(result: dict[str, Any], *, quiet: bool) -> None:
         return
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in result["bytes"].items())
     console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}\nwrote {result['output']}")
+
+
+def show_squeeze(report: dict[str, Any], *, quiet: bool, written: bool) -> None:
+    """Kinds of modules with their ranks, bytes and errors."""
+    if quiet:
+        return
+    out = console()
+    table = Table(title=f"{short_name(report['adapter'])}, squeezed")
+    for column in ("module", "count", "rank", "of", "kB", "removed", "error"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    kinds = block_kinds([module["name"] for module in report["modules"]])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for module in report["modules"]:
+        groups.setdefault(kinds[module["name"]], []).append(module)
+    for kind, modules in groups.items():
+        table.add_row(kind, *_squeezed_row(modules))
+    table.add_section()
+    table.add_row("all", *_squeezed_row(report["modules"]))
+    out.print(table)
+    size = report["bytes"]
+    if report["carried"]:
+        out.print(f"kept as they are: {len(report['carried'])} tensors that are no update of a linear layer")
+    out.print(
+        f"{'removed' if written else 'would remove'} {report['ratio']:.2%} of the factors' bytes "
+        f"({size['before'] / 1e6:.3f} to {size['after'] / 1e6:.3f} MB); relative error of all updates "
+        f"{report['relative_error']:.4f} (metric {report['metric']})"
+    )
+    if written:
+        out.print(f"wrote {report['output']}")
+
+
+def _squeezed_row(modules: list[dict[str, Any]]) -> list[str]:
+    before, after = (sum(m[key] for m in modules) for key in ("bytes_before", "bytes"))
+    errors = [m["relative_error"] for m in modules]
+    spans = [span([m[key] for m in modules]) for key in ("rank", "rank_before")]
+    mean = sum(errors) / len(errors)
+    return [str(len(modules)), *spans, f"{after / 1e3:.1f}", f"{1 - after / before:.1%}", f"{mean:.3f}"]

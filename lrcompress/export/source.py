@@ -1,8 +1,5 @@
-"""What every export shares: the compressed checkpoint, the folder that appears whole, side files, the report."""
+"""What every export shares: the compressed checkpoint and the report."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, StoredLinear, restored, stored_tensors
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import load_report
-from lrcompress.stages.workspace import Workspace
 
 
 @dataclass
@@ -69,21 +65,6 @@ def open_compressed(checkpoint: str) -> Source:
                     "the checkpoint is damaged, get it again"
                 )
     return source
-
-
-@contextmanager
-def new_folder(source: Source, output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `output` at the end, or nothing at all where anything fails."""
-    here, target = source.folder.resolve(), output.resolve()
-    if here == target or target in here.parents:
-        raise InputError(f"output {output} holds the checkpoint that is exported: choose another -o")
-    with Workspace(output, overwrite=overwrite, resume=False) as workspace:
-        try:
-            yield workspace.partial
-        except BaseException:
-            shutil.rmtree(workspace.partial, ignore_errors=True)
-            raise
-        workspace.publish()
 
 
 def exported_report(source: Source, folder: Path, modules: dict[str, Spec]) -> dict[str, Any] | None:

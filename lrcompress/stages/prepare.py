@@ -134,6 +134,17 @@ def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[Cal
 
 def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
+    opened = open_targets(request, reporter)
+    warn_few_targets(opened.skeleton, opened.sites, reporter)
+    open_base(opened)
+    check_amount(opened)
+    if calibrate:
+        calibrate_model(opened)
+    return opened
+
+
+def open_targets(request: Request, reporter: Reporter) -> Opened:
+    """Open the model and find its sites; each is a group of its own until it is calibrated."""
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_dense(recipe.model)
@@ -142,24 +153,19 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
-    warn_few_targets(skeleton, sites, reporter)
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None)
-    open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
-    check_amount(opened)
-    if calibrate:
-        calibrate_model(opened)
-    return opened
+    return Opened(request, model, reader, skeleton, walker, sites, dtype, None)
 
 
-def open_base(opened: Opened, model_type: str) -> None:
+def open_base(opened: Opened) -> None:
     """Give an existing base its weights; InputError where it does not fit the model, the targets or the metric."""
     request = opened.request
     base = request.method.existing_base
     if base is None:
         return
+    model_type = str(opened.skeleton.config.model_type)  # type: ignore[union-attr]
     dense = Dense(opened.reader, opened.walker.names, opened.skeleton, opened.sites, model_type, opened.dtype)
     base.weights = open_existing(base.folder, dense)
     specs = base.weights.specs
