@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import Ratio
-from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes, site_numbers
+from lrcompress.checkpoint.manifest import Manifest, check_stored, read_manifest, read_weight, site_bytes, site_numbers
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, StoredLinear, restored, stored_tensors
+from lrcompress.formats import DENSE, StoredLinear, restored
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import load_report
 
@@ -55,15 +55,7 @@ def open_compressed(checkpoint: str) -> Source:
     if manifest is None or not manifest.modules:
         raise InputError(refusal)
     source = Source(checkpoint, folder, config, manifest, CheckpointReader(folder), load_report(folder))
-    stored = {name: source.reader.meta(name) for name in source.reader.names()}
-    for name, spec in manifest.modules.items():
-        for key, meta in stored_tensors(spec, torch.float32).items():
-            found = stored.get(f"{name}.{key}")
-            if found is None or found.shape != meta.shape or found.is_floating_point() != meta.is_floating_point():
-                raise InputError(
-                    f"{folder} has no tensor {name}.{key} of shape {tuple(meta.shape)}, as its manifest says: "
-                    "the checkpoint is damaged, get it again"
-                )
+    check_stored(manifest, source.reader)
     return source
 
 

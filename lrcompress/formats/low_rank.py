@@ -45,6 +45,10 @@ class LowRank(StoredLinear):
     def dense(self) -> Tensor:
         return self.B.weight @ self.A.weight
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, r) and right (r, in) whose product is the weight."""
+        return self.B.weight, self.A.weight
+
     def dense_bias(self) -> Tensor | None:
         return self.B.bias
 

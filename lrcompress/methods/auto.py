@@ -51,7 +51,7 @@ class Auto(Method):
         self._low_rank = Lord(LordOptions(**shared), self.format)
         self._by_output = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
-        self.errors_are_exact = self.levels_are_ranks = self.format != "auto"
+        self.errors_are_exact = self.levels_are_ranks = self.retruncates = self.format != "auto"
 
     @property
     def metric(self) -> str:
@@ -71,6 +71,11 @@ class Auto(Method):
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         return self._part(site).decompose(site, weight, statistics)
+
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        return self._part(site).decompose_product(site, left, right, statistics)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         part = self._by_output if "roots" in artefact else self._low_rank

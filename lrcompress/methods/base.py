@@ -50,6 +50,9 @@ class Method(ABC):
     takes_rank: ClassVar[bool] = False
     """Whether one rank for all weights (--rank) may be asked instead of a ratio."""
 
+    retruncates: bool = False
+    """Whether weights that are factorised already can be compressed further; see `decompose_product`."""
+
     levels_are_ranks: bool = False
     """A curve's levels are ranks of the weight itself, so that a ratio may count ranks."""
 
@@ -109,6 +112,12 @@ class Method(ABC):
     @abstractmethod
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         """Everything that `errors` and `encode` need, from weight (out, in); the input is not changed."""
+
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        """`decompose` of the weight left (out, r) @ right (r, in)."""
+        return self.decompose(site, left @ right, statistics)
 
     @abstractmethod
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:

@@ -7,8 +7,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from lrcompress.formats import FORMATS, spec_bytes
-from lrcompress.linalg.truncation import decompose, tail_energies
+from lrcompress.formats import DENSE, FORMATS, spec_bytes
+from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
@@ -35,6 +35,7 @@ class SpectralMethod(Method):
     Options: ClassVar[type[MethodOptions]] = SpectralOptions
     formats: ClassVar[tuple[str, ...]] = ("auto", "low_rank", "pivoted")
     levels_are_ranks: bool = True
+    retruncates: bool = True
 
     @property
     def metric(self) -> str:
@@ -45,28 +46,48 @@ class SpectralMethod(Method):
         return min(shape)
 
     def curve(self, site: Site, element_size: int) -> Curve:
-        adds_bias = self.metric == "centred"
+        adds_bias = self._adds_bias(site)
         stored = _candidates(self.format, site.shape, adds_bias, adds_bias and not site.bias, element_size)
         limit = self.largest_rank(site.shape)
         dense = site.shape[0] * site.shape[1] * element_size
+        last = Spec(DENSE, site.shape) if site.stored is None else site.stored
+        most, limit = spec_bytes(last, element_size), min(limit, last.rank)
         # A bias that is added costs bytes too, so a small or thin weight can have no level below dense.
-        useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < dense]
+        useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < most]
         ranks, costs = [r for r, _ in useful], [b for _, b in useful]
-        return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
+        return Curve(site.name, torch.tensor([*ranks, last.rank]), torch.tensor([*costs, most]), dense)
+
+    def _adds_bias(self, site: Site) -> bool:
+        """Whether a weight gets a bias that a dense layer need not have, or has got one before."""
+        return self.metric == "centred" or (site.stored is not None and site.stored.added_bias)
 
     def centres(self, site: Site) -> bool:
         """Whether a bias carries what the site's inputs give on average."""
         return self.metric == "centred"
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        centred = self.centres(site)
-        gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
-        spectrum = decompose(weight, gram, self.output_gram(statistics))
+        spectrum = decompose(weight, self._input_gram(site, statistics), self.output_gram(statistics))
+        return self._artefact(site, spectrum, weight.double(), statistics)
+
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        spectrum = retruncate(left, right, self._input_gram(site, statistics), self.output_gram(statistics))
+        return self._artefact(site, spectrum, left @ right, statistics)
+
+    def _input_gram(self, site: Site, statistics: InputStatistics | None) -> Tensor | None:
+        if statistics is None or self.metric == "plain":
+            return None
+        return statistics.gram(centred=self.centres(site))
+
+    def _artefact(
+        self, site: Site, spectrum: Spectrum, weight: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
         energies = spectrum.energies * self.output_scale(statistics)
         artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": energies}
-        if centred and statistics is not None:
+        if self.centres(site) and statistics is not None:
             mean = statistics.mean()
-            artefact["mean_output"] = weight.double() @ mean
+            artefact["mean_output"] = weight @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
 
@@ -97,7 +118,7 @@ class SpectralMethod(Method):
         return float(artefact["energies"].sum())
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        adds_bias = self.metric == "centred"
+        adds_bias = self._adds_bias(site)
         added = adds_bias and not site.bias
         for candidate, _, name in _candidates(self.format, site.shape, adds_bias, added, element_size):
             if candidate == rank:

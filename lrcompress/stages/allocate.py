@@ -112,7 +112,7 @@ def rank_level(curve: Curve, rank: int) -> int:
 
 
 def level_specs(opened: Opened, sites: list[Site], curve: Curve, level: int) -> list[Spec]:
-    """How the sites of a curve are stored at a level; the last one is dense."""
+    """How the sites of a curve are stored at a level; the last one is as they are, dense or not."""
     if level == len(curve.ranks) - 1:
-        return [Spec(DENSE, site.shape, site.bias, conv1d=site.conv1d) for site in sites]
+        return [site.stored or Spec(DENSE, site.shape, site.bias, conv1d=site.conv1d) for site in sites]
     return joint_specs(opened.request.method, sites, int(curve.ranks[level]), opened.dtype.itemsize)

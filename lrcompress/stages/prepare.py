@@ -1,7 +1,7 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from lrcompress.allocators.base import check_possible, largest_ratio
 from lrcompress.budget import kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
-from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
+from lrcompress.checkpoint.manifest import read_manifest
+from lrcompress.checkpoint.multiplied import Multiplied
+from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_model, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
@@ -147,16 +149,46 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     """Open the model and find its sites; each is a group of its own until it is calibrated."""
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
-    model = open_dense(recipe.model)
-    reader = model.reader()
+    model = open_model(recipe.model)
+    reader = _tensors(request, model)
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
+    if isinstance(reader, Multiplied):
+        sites = _stored_sites(reader, sites, recipe.model)
+        reader.add_biases(skeleton)
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
     return Opened(request, model, reader, skeleton, walker, sites, dtype, None)
+
+
+def _tensors(request: Request, model: OpenedModel) -> CheckpointReader:
+    """The dense model's tensors; InputError where it is compressed in a way that cannot be compressed further."""
+    manifest = read_manifest(model.folder)
+    if manifest is None:
+        refuse_compressed(model)
+        return model.reader()
+    recipe, method = request.recipe, request.method
+    said = f"model {recipe.model} is compressed already ({manifest.method})"
+    if not method.retruncates:
+        cure = " or auto with --format low_rank or pivoted" if method.name == "auto" else ""
+        raise InputError(f"{said}: lord and welore{cure} compress it further, other methods start from the dense model")
+    if recipe.ratio_of != "bytes" or recipe.max_loss is not None or method.options.toward_dense:
+        raise InputError(
+            f"{said}: ratio_of, max_loss and toward_dense are about the dense model, which is not here; ask for a "
+            "--ratio of its bytes or a --size"
+        )
+    return Multiplied(model.folder, manifest, recipe.model)
+
+
+def _stored_sites(reader: Multiplied, sites: Sequence[Site], label: str) -> list[Site]:
+    """The sites with what they are stored as; a bias counts as the dense layer's only where that had one."""
+    missing = reader.specs.keys() - {site.name for site in sites}
+    if missing:
+        raise InputError(f"model {label} compresses {min(missing)}, which is no target here: let --target include it")
+    return [replace(site, stored=reader.specs.get(site.name)) for site in sites]
 
 
 def open_base(opened: Opened) -> None:
@@ -206,6 +238,12 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
             "weights: ask for another ratio_of, method or base"
         )
     check_possible(curves, budget, request.recipe.ratio_of)
+    kept = sum(int(curve.bytes[-1]) for curve in curves)
+    if kept <= budget:
+        raise InputError(
+            f"--ratio {request.ratio:g}: model {request.recipe.model} has {1 - kept / dense:.4f} of its dense weights' "
+            "bytes removed already, ask for more"
+        )
     return budget
 
 
@@ -229,7 +267,10 @@ def other_bytes(opened: Opened) -> int:
     weights = {site.name + ".weight" for site in opened.sites}
     biases = {site.name + ".bias" for site in opened.sites}
     total = 0
+    added = {site.name + ".bias" for site in opened.sites if not site.bias}
     for name, key in opened.walker.names.items():
+        if name in added:  # counted with the weight
+            continue
         tensor = opened.reader.meta(key)
         size = opened.written_dtype(tensor).itemsize
         if name in weights:  # a weight that stays dense keeps its own dtype
