@@ -182,21 +182,12 @@ def _write(adapter: Adapter, spectra: dict[str, Spectrum], ranks: dict[str, int]
         dtypes[name] = adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype
         planned += empty_lora(name, lora.shape, rank, dtypes[name])
     writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
-    writer.write((name, _carried(adapter, name)) for name in adapter.others)
+    writer.write((name, adapter.carried(name)) for name in adapter.others)
     for name, rank in ranks.items():
         spectrum, (right_dtype, left_dtype) = spectra[name], dtypes[name]
         stored = LowRank.encode(spectrum.left[:, :rank], spectrum.right[:rank], None)
         writer.write(lora_tensors(name, stored["A.weight"].to(right_dtype), stored["B.weight"].to(left_dtype)))
     writer.close()
-
-
-def _carried(adapter: Adapter, name: str) -> Tensor:
-    """A tensor as it is; the bias of a factor B is scaled as its product was."""
-    tensor = adapter.tensor(name)
-    for lora in adapter.linear.values():
-        if name == lora.left.removesuffix("weight") + "bias":
-            return (lora.scaling * tensor.double()).to(tensor.dtype)
-    return tensor
 
 
 def _report(

@@ -62,6 +62,14 @@ class Adapter:
         """One stored tensor."""
         return next(tensor for _, tensor in self.reader.read([name]))
 
+    def carried(self, name: str) -> Tensor:
+        """A tensor of `others` for an adapter whose linear updates have scaling 1: a bias of a factor B is scaled."""
+        tensor = self.tensor(name)
+        for lora in self.linear.values():
+            if name == lora.left.removesuffix("weight") + "bias":
+                return (lora.scaling * tensor.double()).to(tensor.dtype)
+        return tensor
+
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """left (out, r) and right (r, in), float64: their product is what the adapter adds to a linear weight."""
         lora = self.modules[module]

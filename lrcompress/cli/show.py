@@ -234,3 +234,24 @@ def _squeezed_row(modules: list[dict[str, Any]]) -> list[str]:
     spans = [span([m[key] for m in modules]) for key in ("rank", "rank_before")]
     mean = sum(errors) / len(errors)
     return [str(len(modules)), *spans, f"{after / 1e3:.1f}", f"{1 - after / before:.1%}", f"{mean:.3f}"]
+
+
+def show_merge(report: dict[str, Any], *, quiet: bool, written: bool) -> None:
+    """Every task with its bytes before and its error after."""
+    if quiet:
+        return
+    out = console()
+    table = Table(title=f"{len(report['tasks'])} tasks, one basis")
+    for column in ("task", "MB before", "error"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in report["tasks"]:
+        table.add_row(task["name"], f"{task['bytes'] / 1e6:.3f}", f"{task['relative_error']:.4f}")
+    out.print(table)
+    size, elements = report["bytes"], [module["elements"] for module in report["modules"]]
+    out.print(
+        f"{'saved' if written else 'would save'} {report['ratio']:.2%} of the factors' bytes "
+        f"({size['separate'] / 1e6:.3f} to {size['shared'] / 1e6:.3f} MB) with {span(elements)} elements a module; "
+        f"relative error of all tasks {report['relative_error']:.4f}"
+    )
+    if written:
+        out.print(f"wrote {report['output']}")
