@@ -54,7 +54,9 @@ class LrcompressQuantizer(HfQuantizer):
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
         connect(model, manifest.modules)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if isinstance(dtype, str):  # as a config says it that has been saved
+            dtype = getattr(torch, dtype)
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
         if added:
             warnings.warn(

@@ -49,6 +49,7 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     )
     if said := answer(plan, plan["asked"]):
         out.print(said)
+    _show_joined(plan, out)
 
 
 def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
@@ -65,11 +66,22 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     )
     if said := answer(report, report["recipe"]):
         out.print(said)
+    _show_joined(report, out)
     calibration = report["calibration"]
     general = calibration is None or calibration["general"]
     if text := caution(report["metric"], report["base"], general=general):
         out.print(text)
     out.print(f"wrote {folder}")
+
+
+def _show_joined(report: dict[str, Any], out: Console) -> None:
+    joined = report.get("joined", [])
+    if joined:
+        apart, together = (sum(j[f"squared_error_{key}"] for j in joined) for key in ("apart", "together"))
+        out.print(
+            f"{len(joined)} groups of weights share their right factor: their squared error is {together / apart:.1%} "
+            "of what it is apart at no fewer bytes"
+        )
 
 
 def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
@@ -170,6 +182,9 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
         shared = sum("shared" in t for t in result["targets"])
         others = f"; {shared} use the dictionary of another block" if shared else ""
         out.print(f"codes of sparse dictionaries are multiplied: {shown}{others}")
+    joined = sum("shared" in t and t["format"] == "low_rank" for t in result["targets"])
+    if joined:
+        out.print(f"{joined} low-rank weights use the right factor of another weight")
     if any("spectrum" in t for t in result["targets"]):
         table = Table(title="singular values, largest to smallest")
         for column in ("weight", "spectrum", "largest", "smallest"):

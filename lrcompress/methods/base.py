@@ -135,6 +135,14 @@ class Method(ABC):
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors of `spec`, float32 or integer; bias is that of the dense layer."""
 
+    def joins(self, site: Site) -> bool:
+        """Whether the weight may share its right factor with others, where numbers speak for it (stages/join.py)."""
+        return False
+
+    def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        """`spec` of a weight that shares with others; the owner of what is shared is not named yet."""
+        return self.spec(site, rank, element_size)
+
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
     ) -> list[dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """The family of low-rank methods: one decomposition under different metrics, formats and allocators."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lrcompress.formats import DENSE, FORMATS, spec_bytes
+from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
+from lrcompress.methods.joining import encode_joined
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
@@ -22,6 +25,14 @@ class SpectralOptions(MethodOptions):
     metric: Metric = "input"
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
     """Added to the gradient Gram's eigenvalues, relative to their mean (metric=two_sided)."""
+
+
+class JoiningOptions(SpectralOptions):
+    """Options of the methods that may give several weights one right factor."""
+
+    join: Literal["none", "auto"] = "none"
+    """auto: weights of one input, and equal ones of neighbouring blocks, share it where they then err less at no more
+    bytes."""
 
 
 class SpectralMethod(Method):
@@ -85,11 +96,35 @@ class SpectralMethod(Method):
     ) -> dict[str, Tensor]:
         energies = spectrum.energies * self.output_scale(statistics)
         artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": energies}
+        if self.joins(site):
+            gram = self._input_gram(site, statistics)
+            artefact |= {} if gram is None else {"gram": gram.float()}
         if self.centres(site) and statistics is not None:
             mean = statistics.mean()
+            if self.joins(site):
+                artefact["mean"] = mean
             artefact["mean_output"] = weight @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
+
+    @property
+    def keeps_gram(self) -> bool:
+        return getattr(self.options, "join", "none") == "auto" and self.metric != "plain"
+
+    def joins(self, site: Site) -> bool:
+        return getattr(self.options, "join", "none") == "auto" and site.stored is None
+
+    def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        bias = self._adds_bias(site)
+        parameters = {"rank": rank}
+        return Spec(LowRank.name, site.shape, bias or site.bias, bias and not site.bias, site.conv1d, parameters)
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        if len(specs) == 1:
+            return super().encode_together(specs, artefacts, biases)
+        return encode_joined(specs, artefacts, biases)
 
     @property
     def needs_gradient_gram(self) -> bool:

@@ -87,10 +87,10 @@ class Opened:
         keep = self.request.recipe.dtype == "auto" and not self.model.from_gguf
         return tensor.dtype if keep or not tensor.is_floating_point() else self.dtype
 
-    def costs(self) -> list[Costs]:
-        """The choices for every weight, priced in what the asked ratio counts."""
-        request = self.request
-        return costs(request.method, self.sites, len(self.blocks), self.dtype.itemsize, request.recipe.ratio_of)
+    def costs(self, joins: Sequence[Sequence[str]] = ()) -> list[Costs]:
+        """The choices for every weight, priced in what the asked ratio counts; see costs.costs."""
+        request, size = self.request, self.dtype.itemsize
+        return costs(request.method, self.sites, len(self.blocks), size, request.recipe.ratio_of, joins)
 
     def sites_of(self, block: int) -> list[Site]:
         """The sites of one block; block len(blocks) is everything outside."""
@@ -116,11 +116,17 @@ def check_request(recipe: Recipe) -> Request:
         )
     if method.existing_base is not None:
         check_existing(method.existing_base.folder)
-    if method.options.propagation == "sequential" and method.group > 1:
-        raise InputError("propagation=sequential stores block by block, group shares among blocks: leave one out")
+    if method.options.propagation == "sequential" and (method.group > 1 or _may_join(method)):
+        raise InputError(
+            "propagation=sequential stores block by block, group and join share among blocks: leave one out"
+        )
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
+
+
+def _may_join(method: Method) -> bool:
+    return getattr(method.options, "join", "none") != "none"
 
 
 def split_samples(specs: Sequence[CalibrationSpec]) -> list[tuple[Source, int, int]]:
