@@ -246,6 +246,7 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "size", "rank", "max_loss"}),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),
+        **({"joined": plan.joined()} if plan.joins else {}),
     }  # fmt: skip
 
 
@@ -272,7 +273,8 @@ def disk_need(opened: Opened) -> int:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     if opened.request.method.keeps_gram:
         factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
-    output = opened.dense_checkpoint_bytes * (1 if opened.request.method.group == 1 else 2)
+    shares = opened.request.method.group > 1 or any(opened.request.method.joins(site) for site in opened.sites)
+    output = opened.dense_checkpoint_bytes * (2 if shares else 1)
     if opened.request.recipe.max_loss is not None:  # a candidate
         output += opened.dense_checkpoint_bytes
     hidden = 0

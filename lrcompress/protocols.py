@@ -24,6 +24,8 @@ class Site:
     """The weight lies transposed, (in, out), as in GPT-2's Conv1D."""
     kind: str = ""
     """Name inside the block, such as self_attn.q_proj: the row of the final table."""
+    stored: "Spec | None" = None
+    """How a weight lies that is compressed already and compressed further; its last level keeps it so."""
 
 
 @dataclass(frozen=True)

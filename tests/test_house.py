@@ -20,6 +20,7 @@ LAYERS = [
     ["evaluation"],
     ["stages"],
     ["export"],
+    ["adapters"],
     ["pipeline"],
     ["sweep", "lm_eval"],
     ["cli"],

@@ -246,9 +246,10 @@ def test_what_cannot_share_is_refused(llama, tmp_path, changes, message):
         ({"shared": "model.layers.9.mlp.up_proj"}, "stores nothing to share"),
         ({"shared": "model.layers.1.mlp.gate_proj"}, "stores nothing to share"),
         ({"shared": "model.layers.0.mlp.down_proj"}, "cannot have"),
+        ({"shared": "model.layers.0.mlp.up_proj", "format": "low_rank"}, "cannot have"),
         ({"shared": 3}, "stores nothing to share"),
         ({"shared": ["model.layers.0.mlp.up_proj"]}, "stores nothing to share"),
-        ({"shared": "model.layers.0.mlp.up_proj", "format": "low_rank"}, "shares nothing"),
+        ({"shared": "model.layers.0.mlp.up_proj", "format": "pivoted"}, "shares nothing"),
     ],
 )
 def test_a_manifest_that_shares_what_is_not_there_is_refused(grouped, tmp_path, change, message):

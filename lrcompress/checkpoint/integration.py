@@ -70,7 +70,8 @@ class LrcompressQuantizer(HfQuantizer):
 
         return [conversion for conversion in weight_conversions if not makes_fused(conversion)]
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
         if added:
             warnings.warn(
@@ -79,7 +80,7 @@ class LrcompressQuantizer(HfQuantizer):
                 "a switch for them, or compress with metric=input",
                 stacklevel=2,
             )
-        return densify(model, dtype)
+        return densify(model, wanted)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """save_pretrained writes the stored formats."""

@@ -81,6 +81,19 @@ def read_weight(reader: CheckpointReader, name: str, spec: Spec) -> dict[str, Te
     return {places[place]: tensor for place, tensor in reader.read(list(places))}
 
 
+def check_stored(manifest: Manifest, reader: CheckpointReader) -> None:
+    """InputError where the files lack a tensor that the manifest names, or hold another kind of tensor."""
+    stored = {name: reader.meta(name) for name in reader.names()}
+    for name, spec in manifest.modules.items():
+        for key, meta in stored_tensors(spec, torch.float32).items():
+            found = stored.get(f"{name}.{key}")
+            if found is None or found.shape != meta.shape or found.is_floating_point() != meta.is_floating_point():
+                raise InputError(
+                    f"{reader.folder} has no tensor {name}.{key} of shape {tuple(meta.shape)}, as its manifest says: "
+                    "the checkpoint is damaged, get it again"
+                )
+
+
 def site_bytes(reader: CheckpointReader, site: Site, spec: Spec) -> int:
     """Bytes that the files hold for a site's weight: all its tensors but a bias that the dense layer had too."""
     return _count(reader, site, spec)[0]

@@ -17,13 +17,13 @@ DTYPE_NAMES = {
 
 
 class CheckpointReader:
-    """The tensors of a folder by name, in one or many shards; a file is open only while it is read."""
+    """The tensors of a folder by name, in one or many shards, or in its file `only`; one is open while it is read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: str | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._meta: dict[str, Tensor] = {}
-        for path in _shards(folder):
+        for path in _shards(folder) if only is None else [folder / only]:
             for name, meta in _header(path).items():
                 if name in self._files:
                     raise InputError(

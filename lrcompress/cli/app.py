@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from lrcompress.cli import bench, cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
+from lrcompress.cli import (
+    bench,
+    cache,
+    compress,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    methods,
+    plan,
+    report,
+    run,
+    squeeze,
+    sweep,
+)
 from lrcompress.errors import LrcompressError
 from lrcompress.processes import several
 
@@ -24,6 +38,9 @@ app.command("bench")(bench.bench)
 app.command("run")(run.run)
 app.command("sweep")(sweep.sweep)
 app.command("export")(export.export)
+app.command("squeeze")(squeeze.squeeze)
+app.command("merge")(merge.merge)
+app.command("extract")(merge.extract)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("cache")(cache.cache)

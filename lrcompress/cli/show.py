@@ -10,8 +10,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lrcompress.checkpoint.opening import short_name
 from lrcompress.report.inspection import removed_by_block, sparkline
-from lrcompress.report.summary import answer, block_kinds, caution, change, kinds_table, measurements, removed_in_words
+from lrcompress.report.summary import (
+    answer,
+    block_kinds,
+    caution,
+    change,
+    kinds_table,
+    measurements,
+    removed_in_words,
+    span,
+)
 
 
 def quiet_libraries() -> None:
@@ -48,6 +58,7 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     )
     if said := answer(plan, plan["asked"]):
         out.print(said)
+    _show_joined(plan, out)
 
 
 def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
@@ -64,11 +75,22 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     )
     if said := answer(report, report["recipe"]):
         out.print(said)
+    _show_joined(report, out)
     calibration = report["calibration"]
     general = calibration is None or calibration["general"]
     if text := caution(report["metric"], report["base"], general=general):
         out.print(text)
     out.print(f"wrote {folder}")
+
+
+def _show_joined(report: dict[str, Any], out: Console) -> None:
+    joined = report.get("joined", [])
+    if joined:
+        apart, together = (sum(j[f"squared_error_{key}"] for j in joined) for key in ("apart", "together"))
+        out.print(
+            f"{len(joined)} groups of weights share their right factor: their squared error is {together / apart:.1%} "
+            "of what it is apart at no fewer bytes"
+        )
 
 
 def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
@@ -169,6 +191,9 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
         shared = sum("shared" in t for t in result["targets"])
         others = f"; {shared} use the dictionary of another block" if shared else ""
         out.print(f"codes of sparse dictionaries are multiplied: {shown}{others}")
+    joined = sum("shared" in t and t["format"] == "low_rank" for t in result["targets"])
+    if joined:
+        out.print(f"{joined} low-rank weights use the right factor of another weight")
     if any("spectrum" in t for t in result["targets"]):
         table = Table(title="singular values, largest to smallest")
         for column in ("weight", "spectrum", "largest", "smallest"):
@@ -196,3 +221,61 @@ def show_export(result: dict[str, Any], *, quiet: bool) -> None:
         return
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in result["bytes"].items())
     console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}\nwrote {result['output']}")
+
+
+def show_squeeze(report: dict[str, Any], *, quiet: bool, written: bool) -> None:
+    """Kinds of modules with their ranks, bytes and errors."""
+    if quiet:
+        return
+    out = console()
+    table = Table(title=f"{short_name(report['adapter'])}, squeezed")
+    for column in ("module", "count", "rank", "of", "kB", "removed", "error"):
+        table.add_column(column, justify="left" if column == "module" else "right")
+    kinds = block_kinds([module["name"] for module in report["modules"]])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for module in report["modules"]:
+        groups.setdefault(kinds[module["name"]], []).append(module)
+    for kind, modules in groups.items():
+        table.add_row(kind, *_squeezed_row(modules))
+    table.add_section()
+    table.add_row("all", *_squeezed_row(report["modules"]))
+    out.print(table)
+    size = report["bytes"]
+    if report["carried"]:
+        out.print(f"kept as they are: {len(report['carried'])} tensors that are no update of a linear layer")
+    out.print(
+        f"{'removed' if written else 'would remove'} {report['ratio']:.2%} of the factors' bytes "
+        f"({size['before'] / 1e6:.3f} to {size['after'] / 1e6:.3f} MB); relative error of all updates "
+        f"{report['relative_error']:.4f} (metric {report['metric']})"
+    )
+    if written:
+        out.print(f"wrote {report['output']}")
+
+
+def _squeezed_row(modules: list[dict[str, Any]]) -> list[str]:
+    before, after = (sum(m[key] for m in modules) for key in ("bytes_before", "bytes"))
+    errors = [m["relative_error"] for m in modules]
+    spans = [span([m[key] for m in modules]) for key in ("rank", "rank_before")]
+    mean = sum(errors) / len(errors)
+    return [str(len(modules)), *spans, f"{after / 1e3:.1f}", f"{1 - after / before:.1%}", f"{mean:.3f}"]
+
+
+def show_merge(report: dict[str, Any], *, quiet: bool, written: bool) -> None:
+    """Every task with its bytes before and its error after."""
+    if quiet:
+        return
+    out = console()
+    table = Table(title=f"{len(report['tasks'])} tasks, one basis")
+    for column in ("task", "MB before", "error"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in report["tasks"]:
+        table.add_row(task["name"], f"{task['bytes'] / 1e6:.3f}", f"{task['relative_error']:.4f}")
+    out.print(table)
+    size, elements = report["bytes"], [module["elements"] for module in report["modules"]]
+    out.print(
+        f"{'saved' if written else 'would save'} {report['ratio']:.2%} of the factors' bytes "
+        f"({size['separate'] / 1e6:.3f} to {size['shared'] / 1e6:.3f} MB) with {span(elements)} elements a module; "
+        f"relative error of all tasks {report['relative_error']:.4f}"
+    )
+    if written:
+        out.print(f"wrote {report['output']}")

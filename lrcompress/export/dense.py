@@ -12,14 +12,14 @@ from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
+from lrcompress.export.source import Source, exported_report, open_compressed
 from lrcompress.model.device import resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, read_config
 from lrcompress.model.surgery import dense_parts
 from lrcompress.protocols import Spec
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.workspace import write_json
+from lrcompress.stages.workspace import new_folder, write_json
 
 
 def export_dense(
@@ -41,7 +41,7 @@ def export_dense(
     source = open_compressed(checkpoint)
     model = model_with_experts(source, trust_remote_code=trust_remote_code)
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
-    with new_folder(source, output, overwrite=overwrite) as folder:
+    with new_folder([source.folder], output, overwrite=overwrite) as folder:
         copy_files_beside(source.folder, folder, code=True)
         write_json(folder / "config.json", dense_config(source, wanted, switches))
         write_weights(source, model, folder, limit, wanted, zeros, reporter)

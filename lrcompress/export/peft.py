@@ -1,9 +1,5 @@
-"""The corrections of a checkpoint as a LoRA adapter, and the base alone as a checkpoint beside it.
+"""The corrections of a checkpoint as a LoRA adapter, and the base alone as a checkpoint beside it."""
 
-Written without PEFT; the names and the matching of names are those of peft 0.21.
-"""
-
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +8,20 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
+from lrcompress.checkpoint.adapter import CONFIG, STEM, empty_lora, lora_tensors, new_config
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.export.source import Source, exported_report, new_folder, open_compressed
+from lrcompress.export.source import Source, exported_report, open_compressed
 from lrcompress.formats import FORMATS
 from lrcompress.formats.base import LeafLinear
 from lrcompress.formats.sum import Sum, part
 from lrcompress.protocols import Spec
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.workspace import write_json
+from lrcompress.stages.workspace import new_folder, write_json
 
-ADAPTER, BASE = "adapter_model", "base"
+BASE = "base"
 
 
 def export_peft(
@@ -49,12 +46,13 @@ def export_peft(
             raise InputError(
                 f"{name} has a base stored as {bases[name].format}, which PEFT cannot adapt: --to dense can"
             )
-    with new_folder(source, output, overwrite=overwrite) as folder:
+    with new_folder([source.folder], output, overwrite=overwrite) as folder:
         base = folder / BASE
         base.mkdir()
         write_base(source, bases, base, limit, reporter)
         write_adapter(source, corrected, folder, reporter)
-        write_json(folder / "adapter_config.json", adapter_config(corrected, (output / BASE).resolve()))
+        ranks = {name: spec.rank for name, spec in corrected.items()}
+        write_json(folder / CONFIG, new_config(ranks, str((output / BASE).resolve()), corrected))
         report = exported_report(source, CheckpointReader(base), bases)
         if report is not None:
             write_json(base / "report.json", report)
@@ -62,7 +60,6 @@ def export_peft(
         (folder / "README.md").write_text(adapter_card(source, corrected), encoding="utf8")
         sizes = {key: sum(p.stat().st_size for p in where.glob("*.safetensors"))
                  for key, where in (("adapter", folder), ("base", base))}  # fmt: skip
-    ranks = sorted(spec.rank for spec in corrected.values())
     dtypes = {str(factor_dtype(source, name)).removeprefix("torch.") for name in corrected}
     return {
         "schema": 1,
@@ -70,7 +67,7 @@ def export_peft(
         "to": "peft",
         "output": str(output),
         "layers": len(corrected),
-        "ranks": [ranks[0], ranks[-1]],
+        "ranks": [min(ranks.values()), max(ranks.values())],
         "dtypes": sorted(dtypes),
         "bytes": sizes,
     }
@@ -113,27 +110,17 @@ def write_adapter(source: Source, corrected: dict[str, Spec], folder: Path, repo
     """adapter_model.safetensors, a layer in memory at a time."""
     planned: list[tuple[str, Tensor]] = []
     for name, spec in corrected.items():
-        dtype, (rows, columns) = factor_dtype(source, name), spec.shape
-        planned += tensors(
-            name,
-            torch.empty(spec.rank, columns, dtype=dtype, device="meta"),
-            torch.empty(rows, spec.rank, dtype=dtype, device="meta"),
-        )
-    writer = ShardedWriter(folder, planned, 2**63, stem=ADAPTER)
+        dtype = factor_dtype(source, name)
+        planned += empty_lora(name, spec.shape, spec.rank, (dtype, dtype))
+    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
     with reporter.phase("write adapter", len(corrected)) as tick:
         for name in corrected:
             layer, dtype = source.layer(name), factor_dtype(source, name)
             assert isinstance(layer, Sum)
             left, right = layer.factors()
-            writer.write(tensors(name, right.to(dtype), left.to(dtype)))
+            writer.write(lora_tensors(name, right.to(dtype), left.to(dtype)))
             tick()
     writer.close()
-
-
-def tensors(name: str, right: Tensor, left: Tensor) -> list[tuple[str, Tensor]]:
-    """A (r, in) and B (out, r) of module `name` under PEFT's names."""
-    stem = f"base_model.model.{name}"
-    return [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
 
 
 def factor_dtype(source: Source, name: str) -> torch.dtype:
@@ -143,31 +130,6 @@ def factor_dtype(source: Source, name: str) -> torch.dtype:
     """
     bits = source.manifest.modules[name].parameters["correction"]["bits"]
     return source.reader.meta(f"{name}.A.weight").dtype if bits == 16 else torch.float32
-
-
-def adapter_config(corrected: dict[str, Spec], base: Path) -> dict[str, Any]:
-    """adapter_config.json; alpha is the rank in every module, so that every scaling is 1.
-
-    PEFT takes a key of a pattern for a regular expression that ends a module's name, an entry of `target_modules` for a
-    name or its end after a dot: full names match themselves only, and anchored and escaped ones do so as expressions.
-    Weights of stored formats are (out, in) where the dense layer is a Conv1D too, so fan_in_fan_out is false.
-    """
-    largest = max(spec.rank for spec in corrected.values())
-    pattern = {f"^{re.escape(name)}": spec.rank for name, spec in corrected.items() if spec.rank != largest}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": list(corrected),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-    }
 
 
 def adapter_card(source: Source, corrected: dict[str, Spec]) -> str:

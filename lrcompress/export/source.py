@@ -1,8 +1,5 @@
-"""What every export shares: the compressed checkpoint, the folder that appears whole, side files, the report."""
+"""What every export shares: the compressed checkpoint and the report."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +8,13 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import Ratio
-from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes, site_numbers
+from lrcompress.checkpoint.manifest import Manifest, check_stored, read_manifest, read_weight, site_bytes, site_numbers
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, StoredLinear, restored, stored_tensors
+from lrcompress.formats import DENSE, StoredLinear, restored
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import load_report
-from lrcompress.stages.workspace import Workspace
 
 
 @dataclass
@@ -59,31 +55,8 @@ def open_compressed(checkpoint: str) -> Source:
     if manifest is None or not manifest.modules:
         raise InputError(refusal)
     source = Source(checkpoint, folder, config, manifest, CheckpointReader(folder), load_report(folder))
-    stored = {name: source.reader.meta(name) for name in source.reader.names()}
-    for name, spec in manifest.modules.items():
-        for key, meta in stored_tensors(spec, torch.float32).items():
-            found = stored.get(f"{name}.{key}")
-            if found is None or found.shape != meta.shape or found.is_floating_point() != meta.is_floating_point():
-                raise InputError(
-                    f"{folder} has no tensor {name}.{key} of shape {tuple(meta.shape)}, as its manifest says: "
-                    "the checkpoint is damaged, get it again"
-                )
+    check_stored(manifest, source.reader)
     return source
-
-
-@contextmanager
-def new_folder(source: Source, output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `output` at the end, or nothing at all where anything fails."""
-    here, target = source.folder.resolve(), output.resolve()
-    if here == target or target in here.parents:
-        raise InputError(f"output {output} holds the checkpoint that is exported: choose another -o")
-    with Workspace(output, overwrite=overwrite, resume=False) as workspace:
-        try:
-            yield workspace.partial
-        except BaseException:
-            shutil.rmtree(workspace.partial, ignore_errors=True)
-            raise
-        workspace.publish()
 
 
 def exported_report(source: Source, reader: CheckpointReader, modules: dict[str, Spec]) -> dict[str, Any] | None:

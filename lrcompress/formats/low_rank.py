@@ -5,30 +5,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lrcompress.errors import InputError
 from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held
 from lrcompress.protocols import Spec
 
 
 @FORMATS.register
 class LowRank(StoredLinear):
-    """y = B (A x) + b with A (r, in) and B (out, r), named as in PEFT's LoRA."""
+    """y = B (A x) + b with A (r, in) and B (out, r), named as in PEFT's LoRA.
+
+    Where the spec names a module in `shared`, A is that module's: this one has none, until it is told to `follow` it.
+    """
 
     name: ClassVar[str] = "low_rank"
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         rank = spec.parameters["rank"]
-        self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
+        self._owner: tuple[LowRank, ...] = ()
+        if spec.owner is None:
+            self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
         self.B = nn.Linear(rank, self.out_features, bias=spec.bias, dtype=dtype)
 
     @classmethod
     def check(cls, spec: Spec) -> None:
-        check_rank(spec)
+        check_rank(spec, largest=spec.shape[1])  # one that is shared may be higher than the least of its weights
 
     @classmethod
     def bytes(cls, spec: Spec, element_size: int) -> int:
         rank = spec.parameters["rank"]
-        return rank * sum(spec.shape) * element_size + added_bias_bytes(spec, element_size)
+        size = sum(spec.shape) if spec.owner is None else spec.shape[0]
+        return rank * size * element_size + added_bias_bytes(spec, element_size)
 
     @classmethod
     def multiplies(cls, spec: Spec) -> int:
@@ -42,8 +49,36 @@ class LowRank(StoredLinear):
         stored = {"A.weight": right / scale[:, None], "B.weight": left * scale}
         return stored if bias is None else {**stored, "B.bias": bias}
 
+    def follow(self, owner: StoredLinear) -> None:
+        """In a tuple, so that the owner is no submodule, is copied with the model, and may be moved and trained."""
+        same = owner.spec.owner is None and owner.spec.rank == self.spec.rank and owner.in_features == self.in_features
+        if not isinstance(owner, LowRank) or not same:
+            raise InputError(f"the manifest shares a factor of {self.spec} that {owner.spec} cannot have")
+        self._owner = (owner,)
+
+    def whole_state(self) -> dict[str, Tensor]:
+        return {**self.state_dict(), "A.weight": self.right(self.B.weight).detach()}
+
+    def right(self, like: Tensor) -> Tensor:
+        """A (r, in) on the device of `like`, whoever stores it."""
+        if self.spec.owner is None:
+            return self.A.weight
+        if not self._owner:
+            raise RuntimeError(f"the right factor lies in {self.spec.owner}: call follow with that module first")
+        factor = self._owner[0].A
+        if factor.weight.is_meta and hasattr(factor, "_hf_hook"):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(factor, like.device):  # offloaded: back on the meta device afterwards
+                return factor.weight.clone()
+        return factor.weight.to(like.device)
+
     def dense(self) -> Tensor:
-        return self.B.weight @ self.A.weight
+        return self.B.weight @ self.right(self.B.weight)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, r) and right (r, in) whose product is the weight."""
+        return self.B.weight, self.right(self.B.weight)
 
     def dense_bias(self) -> Tensor | None:
         return self.B.bias
@@ -52,8 +87,10 @@ class LowRank(StoredLinear):
         return {"B.bias": bias}
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.B(self.A(x))
+        latent = self.A(x) if self.spec.owner is None else nn.functional.linear(x, self.right(x))
+        y: Tensor = self.B(latent)
         return y
 
     def touched_bytes(self, rows: int) -> int:
-        return held(*self.parameters())
+        shared = () if self.spec.owner is None else (self.right(self.B.weight),)
+        return held(*self.parameters(), *shared)

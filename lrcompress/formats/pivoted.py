@@ -68,6 +68,11 @@ class Pivoted(StoredLinear):
         rows = torch.cat([self.pivot.weight, self.rest.weight @ self.pivot.weight])
         return rows[self.order.long()]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, r) and right (r, in) whose product is the weight."""
+        rows = torch.cat([torch.eye(self.pivot.out_features).to(self.rest.weight), self.rest.weight])
+        return rows[self.order.long()], self.pivot.weight
+
     def dense_bias(self) -> Tensor | None:
         if self.pivot.bias is None:
             return None

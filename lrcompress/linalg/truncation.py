@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lrcompress.linalg.whitening import symmetric_root, symmetric_root_and_inverse
 
+OVERSAMPLING, POWER_STEPS = 8, 2
+
 
 @dataclass
 class Spectrum:
@@ -69,9 +71,56 @@ def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
     return basis, values.flip(0).clamp_min(0)
 
 
-def retruncate(left: Tensor, right: Tensor) -> Spectrum:
-    """The SVD of left (m, r) @ right (r, n) from the r x r core, without forming the m x n product (LoRA-Squeeze)."""
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double().T)
-    u, s, vt = torch.linalg.svd(r_left @ r_right.T)
-    return Spectrum(q_left @ u, (s[:, None] * vt) @ q_right.T, s**2)
+def retruncate(
+    left: Tensor, right: Tensor, input_gram: Tensor | None = None, output_gram: Tensor | None = None
+) -> Spectrum:
+    """`decompose` of left (m, r) @ right (r, n), from its r x r core: the m x n product is not formed (LoRA-Squeeze).
+
+    Without Grams it is the SVD, all of it to full precision.
+    """
+    left, right = _finite(left), _finite(right)
+    unscale = None
+    if output_gram is not None:
+        root, unscale = symmetric_root_and_inverse(output_gram)
+        left = root @ left
+    basis, core = torch.linalg.qr(left)
+    if input_gram is None:
+        q_right, r_right = torch.linalg.qr(right.T)
+        u, s, vt = torch.linalg.svd(core @ r_right.T, full_matrices=False)
+        energies, rows = s**2, (s[:, None] * vt) @ q_right.T
+    else:
+        scaled = core @ right
+        covariance = scaled @ input_gram.double() @ scaled.T
+        values, u = torch.linalg.eigh((covariance + covariance.T) / 2)
+        energies, u = values.flip(0).clamp_min(0), u.flip(1)
+        rows = u.T @ scaled
+    basis = basis @ u
+    return Spectrum(basis if unscale is None else unscale @ basis, rows, energies)
+
+
+def randomised(left: Tensor, right: Tensor, rank: int, generator: torch.Generator) -> Spectrum:
+    """The first `rank` components of `retruncate(left, right)`, nearly, in O((m + n) r rank) (arXiv 0909.4061).
+
+    The product is sampled in rank + OVERSAMPLING directions, with POWER_STEPS orthonormalised subspace iterations.
+    """
+    left, right = _finite(left), _finite(right)
+    width = min(rank + OVERSAMPLING, *left.shape, right.shape[1])
+    sample = torch.randn(right.shape[1], width, dtype=torch.float64, generator=generator).to(left.device)
+    basis = torch.linalg.qr(left @ (right @ sample)).Q
+    for _ in range(POWER_STEPS):
+        rows = torch.linalg.qr(right.T @ (left.T @ basis)).Q
+        basis = torch.linalg.qr(left @ (right @ rows)).Q
+    found = retruncate(basis, (basis.T @ left) @ right)
+    return Spectrum(found.left[:, :rank], found.right[:rank], found.energies[:rank])
+
+
+def product_energy(left: Tensor, right: Tensor) -> float:
+    """‖left (m, r) @ right (r, n)‖², without the product."""
+    left, right = left.double(), right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0))
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not bool(torch.isfinite(matrix).all()):
+        raise ArithmeticError("a factor has non-finite entries")
+    return matrix.double()

@@ -1,6 +1,7 @@
 """auto: our best at equal bytes."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import pydantic
 from torch import Tensor
@@ -24,6 +25,9 @@ class AutoOptions(MethodOptions):
     metric: Metric = "two_sided"
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
     """Added to the output gradients' second moment, relative to its mean (metric=two_sided)."""
+    join: Literal["none", "auto"] = "none"
+    """auto: of the low-rank weights, those of one input and equal ones of neighbouring blocks share their right factor
+    where they then err less at no more bytes."""
 
 
 @METHODS.register
@@ -46,12 +50,12 @@ class Auto(Method):
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
-        shared = self.options.model_dump()
+        shared = self.options.model_dump(exclude={"join"})
         rounds = COUPLED_ROUNDS if self.metric == "two_sided" else None
-        self._low_rank = Lord(LordOptions(**shared), self.format)
+        self._low_rank = Lord(LordOptions(**shared, join=self.options.join), self.format)
         self._by_output = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
-        self.errors_are_exact = self.levels_are_ranks = self.format != "auto"
+        self.errors_are_exact = self.levels_are_ranks = self.retruncates = self.format != "auto"
 
     @property
     def metric(self) -> str:
@@ -60,6 +64,21 @@ class Auto(Method):
     @property
     def needs_gradient_gram(self) -> bool:
         return self._low_rank.needs_gradient_gram
+
+    @property
+    def keeps_gram(self) -> bool:
+        return self._low_rank.keeps_gram
+
+    def joins(self, site: Site) -> bool:
+        return self._part(site) is self._low_rank and self._low_rank.joins(site)
+
+    def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        return self._low_rank.joint_spec(site, rank, element_size)
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        return self._low_rank.encode_together(specs, artefacts, biases)
 
     def _part(self, site: Site) -> Method:
         if self.format != "auto" or max(site.shape) < UNEQUAL * min(site.shape):
@@ -71,6 +90,11 @@ class Auto(Method):
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         return self._part(site).decompose(site, weight, statistics)
+
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        return self._part(site).decompose_product(site, left, right, statistics)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         part = self._by_output if "roots" in artefact else self._low_rank

@@ -53,6 +53,9 @@ class Method(ABC):
     takes_rank: ClassVar[bool] = False
     """Whether one rank for all weights (--rank) may be asked instead of a ratio."""
 
+    retruncates: bool = False
+    """Whether weights that are factorised already can be compressed further; see `decompose_product`."""
+
     levels_are_ranks: bool = False
     """A curve's levels are ranks of the weight itself, so that a ratio may count ranks."""
 
@@ -113,6 +116,12 @@ class Method(ABC):
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         """Everything that `errors` and `encode` need, from weight (out, in); the input is not changed."""
 
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        """`decompose` of the weight left (out, r) @ right (r, in)."""
+        return self.decompose(site, left @ right, statistics)
+
     @abstractmethod
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
         """(levels,) float64 squared error in the metric per level of `curve`, ending in 0 for dense."""
@@ -128,6 +137,14 @@ class Method(ABC):
     @abstractmethod
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """The stored tensors of `spec`, float32 or integer; bias is that of the dense layer."""
+
+    def joins(self, site: Site) -> bool:
+        """Whether the weight may share its right factor with others, where numbers speak for it (stages/join.py)."""
+        return False
+
+    def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        """`spec` of a weight that shares with others; the owner of what is shared is not named yet."""
+        return self.spec(site, rank, element_size)
 
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]

@@ -49,6 +49,7 @@ class Eora(SpectralMethod):
     default_base: ClassVar[str | None] = "gptq:4:64"
     takes_rank: ClassVar[bool] = True
     levels_are_ranks: bool = False
+    retruncates: bool = False
     options: EoraOptions
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:

@@ -3,10 +3,10 @@
 from typing import ClassVar
 
 from lrcompress.methods.base import METHODS, MethodOptions
-from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
+from lrcompress.methods.spectral import JoiningOptions, Metric, SpectralMethod
 
 
-class LordOptions(SpectralOptions):
+class LordOptions(JoiningOptions):
     """Options of lord."""
 
     metric: Metric = "centred"

@@ -1,5 +1,6 @@
 """The family of low-rank methods: one decomposition under different metrics, formats and allocators."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -7,10 +8,12 @@ import pydantic
 import torch
 from torch import Tensor
 
-from lrcompress.formats import FORMATS, spec_bytes
-from lrcompress.linalg.truncation import decompose, tail_energies
+from lrcompress.formats import DENSE, FORMATS, spec_bytes
+from lrcompress.formats.low_rank import LowRank
+from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
+from lrcompress.methods.joining import encode_joined
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
@@ -24,6 +27,14 @@ class SpectralOptions(MethodOptions):
     """Added to the gradient Gram's eigenvalues, relative to their mean (metric=two_sided)."""
 
 
+class JoiningOptions(SpectralOptions):
+    """Options of the methods that may give several weights one right factor."""
+
+    join: Literal["none", "auto"] = "none"
+    """auto: weights of one input, and equal ones of neighbouring blocks, share it where they then err less at no more
+    bytes."""
+
+
 class SpectralMethod(Method):
     """W ≈ left @ right, truncated to the level that the allocator chooses.
 
@@ -35,6 +46,7 @@ class SpectralMethod(Method):
     Options: ClassVar[type[MethodOptions]] = SpectralOptions
     formats: ClassVar[tuple[str, ...]] = ("auto", "low_rank", "pivoted")
     levels_are_ranks: bool = True
+    retruncates: bool = True
 
     @property
     def metric(self) -> str:
@@ -45,30 +57,74 @@ class SpectralMethod(Method):
         return min(shape)
 
     def curve(self, site: Site, element_size: int) -> Curve:
-        adds_bias = self.metric == "centred"
+        adds_bias = self._adds_bias(site)
         stored = _candidates(self.format, site.shape, adds_bias, adds_bias and not site.bias, element_size)
         limit = self.largest_rank(site.shape)
         dense = site.shape[0] * site.shape[1] * element_size
+        last = Spec(DENSE, site.shape) if site.stored is None else site.stored
+        most, limit = spec_bytes(last, element_size), min(limit, last.rank)
         # A bias that is added costs bytes too, so a small or thin weight can have no level below dense.
-        useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < dense]
+        useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < most]
         ranks, costs = [r for r, _ in useful], [b for _, b in useful]
-        return Curve(site.name, torch.tensor([*ranks, min(site.shape)]), torch.tensor([*costs, dense]), dense)
+        return Curve(site.name, torch.tensor([*ranks, last.rank]), torch.tensor([*costs, most]), dense)
+
+    def _adds_bias(self, site: Site) -> bool:
+        """Whether a weight gets a bias that a dense layer need not have, or has got one before."""
+        return self.metric == "centred" or (site.stored is not None and site.stored.added_bias)
 
     def centres(self, site: Site) -> bool:
         """Whether a bias carries what the site's inputs give on average."""
         return self.metric == "centred"
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        centred = self.centres(site)
-        gram = None if statistics is None or self.metric == "plain" else statistics.gram(centred=centred)
-        spectrum = decompose(weight, gram, self.output_gram(statistics))
+        spectrum = decompose(weight, self._input_gram(site, statistics), self.output_gram(statistics))
+        return self._artefact(site, spectrum, weight.double(), statistics)
+
+    def decompose_product(
+        self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
+        spectrum = retruncate(left, right, self._input_gram(site, statistics), self.output_gram(statistics))
+        return self._artefact(site, spectrum, left @ right, statistics)
+
+    def _input_gram(self, site: Site, statistics: InputStatistics | None) -> Tensor | None:
+        if statistics is None or self.metric == "plain":
+            return None
+        return statistics.gram(centred=self.centres(site))
+
+    def _artefact(
+        self, site: Site, spectrum: Spectrum, weight: Tensor, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
         energies = spectrum.energies * self.output_scale(statistics)
         artefact = {"left": spectrum.left.float(), "right": spectrum.right.float(), "energies": energies}
-        if centred and statistics is not None:
+        if self.joins(site):
+            gram = self._input_gram(site, statistics)
+            artefact |= {} if gram is None else {"gram": gram.float()}
+        if self.centres(site) and statistics is not None:
             mean = statistics.mean()
-            artefact["mean_output"] = weight.double() @ mean
+            if self.joins(site):
+                artefact["mean"] = mean
+            artefact["mean_output"] = weight @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
+
+    @property
+    def keeps_gram(self) -> bool:
+        return getattr(self.options, "join", "none") == "auto" and self.metric != "plain"
+
+    def joins(self, site: Site) -> bool:
+        return getattr(self.options, "join", "none") == "auto" and site.stored is None
+
+    def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        bias = self._adds_bias(site)
+        parameters = {"rank": rank}
+        return Spec(LowRank.name, site.shape, bias or site.bias, bias and not site.bias, site.conv1d, parameters)
+
+    def encode_together(
+        self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
+    ) -> list[dict[str, Tensor]]:
+        if len(specs) == 1:
+            return super().encode_together(specs, artefacts, biases)
+        return encode_joined(specs, artefacts, biases)
 
     @property
     def needs_gradient_gram(self) -> bool:
@@ -97,7 +153,7 @@ class SpectralMethod(Method):
         return float(artefact["energies"].sum())
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        adds_bias = self.metric == "centred"
+        adds_bias = self._adds_bias(site)
         added = adds_bias and not site.bias
         for candidate, _, name in _candidates(self.format, site.shape, adds_bias, added, element_size):
             if candidate == rank:

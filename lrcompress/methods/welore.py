@@ -5,10 +5,10 @@ from typing import ClassVar
 import pydantic
 
 from lrcompress.methods.base import METHODS, MethodOptions
-from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
+from lrcompress.methods.spectral import JoiningOptions, Metric, SpectralMethod
 
 
-class WeloreOptions(SpectralOptions):
+class WeloreOptions(JoiningOptions):
     """Options of welore."""
 
     metric: Metric = "input"

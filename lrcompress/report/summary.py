@@ -59,15 +59,16 @@ def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
     return [
         str(len(targets)),
         mix,
-        _span(ranks),
-        _span(full),
+        span(ranks),
+        span(full),
         f"{stored / 1e6:.2f}",
         f"{1 - stored / dense:.1%}",
         error,
     ]
 
 
-def _span(values: Sequence[int]) -> str:
+def span(values: Sequence[int]) -> str:
+    """One number, or the least and the largest."""
     return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 

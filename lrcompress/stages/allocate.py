@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
+from lrcompress.stages.join import Join, find_joins
 from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.profile import SUMMARY, Artefacts
 from lrcompress.stages.sharing import joint_specs, levels_of
@@ -24,6 +25,7 @@ class Plan:
     levels: dict[str, int]
     """Index into a site's errors; -1, the last, is dense."""
     relative_errors: dict[str, float] = field(default_factory=dict)
+    joins: list[Join] = field(default_factory=list)
     removed: float = 0.0
     """Fraction that is removed of what the ratio counts: bytes, multiply-adds or ranks."""
 
@@ -31,6 +33,14 @@ class Plan:
         """The sites that share with `name`, itself included, the owner first."""
         owner = self.specs[name].owner or name
         return [owner, *(other for other, spec in self.specs.items() if spec.owner == owner)]
+
+    def joined(self) -> list[dict[str, Any]]:
+        """The weights that share a right factor, with the squared errors together and apart that spoke for it."""
+        return [
+            {"weights": join.names, "rank": self.specs[join.names[0]].rank, "bytes_apart": join.bytes,
+             "squared_error_apart": join.separate_error, "squared_error_together": join.joint_error}
+            for join in self.joins if self.specs[join.names[-1]].owner is not None
+        ]  # fmt: skip
 
     def entries(self, sites: list[Site]) -> list[dict[str, Any]]:
         """The `targets` of report.json."""
@@ -54,16 +64,37 @@ def needs_artefacts(opened: Opened) -> bool:
     allocator = opened.request.allocator
     if opened.request.recipe.rank is not None:
         return False
-    return allocator.needs_errors or allocator.needs_spectrum
+    joins = any(opened.request.method.joins(site) for site in opened.sites)
+    return allocator.needs_errors or allocator.needs_spectrum or joins
 
 
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
-    """Choose a level per site: the asked rank's, or the allocator's within what the ratio or the size leaves."""
-    request, size = opened.request, opened.dtype.itemsize
-    choices = opened.costs()
-    curves = [choice.stored for choice in choices]
+    """Choose a level per site: the asked rank's, or the allocator's within what the ratio or the size leaves.
+
+    Where the method may join weights, what they get apart decides which err less together, and all is allocated anew.
+    """
     known = {} if artefacts is None else summaries(opened, artefacts)
-    scales = (artefacts.sensitivities if artefacts is not None and request.allocator.needs_sensitivity else None) or {}
+    kept = artefacts.sensitivities if artefacts is not None and opened.request.allocator.needs_sensitivity else None
+    scales = kept or {}
+    plan = _allocated(opened, known, scales, [])
+    if artefacts is None or not any(opened.request.method.joins(site) for site in opened.sites):
+        return plan
+    errors = {name: float(summary["errors"][plan.levels[name]]) for name, summary in known.items()}
+    joins = find_joins(opened, artefacts, plan.bytes, errors)
+    if not joins:
+        return plan
+    for join in joins:
+        for name, own in join.errors.items():
+            known[name] = {**known[name], "errors": own}
+    return _allocated(opened, known, scales, joins)
+
+
+def _allocated(
+    opened: Opened, known: dict[str, dict[str, Tensor]], scales: dict[str, float], joins: list[Join]
+) -> Plan:
+    request, size = opened.request, opened.dtype.itemsize
+    choices = opened.costs([join.names for join in joins])
+    curves = [choice.stored for choice in choices]
     for choice in choices if known else []:
         names = [site.name for site in choice.sites]
         _sum_up(choice.stored, [known[name] for name in names], [scales.get(name, 1.0) for name in names])
@@ -75,6 +106,7 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     levels = {choice.stored.name: int(choice.levels[asked[choice.stored.name]]) for choice in choices}
     # Filled group by group, kept in the order of the sites.
     plan = Plan({site.name: Spec(DENSE, site.shape) for site in opened.sites}, {}, {}, {})
+    plan.joins = joins
     plan.removed = 1 - sum(int(c.bytes[asked[c.name]]) for c in priced) / sum(c.dense_bytes for c in priced)
     for choice, curve in zip(choices, curves, strict=True):
         sites = choice.sites
@@ -105,8 +137,11 @@ def _sum_up(curve: Curve, summaries: list[dict[str, Tensor]], scales: list[float
     errors = [scale * levels_of(summary["errors"], curve) for summary, scale in zip(summaries, scales, strict=True)]
     curve.errors = torch.stack(errors).sum(0)
     if "spectrum" in summaries[0]:
-        spectra = torch.stack([summary["spectrum"] for summary in summaries])
-        curve.spectrum = spectra.square().mean(0).sqrt() if len(spectra) > 1 else spectra[0]
+        spectra = [summary["spectrum"] for summary in summaries]
+        if len({len(spectrum) for spectrum in spectra}) == 1:
+            curve.spectrum = torch.stack(spectra).square().mean(0).sqrt()
+        else:  # joined weights of several shapes: the components of all of them
+            curve.spectrum = torch.cat(spectra).sort(descending=True).values[: int(curve.ranks[-1])]
 
 
 def rank_level(curve: Curve, rank: int) -> int:
@@ -115,7 +150,7 @@ def rank_level(curve: Curve, rank: int) -> int:
 
 
 def level_specs(opened: Opened, sites: list[Site], curve: Curve, level: int) -> list[Spec]:
-    """How the sites of a curve are stored at a level; the last one is dense."""
+    """How the sites of a curve are stored at a level; the last one is as they are, dense or not."""
     if level == len(curve.ranks) - 1:
-        return [Spec(DENSE, site.shape, site.bias, conv1d=site.conv1d) for site in sites]
+        return [site.stored or Spec(DENSE, site.shape, site.bias, conv1d=site.conv1d) for site in sites]
     return joint_specs(opened.request.method, sites, int(curve.ranks[level]), opened.dtype.itemsize)

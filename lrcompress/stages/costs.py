@@ -32,10 +32,17 @@ class Costs:
         return replace(self.asked, errors=errors, spectrum=stored.spectrum)
 
 
-def costs(method: Method, sites: Sequence[Site], blocks: int, element_size: int, of: Measure) -> list[Costs]:
-    """One entry per curve; weights that share have one together."""
+def costs(
+    method: Method,
+    sites: Sequence[Site],
+    blocks: int,
+    element_size: int,
+    of: Measure,
+    joins: Sequence[Sequence[str]] = (),
+) -> list[Costs]:
+    """One entry per curve; weights that share, such as those that `joins` names, have one together."""
     found, known = [], dict[object, Tensor]()
-    for group in sharing(method, sites, blocks):
+    for group in sharing(method, sites, blocks, joins):
         curve = joint_curve(method, group, element_size)
         if of == "bytes":
             found.append(Costs(group, curve, curve, torch.arange(len(curve.ranks))))

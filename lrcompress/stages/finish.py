@@ -51,6 +51,7 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
         "seconds": {key: reporter.seconds.get(key, 0.0) for key in ("load", "calibrate", "decompose", "write")},
         "peak_rss_bytes": peak_rss_bytes(),
         "targets": entries,
+        **({"joined": plan.joined()} if plan.joins else {}),
         "warnings": list(reporter.warnings),
         "versions": versions(),
     }

@@ -1,7 +1,7 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from lrcompress.budget import FEW_TARGETS, kept_bytes, parse_size
 from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.experts import ExpertReader
-from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_dense
+from lrcompress.checkpoint.manifest import read_manifest
+from lrcompress.checkpoint.multiplied import Multiplied
+from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_model, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
-from lrcompress.model.experts import LinearExperts, linearise
+from lrcompress.model.experts import LinearExperts, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
@@ -87,10 +89,10 @@ class Opened:
         keep = self.request.recipe.dtype == "auto" and not self.model.from_gguf
         return tensor.dtype if keep or not tensor.is_floating_point() else self.dtype
 
-    def costs(self) -> list[Costs]:
-        """The choices for every weight, priced in what the asked ratio counts."""
-        request = self.request
-        return costs(request.method, self.sites, len(self.blocks), self.dtype.itemsize, request.recipe.ratio_of)
+    def costs(self, joins: Sequence[Sequence[str]] = ()) -> list[Costs]:
+        """The choices for every weight, priced in what the asked ratio counts; see costs.costs."""
+        request, size = self.request, self.dtype.itemsize
+        return costs(request.method, self.sites, len(self.blocks), size, request.recipe.ratio_of, joins)
 
     def sites_of(self, block: int) -> list[Site]:
         """The sites of one block; block len(blocks) is everything outside."""
@@ -121,11 +123,17 @@ def check_request(recipe: Recipe) -> Request:
         )
     if method.existing_base is not None:
         check_existing(method.existing_base.folder)
-    if method.options.propagation == "sequential" and method.group > 1:
-        raise InputError("propagation=sequential stores block by block, group shares among blocks: leave one out")
+    if method.options.propagation == "sequential" and (method.group > 1 or _may_join(method)):
+        raise InputError(
+            "propagation=sequential stores block by block, group and join share among blocks: leave one out"
+        )
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
     return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
+
+
+def _may_join(method: Method) -> bool:
+    return getattr(method.options, "join", "none") != "none"
 
 
 def split_samples(specs: Sequence[CalibrationSpec]) -> list[tuple[Source, int, int]]:
@@ -141,33 +149,72 @@ def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[Cal
 
 def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
-    recipe = request.recipe
-    reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
-    model = open_dense(recipe.model)
-    config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
-    skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
-    experts = linearise(skeleton)
-    reader = ExpertReader(model.folder, skeleton)
-    blocks = find_blocks(skeleton)
-    stored = torch.bfloat16 if model.from_gguf else reader.dtype
-    dtype = resolve_dtype(recipe.dtype, stored)
-    walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    sites = _called(find_sites(skeleton, blocks, recipe.target, recipe.ignore), walker, reporter)
-    warn_few_targets(skeleton, sites, reporter)
-    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
-    open_base(opened, str(config.model_type))  # type: ignore[attr-defined]
+    opened = open_targets(request, reporter)
+    warn_few_targets(opened.skeleton, opened.sites, reporter)
+    open_base(opened)
     check_amount(opened)
     if calibrate:
         calibrate_model(opened)
     return opened
 
 
-def open_base(opened: Opened, model_type: str) -> None:
+def open_targets(request: Request, reporter: Reporter) -> Opened:
+    """Open the model and find its sites; each is a group of its own until it is calibrated."""
+    recipe = request.recipe
+    reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
+    model = open_model(recipe.model)
+    config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
+    skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
+    experts = linearise(skeleton)
+    reader = _tensors(request, model, skeleton)
+    blocks = find_blocks(skeleton)
+    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
+    if isinstance(reader, Multiplied):
+        sites = _stored_sites(reader, sites, recipe.model)
+        reader.add_biases(skeleton)
+    stored = torch.bfloat16 if model.from_gguf else reader.dtype
+    dtype = resolve_dtype(recipe.dtype, stored)
+    walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
+    sites = _called(sites, walker, reporter)
+    return Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
+
+
+def _tensors(request: Request, model: OpenedModel, skeleton: nn.Module) -> CheckpointReader:
+    """The dense model's tensors; InputError where it is compressed in a way that cannot be compressed further."""
+    manifest = read_manifest(model.folder)
+    if manifest is None:
+        refuse_compressed(model)
+        return ExpertReader(model.folder, skeleton)
+    recipe, method = request.recipe, request.method
+    said = f"model {recipe.model} is compressed already ({manifest.method})"
+    if not method.retruncates:
+        cure = " or auto with --format low_rank or pivoted" if method.name == "auto" else ""
+        raise InputError(f"{said}: lord and welore{cure} compress it further, other methods start from the dense model")
+    if recipe.ratio_of != "bytes" or recipe.max_loss is not None or method.options.toward_dense:
+        raise InputError(
+            f"{said}: ratio_of, max_loss and toward_dense are about the dense model, which is not here; ask for a "
+            "--ratio of its bytes or a --size"
+        )
+    if linear_experts(skeleton):
+        raise InputError(f"{said}: models with experts are compressed from the dense model only")
+    return Multiplied(model.folder, manifest, recipe.model)
+
+
+def _stored_sites(reader: Multiplied, sites: Sequence[Site], label: str) -> list[Site]:
+    """The sites with what they are stored as; a bias counts as the dense layer's only where that had one."""
+    missing = reader.specs.keys() - {site.name for site in sites}
+    if missing:
+        raise InputError(f"model {label} compresses {min(missing)}, which is no target here: let --target include it")
+    return [replace(site, stored=reader.specs.get(site.name)) for site in sites]
+
+
+def open_base(opened: Opened) -> None:
     """Give an existing base its weights; InputError where it does not fit the model, the targets or the metric."""
     request = opened.request
     base = request.method.existing_base
     if base is None:
         return
+    model_type = str(opened.skeleton.config.model_type)  # type: ignore[union-attr]
     dense = Dense(opened.reader, opened.walker.names, opened.skeleton, opened.sites, model_type, opened.dtype)
     base.weights = open_existing(base.folder, dense)
     specs = base.weights.specs
@@ -208,6 +255,12 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
             "weights: ask for another ratio_of, method or base"
         )
     check_possible(curves, budget, request.recipe.ratio_of)
+    kept = sum(int(curve.bytes[-1]) for curve in curves)
+    if kept <= budget:
+        raise InputError(
+            f"--ratio {request.ratio:g}: model {request.recipe.model} has {1 - kept / dense:.4f} of its dense weights' "
+            "bytes removed already, ask for more"
+        )
     return budget
 
 
@@ -231,7 +284,10 @@ def other_bytes(opened: Opened) -> int:
     weights = {site.name + ".weight" for site in opened.sites}
     biases = {site.name + ".bias" for site in opened.sites}
     total = 0
+    added = {site.name + ".bias" for site in opened.sites if not site.bias}
     for name, key in opened.walker.names.items():
+        if name in added:  # counted with the weight
+            continue
         tensor = opened.reader.meta(key)
         size = opened.written_dtype(tensor).itemsize
         if name in weights:  # a weight that stays dense keeps its own dtype

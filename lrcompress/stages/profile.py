@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import complete
+from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.linalg.whitening import aimed
@@ -257,7 +258,12 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
         if statistics is not None and statistics.drift is not None:
             share, drift = method.options.toward_dense, statistics.drift / statistics.count
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
-        artefact = method.decompose(site, weight, statistics)
+        if site.stored is not None:
+            assert isinstance(opened.reader, Multiplied)
+            left, right = (factor.to(weight.device) for factor in opened.reader.factors(site.name))
+            artefact = method.decompose_product(site, left, right, statistics)
+        else:
+            artefact = method.decompose(site, weight, statistics)
         curve = method.curve(site, opened.dtype.itemsize)
         share = 1.0 if statistics is None or method.metric == "plain" else statistics.share
         artefact["errors"] = share * method.errors(artefact, curve)

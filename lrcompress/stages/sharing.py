@@ -10,10 +10,19 @@ from lrcompress.methods import Method
 from lrcompress.protocols import Curve, Site, Spec
 
 
-def sharing(method: Method, sites: Sequence[Site], blocks: int) -> list[list[Site]]:
-    """`sites` by who shares, the owner first: equal kinds and shapes of `method.group` blocks; those outside, alone."""
-    found: dict[object, list[Site]] = {}
+def sharing(
+    method: Method, sites: Sequence[Site], blocks: int, joins: Sequence[Sequence[str]] = ()
+) -> list[list[Site]]:
+    """`sites` by who shares, the owner first: equal kinds and shapes of `method.group` blocks; those outside, alone.
+
+    `joins` are names of weights that share besides.
+    """
+    named = {site.name: site for site in sites}
+    found: dict[object, list[Site]] = {names[0]: [named[name] for name in names] for names in joins}
+    joined = {name for names in joins for name in names}
     for site in sites:
+        if site.name in joined:
+            continue
         apart = method.group == 1 or site.block >= blocks
         key = site.name if apart else (site.block // method.group, site.kind, site.shape)
         found.setdefault(key, []).append(site)
@@ -22,16 +31,18 @@ def sharing(method: Method, sites: Sequence[Site], blocks: int) -> list[list[Sit
 
 def joint_specs(method: Method, sites: Sequence[Site], rank: int, element_size: int) -> list[Spec]:
     """How weights that share are stored at a level."""
-    own = [method.spec(site, rank, element_size) for site in sites]
+    if len(sites) == 1 and method.group == 1:
+        return [method.spec(sites[0], rank, element_size)]
+    own = [method.joint_spec(site, rank, element_size) for site in sites]
     return [own[0], *(spec.following(sites[0].name) for spec in own[1:])]
 
 
 def joint_curve(method: Method, sites: Sequence[Site], element_size: int) -> Curve:
     """One curve, under the owner's name, for weights that share: their bytes added up."""
     curve = method.curve(sites[0], element_size)
-    if method.group == 1:
+    if method.group == 1 and len(sites) == 1:
         return curve
-    dense = len(sites) * curve.dense_bytes
+    dense = sum(site.shape[0] * site.shape[1] for site in sites) * element_size
     ranks, costs = [], []
     for rank in curve.ranks[:-1].tolist():
         cost = sum(spec_bytes(spec, element_size) for spec in joint_specs(method, sites, rank, element_size))

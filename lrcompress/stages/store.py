@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.manifest import make_manifest
+from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.formats import DENSE, restored, stored_tensors
@@ -77,14 +78,17 @@ def _read_journal(path: Path) -> int:
 
 
 def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a compressed site on the CPU, in the written dtype."""
+    """State dict of a compressed site on the CPU, in the written dtype; one that stays as it is, from the files."""
+    if site.stored is not None and spec == site.stored:
+        assert isinstance(opened.reader, Multiplied)
+        return as_stored(opened, site, opened.reader.stored(site.name))
     return as_stored(opened, site, opened.request.method.encode(spec, artefact, dense_bias(opened, site)))
 
 
 def dense_bias(opened: Opened, site: Site) -> Tensor | None:
-    """The dense layer's bias, float32."""
+    """The bias, float32, of the layer that is compressed."""
     key = opened.walker.names.get(site.name + ".bias")
-    return next(t for _, t in opened.reader.read([key])).float() if site.bias and key else None
+    return next(t for _, t in opened.reader.read([key])).float() if key else None
 
 
 def as_stored(opened: Opened, site: Site, raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,6 +258,7 @@ class HeldOutCheck:
         assert opened.calibration is not None
         self._opened = opened
         self._ids = opened.calibration.held_out
+        self._before = "less compressed" if isinstance(opened.reader, Multiplied) else "dense"
         self._dense = HiddenWalk(opened, scratch / "hidden").held_out(len(opened.blocks))
         with torch.no_grad():
             self._hidden = [opened.walker.embed(ids) for ids in self._ids]
@@ -275,12 +280,12 @@ class HeldOutCheck:
         dense, compressed = (self._perplexity(states) for states in (self._dense, self._hidden))
         reporter.say(
             f"held-out calibration text ({len(self._ids)} windows): "
-            f"perplexity {compressed:.4g}, dense {dense:.4g} (x{compressed / dense:.2f})"
+            f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
         )
         if not compressed <= LOUD_LOSS * dense:
             reporter.warn(
                 f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times "
-                "the dense model's: this checkpoint is probably useless; ask for a smaller ratio, "
+                f"that of the {self._before} model: this checkpoint is probably useless; ask for a smaller ratio, "
                 "another method, or an activation-aware metric"
             )
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -116,6 +118,25 @@ class Workspace:
             self.output.rename(old)
         self.partial.rename(self.output)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(inputs: Iterable[Path], output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that becomes `output` at the end, or nothing at all where anything fails.
+
+    InputError where `output` is or holds one of the folders `inputs` that are read meanwhile.
+    """
+    target = output.resolve()
+    for source in inputs:
+        if source.resolve() == target or target in source.resolve().parents:
+            raise InputError(f"output {output} holds {source}, which is read: choose another -o")
+    with Workspace(output, overwrite=overwrite, resume=False) as workspace:
+        try:
+            yield workspace.partial
+        except BaseException:
+            shutil.rmtree(workspace.partial, ignore_errors=True)
+            raise
+        workspace.publish()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -163,8 +163,10 @@ def test_factors_are_trainable_and_indices_are_buffers(name):
 
 
 @pytest.mark.parametrize("name", [*FACTORED, DICTIONARY, TRANSPOSED])
-@pytest.mark.parametrize("rank", [0, -1, 25, 1.5, None, True, "3"])
+@pytest.mark.parametrize("rank", [0, -1, "too high", 1.5, None, True, "3"])
 def test_an_impossible_rank_is_refused_before_anything_is_allocated(name, rank):
+    if rank == "too high":  # of low rank: a right factor that others share may have more rows than this weight
+        rank = 41 if name == "low_rank" else 25
     with pytest.raises(InputError, match="rank"):
         build(Spec(name, (24, 40), parameters={"rank": rank, "atoms": 20}), torch.float32)
 

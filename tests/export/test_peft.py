@@ -78,23 +78,6 @@ def test_unequal_ranks_meet_exactly_their_layers(compressed, export):
     torch.testing.assert_close(logits(model, IDS), logits(load(source), IDS), **EXACT)
 
 
-def test_patterns_tell_layer_1_from_layer_11():
-    from peft.utils.other import get_pattern_key
-
-    from lrcompress.export.peft import adapter_config
-    from lrcompress.protocols import Spec
-
-    def spec(rank):
-        return Spec("sum", (8, 8), parameters={"correction": {"rank": rank}})
-
-    names = ["h.1.a", "h.11.a", "x.h.1.a", "h.1_a", "hh1.a"]
-    config = adapter_config({name: spec(rank + 1) for rank, name in enumerate(names)}, None)
-    for pattern in (config["rank_pattern"], config["alpha_pattern"]):
-        chosen = [pattern.get(get_pattern_key(pattern, name), config["r"]) for name in names]
-        assert chosen == [1, 2, 3, 4, 5]
-    assert config["lora_alpha"] == config["r"] == 5
-
-
 def test_layers_without_a_correction_are_not_in_the_adapter(compressed, export):
     source = compressed(**eora(target=["*.mlp.*"]))
     folder, result = export(source)

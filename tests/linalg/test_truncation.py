@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompress.linalg.truncation import decompose, retruncate
+from lrcompress.linalg.truncation import decompose, product_energy, randomised, retruncate
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -129,3 +129,31 @@ def test_retruncation_equals_the_svd_of_the_product():
     u, s, vt = torch.linalg.svd(left @ right, full_matrices=False)
     torch.testing.assert_close(truncated(spectrum, 3), (u[:, :3] * s[:3]) @ vt[:3], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(spectrum.energies, s[:8] ** 2, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sides", ["input", "output", "both"])
+@pytest.mark.parametrize("shape", [(24, 7, 40), (40, 9, 24), (6, 9, 24)])
+def test_retruncation_in_a_metric_equals_the_decomposition_of_the_product(sides, shape):
+    m, r, n = shape
+    left, right = random(1, m, r), random(2, r, n)
+    inputs = gram(3, n, 200) if sides != "output" else None
+    outputs = gram(4, m, 200) if sides != "input" else None
+    found, expected = retruncate(left, right, inputs, outputs), decompose(left @ right, inputs, outputs)
+    rank = min(m, r)
+    torch.testing.assert_close(found.energies, expected.energies[:rank], rtol=1e-6, atol=1e-9)
+    assert expected.energies[rank:].sum() < 1e-9 * expected.energies.sum()
+    for k in (1, 4, rank):
+        torch.testing.assert_close(truncated(found, k), truncated(expected, k), rtol=1e-5, atol=1e-7)
+
+
+def test_a_randomised_decomposition_is_near_the_exact_one():
+    left = random(1, 200, 64) * torch.logspace(0, -2, 64, dtype=torch.float64)
+    right = random(2, 64, 150)
+    exact = retruncate(left, right)
+    found = randomised(left, right, 10, torch.Generator().manual_seed(0))
+    assert found.left.shape == (200, 10)
+    error = float((left @ right - truncated(found, 10)).square().sum())
+    assert exact.errors()[10] <= error * (1 + 1e-9)
+    assert error < 1.001 * exact.errors()[10]
+    torch.testing.assert_close(found.energies, exact.energies[:10], rtol=1e-2, atol=0)
+    assert product_energy(left, right) == pytest.approx(float((left @ right).square().sum()))

@@ -1,0 +1,1 @@
+"""What fine-tuning adds: adapters made smaller, and many held together."""

@@ -1,0 +1,393 @@
+"""Several adapters of one base as a basis of fewer updates and coefficients (RMM, arXiv 2510.14163), and back.
+
+Every module has a basis of its own, closed form and without data. Tasks count alike, however large their updates are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.budget import parse_size
+from lrcompress.checkpoint.adapter import CONFIG, STEM, Adapter, empty_lora, lora_settings, lora_tensors, open_adapter
+from lrcompress.checkpoint.opening import short_name
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.writer import ShardedWriter, write_tensors
+from lrcompress.errors import InputError, nearest
+from lrcompress.formats.low_rank import LowRank
+from lrcompress.linalg.common_basis import common_basis
+from lrcompress.linalg.ranks import NOISE, ranks_for_error, ranks_within
+from lrcompress.linalg.truncation import Spectrum, product_energy, retruncate
+from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import versions
+from lrcompress.stages.workspace import new_folder, write_json
+
+SHARED = "shared"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much is kept: elements of every module's basis, bytes of all of it, or the relative error of all tasks."""
+
+    basis: int | None = None
+    size: str | None = None
+    error: float | None = None
+
+    def check(self, tasks: int) -> None:
+        """InputError unless exactly one is given, in its range."""
+        given = [f"--{key}" for key in ("basis", "size", "error") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise InputError(f"give one of --basis, --size and --error, not {' and '.join(given) or 'none'}")
+        if self.basis is not None and not 1 <= self.basis < tasks:
+            raise InputError(f"--basis {self.basis}: {tasks} tasks have a smaller basis with 1 to {tasks - 1} elements")
+        if self.error is not None and not 0.0 < self.error < 1.0:
+            raise InputError(f"--error {self.error:g} is outside (0, 1): it is relative to the updates' norm")
+
+
+@dataclass(frozen=True)
+class Element:
+    """A part of a module's basis that is kept: stored factors (out, r) and (r, in), a coefficient for each task."""
+
+    left: Tensor
+    right: Tensor
+    coefficients: Tensor
+
+
+def merge(
+    labels: Sequence[str],
+    output: Path,
+    room: Room,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write the adapters' shared basis; returns the report, with every task's error as `extract` will give it back."""
+    reporter = reporter or Reporter(quiet=True)
+    if len(labels) < 2:
+        raise InputError("merge takes two adapters or more: name their folders")
+    room.check(len(labels))
+    tasks = dict(zip(_task_names(labels), [open_adapter(label) for label in labels], strict=True))
+    _check_one_base(tasks, reporter)
+    norms = {name: _norm(task) for name, task in tasks.items()}
+    members = _members(tasks)
+    with reporter.phase("decompose", len(members)) as tick:
+        bases = {}
+        for module, names in members.items():
+            bases[module] = _basis(module, [(tasks[name], norms[name]) for name in names])
+            tick()
+    kept = _kept(tasks, members, bases, room)
+    report = _report(tasks, members, kept, norms, room, output)
+    if report["bytes"]["shared"] >= report["bytes"]["separate"]:
+        raise InputError(
+            f"the basis would have {report['bytes']['shared']} bytes, the adapters' factors have "
+            f"{report['bytes']['separate']}: these tasks have too little in common for that, allow a larger --error"
+        )
+    if not dry_run:
+        with new_folder([task.folder for task in tasks.values()], output, overwrite=overwrite) as folder:
+            _write(tasks, members, kept, report, folder)
+            write_json(folder / "report.json", report)
+            (folder / "README.md").write_text(_card(report), encoding="utf8")
+    return report
+
+
+def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write one task of a shared basis as an adapter that PEFT loads."""
+    folder = Path(shared).expanduser()
+    index = _read_index(folder, shared)
+    if task not in index["tasks"]:
+        raise InputError(f"{shared} holds no task {task!r}: {nearest(task, list(index['tasks']))}")
+    entry, reader = index["tasks"][task], CheckpointReader(folder, f"{SHARED}.safetensors")
+    factors = {}
+    for module, held in index["modules"].items():
+        if task in held["tasks"]:
+            elements = _load_elements(reader, module)
+            member, (rows, columns) = held["tasks"].index(task), held["shape"]
+            empty = torch.zeros(rows, 1), torch.zeros(1, columns)
+            factors[module] = _combined(elements, member) if elements else empty
+    kept = {module: int(rank) for module, (rank, _) in entry["kept"].items()}
+    scalings = {module: float(scaling) for module, (_, scaling) in entry["kept"].items()}
+    ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
+    with new_folder([folder], output, overwrite=overwrite) as partial:
+        write_json(partial / CONFIG, {**entry["config"], **lora_settings({**ranks, **kept}, scalings)})
+        own = {name: place for name, place in entry["tensors"].items()}
+        planned = [(name, reader.meta(place)) for name, place in own.items()]
+        for module, (left, right) in factors.items():
+            planned += empty_lora(module, (len(left), right.shape[1]), left.shape[1], (right.dtype, left.dtype))
+        writer = ShardedWriter(partial, planned, 2**63, stem=STEM)
+        for name, place in own.items():
+            writer.write((name, tensor) for _, tensor in reader.read([place]))
+        for module, (left, right) in factors.items():
+            writer.write(lora_tensors(module, right, left))
+        writer.close()
+    size = sum(left.nbytes + right.nbytes for left, right in factors.values())
+    return {
+        "schema": SCHEMA, "shared": shared, "task": task, "output": str(output), "modules": len(factors),
+        "ranks": [min(ranks.values()), max(ranks.values())], "bytes": size, "relative_error": entry["relative_error"],
+    }  # fmt: skip
+
+
+def _task_names(labels: Sequence[str]) -> list[str]:
+    """The folders' names; InputError where two are the same."""
+    names = [short_name(label) for label in labels]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two adapters are called {twice}: tasks are named by their folders, rename one")
+    return names
+
+
+def _check_one_base(tasks: Mapping[str, Adapter], reporter: Reporter) -> None:
+    """InputError where the adapters cannot belong to one model; a warning where they say that they do not."""
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, task in tasks.items():
+        if not task.linear:
+            raise InputError(f"adapter {task.label} has no update of a linear layer: there is nothing to merge")
+        for module, lora in task.linear.items():
+            assert lora.shape is not None
+            first, shape = shapes.setdefault(module, (name, lora.shape))
+            if shape != lora.shape:
+                raise InputError(f"{module} is {shape} in {first} and {lora.shape} in {name}: their bases differ")
+    bases = {str(task.config.get("base_model_name_or_path")) for task in tasks.values()}
+    if len(bases) > 1:
+        reporter.warn(f"the adapters name different bases ({', '.join(sorted(bases))}): they should be one model")
+
+
+def _norm(task: Adapter) -> float:
+    total = sum(product_energy(*task.factors(module)) for module in task.linear)
+    return total**0.5 if total > 0 else 1.0
+
+
+def _members(tasks: Mapping[str, Adapter]) -> dict[str, list[str]]:
+    """Module to the tasks that update it."""
+    found: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        for module in task.linear:
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def _basis(module: str, members: Sequence[tuple[Adapter, float]]) -> tuple[Tensor, list[Spectrum]]:
+    """The basis of a module's updates, each divided by its task's norm; factors in float32."""
+    pairs = [(task.factors(module), norm) for task, norm in members]
+    lefts, rights = [left / norm for (left, _), norm in pairs], [right for (_, right), _ in pairs]
+    coefficients, elements = common_basis(lefts, rights)
+    coefficients = coefficients * torch.tensor([norm for _, norm in members], dtype=torch.float64)[:, None]
+    return coefficients, [Spectrum(e.left.float(), e.right.float(), e.energies) for e in elements]
+
+
+def _kept(
+    tasks: Mapping[str, Adapter],
+    members: Mapping[str, list[str]],
+    bases: Mapping[str, tuple[Tensor, list[Spectrum]]],
+    room: Room,
+) -> dict[str, list[Element]]:
+    """The elements that are kept of every module, in the dtypes that hold all of its tasks' factors."""
+    energies = {m: [element.energies for element in elements] for m, (_, elements) in bases.items()}
+    if room.basis is not None:
+        ranks = {m: _basis_ranks(values, room.basis, _largest(tasks, members[m], m)) for m, values in energies.items()}
+    else:
+        ranks = _ranks(tasks, members, energies, room)
+    found = {}
+    for module, (coefficients, elements) in bases.items():
+        dtypes = _dtypes(tasks, members[module], module)
+        found[module] = [
+            _element(element, coefficients[:, j], rank, dtypes)
+            for j, (element, rank) in enumerate(zip(elements, ranks[module], strict=True)) if rank
+        ]  # fmt: skip
+    return found
+
+
+def _basis_ranks(energies: Sequence[Tensor], count: int, largest: int) -> list[int]:
+    """Of the first `count` elements as many components as an adapter has, noise left out."""
+    real = [int((values > NOISE * energies[0][:1].sum()).sum()) for values in energies]
+    return [min(rank, largest) if j < count else 0 for j, rank in enumerate(real)]
+
+
+def _ranks(
+    tasks: Mapping[str, Adapter], members: Mapping[str, list[str]], energies: Mapping[str, list[Tensor]], room: Room
+) -> dict[str, list[int]]:
+    """Components of every element by their energies, over all modules."""
+    flat, costs = [], []
+    for module, values in energies.items():
+        flat += values
+        costs += len(values) * [_component_bytes(tasks, members[module], module)]
+    if room.size is not None:
+        numbers = sum(4 * len(names) ** 2 for names in members.values())  # coefficients, if all elements are used
+        others = _carried_bytes(tasks)
+        budget = parse_size(room.size) - numbers - others
+        if budget < min(costs):
+            raise InputError(
+                f"--size {room.size}: coefficients and what is kept as it is have {numbers + others} bytes, a "
+                f"component has {min(costs)}: ask for more"
+            )
+        found = iter(ranks_within(flat, costs, budget, least=0))
+    else:
+        assert room.error is not None
+        found = iter(ranks_for_error(flat, costs, room.error, least=0))
+    return {module: [next(found) for _ in values] for module, values in energies.items()}
+
+
+def _largest(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> int:
+    return max(tasks[name].modules[module].rank for name in names)
+
+
+def _dtypes(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of B and A that hold those of all tasks."""
+    found: list[torch.dtype] = []
+    for key in ("left", "right"):
+        kinds = [tasks[name].reader.meta(getattr(tasks[name].modules[module], key)).dtype for name in names]
+        kind = kinds[0]
+        for other in kinds[1:]:
+            kind = torch.promote_types(kind, other)
+        found.append(kind)
+    return found[0], found[1]
+
+
+def _component_bytes(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> int:
+    shape, dtypes = tasks[names[0]].modules[module].shape, _dtypes(tasks, names, module)
+    assert shape is not None
+    return sum(size * dtype.itemsize for size, dtype in zip(shape, dtypes, strict=True))
+
+
+def _element(element: Spectrum, coefficients: Tensor, rank: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Element:
+    stored = LowRank.encode(element.left[:, :rank], element.right[:rank], None)
+    return Element(stored["B.weight"].to(dtypes[0]), stored["A.weight"].to(dtypes[1]), coefficients.float())
+
+
+def _combined(elements: Sequence[Element], member: int) -> tuple[Tensor, Tensor]:
+    """Factors of a task's update, in the dtypes of the elements; components below their rounding are left out."""
+    left = torch.cat([e.coefficients[member].double() * e.left.double() for e in elements], dim=1)
+    spectrum = retruncate(left, torch.cat([e.right.double() for e in elements]))
+    rounding = max(torch.finfo(t.dtype).eps for t in (elements[0].left, elements[0].right)) ** 2
+    rank = max(int((spectrum.energies > rounding * spectrum.energies[:1].sum()).sum()), 1)
+    stored = LowRank.encode(spectrum.left[:, :rank].float(), spectrum.right[:rank].float(), None)
+    return stored["B.weight"].to(elements[0].left.dtype), stored["A.weight"].to(elements[0].right.dtype)
+
+
+def _errors(
+    tasks: Mapping[str, Adapter], members: Mapping[str, list[str]], kept: Mapping[str, list[Element]]
+) -> dict[str, float]:
+    """Squared error of every task, of the factors as `extract` writes them."""
+    lost = dict.fromkeys(tasks, 0.0)
+    for module, names in members.items():
+        for i, name in enumerate(names):
+            left, right = tasks[name].factors(module)
+            if kept[module]:
+                own, other = _combined(kept[module], i)
+                left, right = torch.cat([left, -own.double()], dim=1), torch.cat([right, other.double()])
+            lost[name] += product_energy(left, right)
+    return lost
+
+
+def _carried_bytes(tasks: Mapping[str, Adapter]) -> int:
+    metas = [task.reader.meta(name) for task in tasks.values() for name in task.others]
+    return sum(meta.numel() * meta.itemsize for meta in metas)
+
+
+def _report(
+    tasks: Mapping[str, Adapter],
+    members: Mapping[str, list[str]],
+    kept: Mapping[str, list[Element]],
+    norms: Mapping[str, float],
+    room: Room,
+    output: Path,
+) -> dict[str, Any]:
+    lost = _errors(tasks, members, kept)
+    errors = {name: lost[name] ** 0.5 / norms[name] for name in tasks}
+    separate = {name: sum(task.bytes(module) for module in task.linear) for name, task in tasks.items()}
+    shared = sum(t.nbytes for elements in kept.values() for e in elements for t in (e.left, e.right, e.coefficients))
+    return {
+        "schema": SCHEMA,
+        "output": str(output),
+        "asked": {key: getattr(room, key) for key in ("basis", "size", "error")},
+        "bytes": {"separate": sum(separate.values()), "shared": shared, "carried": _carried_bytes(tasks)},
+        "ratio": 1 - shared / sum(separate.values()),
+        "relative_error": (sum(error**2 for error in errors.values()) / len(errors)) ** 0.5,
+        "tasks": [
+            {"name": name, "adapter": task.label, "bytes": separate[name], "relative_error": errors[name]}
+            for name, task in tasks.items()
+        ],
+        "modules": [
+            {"name": module, "tasks": len(names), "elements": len(kept[module]),
+             "ranks": [e.left.shape[1] for e in kept[module]]}
+            for module, names in members.items()
+        ],
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def _write(
+    tasks: Mapping[str, Adapter],
+    members: Mapping[str, list[str]],
+    kept: Mapping[str, list[Element]],
+    report: dict[str, Any],
+    folder: Path,
+) -> None:
+    """shared.json says what belongs to whom, shared.safetensors holds the elements, and what is kept as it is."""
+    tensors: dict[str, Tensor] = {}
+    for module, elements in kept.items():
+        for j, element in enumerate(elements):
+            tensors |= {f"{module}|{j}|left": element.left, f"{module}|{j}|right": element.right}
+            tensors[f"{module}|{j}|coefficients"] = element.coefficients
+    errors = {task["name"]: task["relative_error"] for task in report["tasks"]}
+    entries = {}
+    for name, task in tasks.items():
+        own = {key: f"{name}|{key}" for key in task.others}
+        tensors |= {place: task.carried(key) for key, place in own.items()}
+        rest = {module: lora for module, lora in task.modules.items() if lora.shape is None}
+        entries[name] = {
+            "config": task.config,
+            "kept": {module: [lora.rank, lora.scaling] for module, lora in rest.items()},
+            "tensors": own,
+            "relative_error": errors[name],
+        }
+    held = {
+        module: {"tasks": names, "shape": tasks[names[0]].modules[module].shape} for module, names in members.items()
+    }
+    write_tensors(folder / f"{SHARED}.safetensors", tensors)
+    write_json(folder / f"{SHARED}.json", {"schema": SCHEMA, "tasks": entries, "modules": held})
+
+
+def _read_index(folder: Path, label: str) -> dict[str, Any]:
+    path = folder / f"{SHARED}.json"
+    if not path.is_file():
+        raise InputError(f"{label} has no {path.name}: give a folder that merge wrote")
+    try:
+        index = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(index, dict) or index.get("schema") != SCHEMA:
+        raise InputError(f"{path} has another layout than this lrcompress reads ({SCHEMA}): upgrade it, or merge again")
+    return index
+
+
+def _load_elements(reader: CheckpointReader, module: str) -> list[Element]:
+    count = sum(name.startswith(f"{module}|") and name.endswith("|left") for name in reader.names())
+    found = []
+    for j in range(count):
+        keys = [f"{module}|{j}|{key}" for key in ("left", "right", "coefficients")]
+        stored = dict(reader.read(keys))
+        found.append(Element(*(stored[key] for key in keys)))
+    return found
+
+
+def _card(report: dict[str, Any]) -> str:
+    """README.md of the shared folder."""
+    rows = "\n".join(f"| {task['name']} | {task['relative_error']:.4f} |" for task in report["tasks"])
+    return f"""---
+tags: [lrcompress, lora]
+---
+# {len(report["tasks"])} adapters of one base, held together
+
+Written by `lrcompress merge`: {report["bytes"]["shared"]} bytes instead of {report["bytes"]["separate"]}.
+`lrcompress extract path/of/this/folder --task NAME -o OUT` gives one back as an adapter that PEFT loads.
+
+| task | relative error of its updates |
+|---|---|
+{rows}
+"""

@@ -1,0 +1,227 @@
+"""LoRA adapters as PEFT saves them, read, checked and written without it; names and matching are those of peft 0.21."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.errors import InputError
+
+CONFIG, STEM = "adapter_config.json", "adapter_model"
+PREFIX = "base_model.model."
+
+VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
+            "target_parameters")  # fmt: skip
+"""Entries of the config that make an adapter compute something else than the scaled product of two matrices."""
+
+HARMLESS_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
+"""Those that leave the base alone when an adapter is loaded."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The update `scaling` B A of one module; A (r, ...) and B (..., r) lie under the names `right` and `left`."""
+
+    rank: int
+    scaling: float
+    left: str
+    right: str
+    shape: tuple[int, int] | None
+    """(out, in) of the weight of a linear layer, None for other layers."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """label: as the user named it; modules: every module with an update, in the order of their names."""
+
+    label: str
+    folder: Path
+    config: dict[str, Any]
+    reader: CheckpointReader
+    modules: dict[str, Lora]
+
+    @property
+    def linear(self) -> dict[str, Lora]:
+        """The updates of linear layers, by module."""
+        return {name: lora for name, lora in self.modules.items() if lora.shape is not None}
+
+    @property
+    def others(self) -> list[str]:
+        """Tensors that are no factor of a linear layer's update: of convolutions, embeddings, biases, whole modules."""
+        factors = {name for lora in self.linear.values() for name in (lora.left, lora.right)}
+        return [name for name in self.reader.names() if name not in factors]
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor."""
+        return next(tensor for _, tensor in self.reader.read([name]))
+
+    def carried(self, name: str) -> Tensor:
+        """A tensor of `others` for an adapter whose linear updates have scaling 1: a bias of a factor B is scaled."""
+        tensor = self.tensor(name)
+        for lora in self.linear.values():
+            if name == lora.left.removesuffix("weight") + "bias":
+                return (lora.scaling * tensor.double()).to(tensor.dtype)
+        return tensor
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """left (out, r) and right (r, in), float64: their product is what the adapter adds to a linear weight."""
+        lora = self.modules[module]
+        return lora.scaling * self.tensor(lora.left).double(), self.tensor(lora.right).double()
+
+    def bytes(self, module: str) -> int:
+        """Stored bytes of a module's factors."""
+        metas = [self.reader.meta(name) for name in (self.modules[module].left, self.modules[module].right)]
+        return sum(meta.numel() * meta.itemsize for meta in metas)
+
+
+def open_adapter(label: str) -> Adapter:
+    """A folder that PEFT saved; InputError where it is no LoRA adapter whose updates are products of two factors."""
+    folder = Path(label).expanduser()
+    config = _read_config(folder, label)
+    path = folder / f"{STEM}.safetensors"
+    if not path.is_file():
+        pickled = (folder / f"{STEM}.bin").exists()
+        cure = "pickled weights are not read, save it with safetensors" if pickled else "save it again"
+        raise InputError(f"adapter {label} has no {path.name}: {cure}")
+    reader = CheckpointReader(folder, path.name)
+    modules = {}
+    for name in reader.names():
+        if name.endswith((".lora_A.weight", ".lora_embedding_A")):
+            module, lora = _lora(label, config, reader, name)
+            modules[module] = lora
+    if not modules:
+        raise InputError(f"adapter {label} holds no update of a module: is it an adapter that PEFT saved?")
+    return Adapter(label, folder, config, reader, modules)
+
+
+def _read_config(folder: Path, label: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"adapter {label} is no folder: give the folder that PEFT saved")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{label} has no {CONFIG}: give the folder of an adapter that PEFT saved")
+    try:
+        config = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise InputError(f"adapter {label} is of the kind {kind!r}: only LORA is two factors a weight")
+    for key in VARIANTS:
+        if config.get(key):
+            raise InputError(
+                f"adapter {label} has {key} in its config: its update is not the product of two factors alone, "
+                "so that a truncation of these is not what it says; merge it, or train a plain LoRA"
+            )
+    initial = config.get("init_lora_weights", True)
+    if isinstance(initial, str) and initial not in HARMLESS_INITIALISATIONS:
+        raise InputError(
+            f"adapter {label} has init_lora_weights {initial!r}, which changes the base by the adapter's rank when it "
+            "is loaded: convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def _lora(label: str, config: dict[str, Any], reader: CheckpointReader, right: str) -> tuple[str, Lora]:
+    """The update that the tensor A named `right` belongs to, and its module."""
+    stem, leaf = right.rsplit(".lora_", 1)
+    if not stem.startswith(PREFIX):
+        raise InputError(f"adapter {label} holds {right}, PEFT's names begin with {PREFIX}: save it with PEFT")
+    module, left = stem.removeprefix(PREFIX), f"{stem}.lora_{leaf.replace('A', 'B', 1)}"
+    if left not in reader.names():
+        raise InputError(f"adapter {label} has {right} without {left}: it is damaged")
+    a, b = reader.meta(right), reader.meta(left)
+    linear = leaf == "A.weight" and a.dim() == b.dim() == 2
+    rank = looked_up(config.get("rank_pattern"), module, config.get("r"), label)
+    alpha = looked_up(config.get("alpha_pattern"), module, config.get("lora_alpha"), label)
+    if rank != a.shape[0] or rank != b.shape[1]:
+        raise InputError(
+            f"adapter {label} has factors {tuple(a.shape)} and {tuple(b.shape)} for {module}, its config says rank "
+            f"{rank:g}: its config and its files do not belong together"
+        )
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    shape = (int(b.shape[0]), int(a.shape[1])) if linear else None
+    return module, Lora(int(rank), scaling, left, right, shape)
+
+
+def looked_up(patterns: Any, module: str, default: Any, label: str) -> float:
+    """The value of `module` in a rank_pattern or alpha_pattern: that of the first key which ends its name."""
+    found = default
+    try:
+        for key, value in dict(patterns or {}).items():
+            if re.match(rf"(.*\.)?({key})$", module):
+                found = value
+                break
+    except (re.error, TypeError, ValueError) as error:
+        raise InputError(f"the patterns of adapter {label} cannot be read ({error})") from error
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        raise InputError(f"the config of adapter {label} has {found!r} as rank or alpha of {module}")
+    return found
+
+
+def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """rank_pattern or alpha_pattern that gives every module its value; those that have the default are left out.
+
+    PEFT takes a key for a regular expression that ends a module's name. A name that so taken means other modules too is
+    anchored and escaped.
+    """
+    found = {}
+    for name, value in values.items():
+        if value != default:
+            rule = re.compile(rf"(.*\.)?({name})$")
+            alone = all(other == name or not rule.match(other) for other in values) and rule.match(name)
+            found[name if alone else f"^{re.escape(name)}"] = value
+    return found
+
+
+def lora_settings(ranks: Mapping[str, int], scalings: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The entries of a config that say how every module is scaled: by 1, or by what `scalings` has for it."""
+    largest = max(ranks.values())
+    kept = scalings or {}
+    alphas = {name: rank * kept[name] if kept.get(name, 1.0) != 1.0 else rank for name, rank in ranks.items()}
+    return {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns(ranks, largest),
+        "alpha_pattern": patterns(alphas, largest),
+        "use_rslora": False,
+    }
+
+
+def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) -> dict[str, Any]:
+    """adapter_config.json of an adapter on linear layers, every scaling 1.
+
+    Weights of stored formats are (out, in) where the dense layer is a Conv1D too, so fan_in_fan_out is false.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        **lora_settings(ranks),
+        "target_modules": list(modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
+def lora_tensors(module: str, right: Tensor, left: Tensor) -> list[tuple[str, Tensor]]:
+    """A (r, in) and B (out, r) of a module under PEFT's names."""
+    stem = f"{PREFIX}{module}"
+    return [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
+
+
+def empty_lora(
+    module: str, shape: tuple[int, int], rank: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> list[tuple[str, Tensor]]:
+    """`lora_tensors` on the meta device; dtypes of A and of B."""
+    right = torch.empty(rank, shape[1], dtype=dtypes[0], device="meta")
+    return lora_tensors(module, right, torch.empty(shape[0], rank, dtype=dtypes[1], device="meta"))

@@ -1,0 +1,97 @@
+"""Weights stacked and truncated together, with one right factor (Concatenated Matrix SVD, arXiv 2601.11626).
+
+A weight is given by its right factor X_b (k_b, n), whose left factor has orthonormal columns in the metric of the
+outputs: all errors are then those of the X_b in the metrics of their inputs' Grams G_b (n, n), identities where None.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrcompress.linalg.truncation import decompose, tail_energies
+
+NEGLIGIBLE, RIDGE = 1e-12, 1e-11
+
+
+@dataclass
+class Joint:
+    """right R (k, n), its first r rows for rank r; errors[b] (k + 1,): squared error of weight b at rank 0..k.
+
+    k is at most the rank of the stack in the metric.
+    """
+
+    right: Tensor
+    errors: list[Tensor]
+    _products: list[Tensor]
+    _squares: list[Tensor]
+
+    def left(self, b: int, rank: int) -> Tensor:
+        """C (k_b, rank) with X_b ≈ C R: least squares in the metric of weight b."""
+        square = _ridged(self._squares[b][:rank, :rank])
+        return torch.cholesky_solve(self._products[b][:, :rank].T, torch.linalg.cholesky(square)).T
+
+
+def joint(rights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Joint:
+    """The right factor from all weights in the mean of their metrics, the left ones each in its own.
+
+    Where the metrics are equal that is the best approximation of the stack for every rank.
+    """
+    present = [gram for gram in grams if gram is not None]
+    mean = torch.stack([gram.double() for gram in present]).mean(0) if present else None
+    spectrum = decompose(torch.cat([right.double() for right in rights]), mean)
+    real = spectrum.energies > NEGLIGIBLE * spectrum.energies[:1]
+    right = spectrum.right[real] / spectrum.energies[real].sqrt()[:, None]
+    errors, products, squares = [], [], []
+    for own, gram in zip(rights, grams, strict=True):
+        seen = right if gram is None else right @ gram.double()
+        squares.append(seen @ right.T)
+        products.append(own.double() @ seen.T)
+        factor = torch.linalg.cholesky(_ridged(squares[-1]))
+        # The Cholesky factor is nested, so its columns give what every further row of R adds.
+        gains = torch.linalg.solve_triangular(factor, products[-1].T, upper=False).square().sum(1)
+        total = _energy(own, gram)
+        errors.append(torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0))
+    return Joint(right, errors, products, squares)
+
+
+def bounds(energies: Sequence[Tensor], ranks: int) -> tuple[Tensor, Tensor]:
+    """(ranks + 1,) each: below and above the least squared error of the stack at rank 0..ranks, by its parts' energies.
+
+    No part errs less than its own best approximation of that rank; and the pooled components are one of the stack.
+    The lower one holds for parts with metrics of their own too.
+    """
+    lower = torch.stack([_padded(tail_energies(values.double()), ranks) for values in energies]).sum(0)
+    pooled = torch.cat([values.double() for values in energies]).sort(descending=True).values
+    return lower, _padded(tail_energies(pooled), ranks)
+
+
+def estimate(
+    rights: Sequence[Tensor], energies: Sequence[Tensor], gram: Tensor | None, keep: int, ranks: int
+) -> tuple[Tensor, Tensor]:
+    """`bounds`, nearer: from the first `keep` components of every part, which are stacked and decomposed.
+
+    The rows of rights[b] are orthogonal in the metric, of squared length energies[b]. What is left out of a part is
+    orthogonal to what is kept on both sides, so it adds at most its own energy; both bounds meet as `keep` grows.
+    """
+    stack = torch.cat([right[:keep].double() for right in rights])
+    square = stack @ (stack if gram is None else stack @ gram.double()).T
+    values = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp_min(0)
+    lower = _padded(tail_energies(values), ranks)
+    return lower, lower + sum(float(values[keep:].sum()) for values in energies)
+
+
+def _energy(right: Tensor, gram: Tensor | None) -> Tensor:
+    right = right.double()
+    return (right * (right if gram is None else right @ gram.double())).sum()
+
+
+def _padded(errors: Tensor, ranks: int) -> Tensor:
+    """The first ranks + 1 entries, zeros behind the last."""
+    return torch.cat([errors, errors.new_zeros(max(0, ranks + 1 - len(errors)))])[: ranks + 1]
+
+
+def _ridged(square: Tensor) -> Tensor:
+    ridge = RIDGE * square.diagonal().mean().clamp_min(torch.finfo(square.dtype).tiny)
+    return square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
