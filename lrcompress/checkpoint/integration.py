@@ -55,8 +55,7 @@ class LrcompressQuantizer(HfQuantizer):
         connect(model, manifest.modules)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        if isinstance(dtype, str):  # as a config says it that has been saved
-            dtype = getattr(torch, dtype)
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
         if added:
             warnings.warn(
@@ -65,7 +64,7 @@ class LrcompressQuantizer(HfQuantizer):
                 "a switch for them, or compress with metric=input",
                 stacklevel=2,
             )
-        return densify(model, dtype)
+        return densify(model, wanted)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """save_pretrained writes the stored formats."""
