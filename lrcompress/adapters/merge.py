@@ -1,23 +1,26 @@
-"""Several adapters of one base as a basis of fewer updates and coefficients (RMM, arXiv 2510.14163), and back.
+"""Several adapters, or low-rank models, of one base as a smaller basis and coefficients (RMM, arXiv 2510.14163).
 
 Every module has a basis of its own, closed form and without data. Tasks count alike, however large their updates are.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrcompress.adapters.tasks import Task, open_task
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.adapter import CONFIG, STEM, Adapter, empty_lora, lora_settings, lora_tensors, open_adapter
+from lrcompress.checkpoint.adapter import CONFIG, STEM, empty_lora, lora_settings, lora_tensors
+from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import short_name
 from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.checkpoint.writer import ShardedWriter, write_tensors
+from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError, nearest
+from lrcompress.formats import FORMATS, stored_tensors
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.common_basis import common_basis
 from lrcompress.linalg.ranks import NOISE, ranks_for_error, ranks_within
@@ -26,8 +29,11 @@ from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import versions
 from lrcompress.stages.workspace import new_folder, write_json
 
-SHARED = "shared"
+SHARED, FILES = "shared", "files"
 SCHEMA = 1
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module to left (out, r) and right (r, in)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def merge(
     if len(labels) < 2:
         raise InputError("merge takes two adapters or more: name their folders")
     room.check(len(labels))
-    tasks = dict(zip(_task_names(labels), [open_adapter(label) for label in labels], strict=True))
+    tasks = dict(zip(_task_names(labels), [open_task(label) for label in labels], strict=True))
     _check_one_base(tasks, reporter)
     norms = {name: _norm(task) for name, task in tasks.items()}
     members = _members(tasks)
@@ -97,39 +103,84 @@ def merge(
 
 
 def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write one task of a shared basis as an adapter that PEFT loads."""
+    """Write one task of a shared basis as what it was: an adapter that PEFT loads, or a checkpoint of ours."""
     folder = Path(shared).expanduser()
     index = _read_index(folder, shared)
     if task not in index["tasks"]:
         raise InputError(f"{shared} holds no task {task!r}: {nearest(task, list(index['tasks']))}")
     entry, reader = index["tasks"][task], CheckpointReader(folder, f"{SHARED}.safetensors")
+    specs = Manifest.from_json(entry["config"]["quantization_config"]).modules if entry["kind"] == "model" else {}
     factors = {}
     for module, held in index["modules"].items():
         if task in held["tasks"]:
-            elements = _load_elements(reader, module)
+            elements, most = _load_elements(reader, module), specs[module].rank if specs else None
             member, (rows, columns) = held["tasks"].index(task), held["shape"]
             empty = torch.zeros(rows, 1), torch.zeros(1, columns)
-            factors[module] = _combined(elements, member) if elements else empty
-    kept = {module: int(rank) for module, (rank, _) in entry["kept"].items()}
-    scalings = {module: float(scaling) for module, (_, scaling) in entry["kept"].items()}
-    ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
+            factors[module] = _combined(elements, member, most) if elements else empty
     with new_folder([folder], output, overwrite=overwrite) as partial:
-        write_json(partial / CONFIG, {**entry["config"], **lora_settings({**ranks, **kept}, scalings)})
-        own = {name: place for name, place in entry["tensors"].items()}
-        planned = [(name, reader.meta(place)) for name, place in own.items()]
-        for module, (left, right) in factors.items():
-            planned += empty_lora(module, (len(left), right.shape[1]), left.shape[1], (right.dtype, left.dtype))
-        writer = ShardedWriter(partial, planned, 2**63, stem=STEM)
-        for name, place in own.items():
-            writer.write((name, tensor) for _, tensor in reader.read([place]))
-        for module, (left, right) in factors.items():
-            writer.write(lora_tensors(module, right, left))
-        writer.close()
+        if specs:
+            copy_files_beside(folder / FILES, partial, code=True)
+            _write_model(entry, factors, reader, partial)
+        else:
+            _write_adapter(entry, factors, reader, partial)
+    ranks = [left.shape[1] for left, _ in factors.values()]
     size = sum(left.nbytes + right.nbytes for left, right in factors.values())
     return {
         "schema": SCHEMA, "shared": shared, "task": task, "output": str(output), "modules": len(factors),
-        "ranks": [min(ranks.values()), max(ranks.values())], "bytes": size, "relative_error": entry["relative_error"],
+        "ranks": [min(ranks), max(ranks)], "bytes": size, "relative_error": entry["relative_error"],
     }  # fmt: skip
+
+
+def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
+    ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
+    kept = {module: int(rank) for module, (rank, _) in entry["kept"].items()}
+    scalings = {module: float(scaling) for module, (_, scaling) in entry["kept"].items()}
+    write_json(folder / CONFIG, {**entry["config"], **lora_settings({**ranks, **kept}, scalings)})
+    planned = [(name, reader.meta(place)) for name, place in entry["tensors"].items()]
+    for module, (left, right) in factors.items():
+        planned += empty_lora(module, (len(left), right.shape[1]), left.shape[1], (right.dtype, left.dtype))
+    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
+    for name, place in entry["tensors"].items():
+        writer.write((name, tensor) for _, tensor in reader.read([place]))
+    for module, (left, right) in factors.items():
+        writer.write(lora_tensors(module, right, left))
+    writer.close()
+
+
+def _write_model(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
+    """Every weight in the format that it had, and of its rank where the basis has as many components."""
+    manifest = Manifest.from_json(entry["config"]["quantization_config"])
+    specs = {
+        module: replace(spec, parameters={**spec.parameters, "rank": factors[module][0].shape[1]})
+        for module, spec in manifest.modules.items()
+    }
+    manifest = replace(manifest, modules=specs)
+    write_json(folder / "config.json", {**entry["config"], "quantization_config": manifest.as_json()})
+    biases = {f"{module}.bias" for module, spec in specs.items() if spec.bias}
+    rest = {name: place for name, place in entry["tensors"].items() if name not in biases}
+    planned = [(name, reader.meta(place)) for name, place in rest.items()]
+    for module, spec in specs.items():
+        stored = stored_tensors(spec, factors[module][0].dtype)
+        planned += [(f"{module}.{key}", meta) for key, meta in stored.items()]
+    writer = ShardedWriter(folder, planned, 2**63)
+    for name, place in rest.items():
+        writer.write((name, tensor) for _, tensor in reader.read([place]))
+    for module, spec in specs.items():
+        left, right = factors[module]
+        bias = None
+        if spec.bias:
+            bias = next(tensor for _, tensor in reader.read([entry["tensors"][f"{module}.bias"]])).float()
+        encoded = FORMATS.get(spec.format).encode(left.float(), right.float(), bias)  # type: ignore[attr-defined]
+        for key, meta in stored_tensors(spec, left.dtype).items():
+            writer.write(
+                [
+                    (
+                        f"{module}.{key}",
+                        encoded[key].to(meta.dtype) if key in encoded else torch.empty_like(meta, device="cpu"),
+                    )
+                ]
+            )
+    writer.close()
 
 
 def _task_names(labels: Sequence[str]) -> list[str]:
@@ -141,37 +192,38 @@ def _task_names(labels: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_one_base(tasks: Mapping[str, Adapter], reporter: Reporter) -> None:
-    """InputError where the adapters cannot belong to one model; a warning where they say that they do not."""
+def _check_one_base(tasks: Mapping[str, Task], reporter: Reporter) -> None:
+    """InputError where the tasks cannot belong to one model; a warning where they say that they do not."""
+    if len({task.kind for task in tasks.values()}) > 1:
+        raise InputError("adapters and whole models cannot be merged with each other: give the one or the other")
     shapes: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, task in tasks.items():
-        if not task.linear:
-            raise InputError(f"adapter {task.label} has no update of a linear layer: there is nothing to merge")
-        for module, lora in task.linear.items():
-            assert lora.shape is not None
-            first, shape = shapes.setdefault(module, (name, lora.shape))
-            if shape != lora.shape:
-                raise InputError(f"{module} is {shape} in {first} and {lora.shape} in {name}: their bases differ")
-    bases = {str(task.config.get("base_model_name_or_path")) for task in tasks.values()}
+        if not task.shapes:
+            raise InputError(f"{task.label} has no factorised weight or linear update: there is nothing to merge")
+        for module, own in task.shapes.items():
+            first, shape = shapes.setdefault(module, (name, own))
+            if shape != own:
+                raise InputError(f"{module} is {shape} in {first} and {own} in {name}: their bases differ")
+    bases = {task.base for task in tasks.values()}
     if len(bases) > 1:
-        reporter.warn(f"the adapters name different bases ({', '.join(sorted(bases))}): they should be one model")
+        reporter.warn(f"the tasks name different bases ({', '.join(sorted(bases))}): they should be one model")
 
 
-def _norm(task: Adapter) -> float:
-    total = sum(product_energy(*task.factors(module)) for module in task.linear)
+def _norm(task: Task) -> float:
+    total = sum(product_energy(*task.factors(module)) for module in task.shapes)
     return total**0.5 if total > 0 else 1.0
 
 
-def _members(tasks: Mapping[str, Adapter]) -> dict[str, list[str]]:
+def _members(tasks: Mapping[str, Task]) -> dict[str, list[str]]:
     """Module to the tasks that update it."""
     found: dict[str, list[str]] = {}
     for name, task in tasks.items():
-        for module in task.linear:
+        for module in task.shapes:
             found.setdefault(module, []).append(name)
     return found
 
 
-def _basis(module: str, members: Sequence[tuple[Adapter, float]]) -> tuple[Tensor, list[Spectrum]]:
+def _basis(module: str, members: Sequence[tuple[Task, float]]) -> tuple[Tensor, list[Spectrum]]:
     """The basis of a module's updates, each divided by its task's norm; factors in float32."""
     pairs = [(task.factors(module), norm) for task, norm in members]
     lefts, rights = [left / norm for (left, _), norm in pairs], [right for (_, right), _ in pairs]
@@ -181,7 +233,7 @@ def _basis(module: str, members: Sequence[tuple[Adapter, float]]) -> tuple[Tenso
 
 
 def _kept(
-    tasks: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
     members: Mapping[str, list[str]],
     bases: Mapping[str, tuple[Tensor, list[Spectrum]]],
     room: Room,
@@ -209,7 +261,7 @@ def _basis_ranks(energies: Sequence[Tensor], count: int, largest: int) -> list[i
 
 
 def _ranks(
-    tasks: Mapping[str, Adapter], members: Mapping[str, list[str]], energies: Mapping[str, list[Tensor]], room: Room
+    tasks: Mapping[str, Task], members: Mapping[str, list[str]], energies: Mapping[str, list[Tensor]], room: Room
 ) -> dict[str, list[int]]:
     """Components of every element by their energies, over all modules."""
     flat, costs = [], []
@@ -232,25 +284,21 @@ def _ranks(
     return {module: [next(found) for _ in values] for module, values in energies.items()}
 
 
-def _largest(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> int:
-    return max(tasks[name].modules[module].rank for name in names)
+def _largest(tasks: Mapping[str, Task], names: Sequence[str], module: str) -> int:
+    return max(tasks[name].rank(module) for name in names)
 
 
-def _dtypes(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(tasks: Mapping[str, Task], names: Sequence[str], module: str) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of B and A that hold those of all tasks."""
-    found: list[torch.dtype] = []
-    for key in ("left", "right"):
-        kinds = [tasks[name].reader.meta(getattr(tasks[name].modules[module], key)).dtype for name in names]
-        kind = kinds[0]
-        for other in kinds[1:]:
-            kind = torch.promote_types(kind, other)
-        found.append(kind)
-    return found[0], found[1]
+    left, right = tasks[names[0]].dtypes(module)
+    for name in names[1:]:
+        own = tasks[name].dtypes(module)
+        left, right = torch.promote_types(left, own[0]), torch.promote_types(right, own[1])
+    return left, right
 
 
-def _component_bytes(tasks: Mapping[str, Adapter], names: Sequence[str], module: str) -> int:
-    shape, dtypes = tasks[names[0]].modules[module].shape, _dtypes(tasks, names, module)
-    assert shape is not None
+def _component_bytes(tasks: Mapping[str, Task], names: Sequence[str], module: str) -> int:
+    shape, dtypes = tasks[names[0]].shapes[module], _dtypes(tasks, names, module)
     return sum(size * dtype.itemsize for size, dtype in zip(shape, dtypes, strict=True))
 
 
@@ -259,18 +307,19 @@ def _element(element: Spectrum, coefficients: Tensor, rank: int, dtypes: tuple[t
     return Element(stored["B.weight"].to(dtypes[0]), stored["A.weight"].to(dtypes[1]), coefficients.float())
 
 
-def _combined(elements: Sequence[Element], member: int) -> tuple[Tensor, Tensor]:
-    """Factors of a task's update, in the dtypes of the elements; components below their rounding are left out."""
+def _combined(elements: Sequence[Element], member: int, most: int | None) -> tuple[Tensor, Tensor]:
+    """Factors of a task's matrix, in the dtypes of its elements: at most `most` components, or all above rounding."""
     left = torch.cat([e.coefficients[member].double() * e.left.double() for e in elements], dim=1)
     spectrum = retruncate(left, torch.cat([e.right.double() for e in elements]))
     rounding = max(torch.finfo(t.dtype).eps for t in (elements[0].left, elements[0].right)) ** 2
-    rank = max(int((spectrum.energies > rounding * spectrum.energies[:1].sum()).sum()), 1)
+    real = max(int((spectrum.energies > rounding * spectrum.energies[:1].sum()).sum()), 1)
+    rank = real if most is None else min(most, len(spectrum.energies))
     stored = LowRank.encode(spectrum.left[:, :rank].float(), spectrum.right[:rank].float(), None)
     return stored["B.weight"].to(elements[0].left.dtype), stored["A.weight"].to(elements[0].right.dtype)
 
 
 def _errors(
-    tasks: Mapping[str, Adapter], members: Mapping[str, list[str]], kept: Mapping[str, list[Element]]
+    tasks: Mapping[str, Task], members: Mapping[str, list[str]], kept: Mapping[str, list[Element]]
 ) -> dict[str, float]:
     """Squared error of every task, of the factors as `extract` writes them."""
     lost = dict.fromkeys(tasks, 0.0)
@@ -278,19 +327,37 @@ def _errors(
         for i, name in enumerate(names):
             left, right = tasks[name].factors(module)
             if kept[module]:
-                own, other = _combined(kept[module], i)
+                most = tasks[name].rank(module) if tasks[name].kind == "model" else None
+                own, other = _combined(kept[module], i, most)
                 left, right = torch.cat([left, -own.double()], dim=1), torch.cat([right, other.double()])
             lost[name] += product_energy(left, right)
     return lost
 
 
-def _carried_bytes(tasks: Mapping[str, Adapter]) -> int:
-    metas = [task.reader.meta(name) for task in tasks.values() for name in task.others]
-    return sum(meta.numel() * meta.itemsize for meta in metas)
+def _places(tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
+    """Task to where each of its other tensors lies: what the first task has too, equal, lies there."""
+    (first, held), *rest = tasks.items()
+    found = {first: {name: f"{first}|{name}" for name in held.others}}
+    for task, other in rest:
+        same = {
+            name for name in other.others if name in held.others and torch.equal(held.tensor(name), other.tensor(name))
+        }
+        found[task] = {name: f"{first if name in same else task}|{name}" for name in other.others}
+    return found
+
+
+def _carried(tasks: Mapping[str, Task]) -> dict[str, Tensor]:
+    """Meta tensors of what is kept as it is, by its place."""
+    places = _places(tasks)
+    return {places[task][name]: meta for task, held in tasks.items() for name, meta in held.others.items()}
+
+
+def _carried_bytes(tasks: Mapping[str, Task]) -> int:
+    return sum(meta.numel() * meta.itemsize for meta in _carried(tasks).values())
 
 
 def _report(
-    tasks: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
     members: Mapping[str, list[str]],
     kept: Mapping[str, list[Element]],
     norms: Mapping[str, float],
@@ -299,7 +366,7 @@ def _report(
 ) -> dict[str, Any]:
     lost = _errors(tasks, members, kept)
     errors = {name: lost[name] ** 0.5 / norms[name] for name in tasks}
-    separate = {name: sum(task.bytes(module) for module in task.linear) for name, task in tasks.items()}
+    separate = {name: sum(task.bytes(module) for module in task.shapes) for name, task in tasks.items()}
     shared = sum(t.nbytes for elements in kept.values() for e in elements for t in (e.left, e.right, e.coefficients))
     return {
         "schema": SCHEMA,
@@ -322,7 +389,7 @@ def _report(
 
 
 def _write(
-    tasks: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
     members: Mapping[str, list[str]],
     kept: Mapping[str, list[Element]],
     report: dict[str, Any],
@@ -335,22 +402,22 @@ def _write(
             tensors |= {f"{module}|{j}|left": element.left, f"{module}|{j}|right": element.right}
             tensors[f"{module}|{j}|coefficients"] = element.coefficients
     errors = {task["name"]: task["relative_error"] for task in report["tasks"]}
-    entries = {}
-    for name, task in tasks.items():
-        own = {key: f"{name}|{key}" for key in task.others}
-        tensors |= {place: task.carried(key) for key, place in own.items()}
-        rest = {module: lora for module, lora in task.modules.items() if lora.shape is None}
-        entries[name] = {
-            "config": task.config,
-            "kept": {module: [lora.rank, lora.scaling] for module, lora in rest.items()},
-            "tensors": own,
-            "relative_error": errors[name],
-        }
-    held = {
-        module: {"tasks": names, "shape": tasks[names[0]].modules[module].shape} for module, names in members.items()
+    places, carried = _places(tasks), _carried(tasks)
+    writer = ShardedWriter(folder, [*tensors.items(), *carried.items()], 2**63, stem=SHARED)
+    writer.write(tensors.items())
+    for place in carried:
+        owner, name = place.split("|", 1)
+        writer.write([(place, tasks[owner].tensor(name))])
+    writer.close()
+    entries = {
+        name: {**task.entry(), "tensors": places[name], "relative_error": errors[name]} for name, task in tasks.items()
     }
-    write_tensors(folder / f"{SHARED}.safetensors", tensors)
+    held = {module: {"tasks": names, "shape": tasks[names[0]].shapes[module]} for module, names in members.items()}
     write_json(folder / f"{SHARED}.json", {"schema": SCHEMA, "tasks": entries, "modules": held})
+    first = next(iter(tasks.values()))
+    if first.kind == "model":
+        (folder / FILES).mkdir()
+        copy_files_beside(first.folder, folder / FILES, code=True)
 
 
 def _read_index(folder: Path, label: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a non-empt
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Folders of LoRA adapters of one base.", show_default=False)],
+    adapters: Annotated[
+        list[str], typer.Argument(help="LoRA adapters, or checkpoints of ours, of one base.", show_default=False)
+    ],
     output: Output,
     basis: Annotated[int | None, typer.Option(help="Elements of every module's basis, below the tasks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes of the whole at most, such as 5MB.")] = None,
@@ -22,7 +24,7 @@ def merge(
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Hold several adapters as a basis of fewer updates and coefficients."""
+    """Hold several adapters, or low-rank checkpoints of ours, as a smaller basis and coefficients."""
     from lrcompress.adapters.merge import Room
     from lrcompress.adapters.merge import merge as run
     from lrcompress.cli.show import quiet_libraries, show_merge
@@ -45,7 +47,7 @@ def extract(
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write one task of a shared basis as an adapter that PEFT loads."""
+    """Write one task of a shared basis as what it was: an adapter that PEFT loads, or a checkpoint."""
     from lrcompress.adapters.merge import extract as run
     from lrcompress.cli.show import console, quiet_libraries
 

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel  # noqa: F401
 from safetensors.torch import load_file
 
 from lrcompress.adapters.merge import Room, extract, merge
 from lrcompress.errors import InputError
 from lrcompress.linalg.common_basis import common_basis, gram
 from tests.adapters.conftest import deltas, logits
-from tests.conftest import run_cli
+from tests.conftest import compress_tiny, run_cli
 
 
 def factors(seed, count=4, shape=(20, 5, 14)):
@@ -151,6 +150,46 @@ def test_what_is_refused(make_adapter, llama, tmp_path):
     with pytest.raises(InputError, match=r"no shared\.json"):
         extract(first, "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["low_rank", "pivoted"])
+def test_models_of_one_base(llama, tmp_path, format):
+    """Three compressed models whose factors were trained apart, a little: two are told by one element's own part."""
+    from transformers import AutoModelForCausalLM
+
+    from lrcompress.model.surgery import dense_parts, stored_layers
+
+    method = {"name": "lord", "metric": "centred"}
+    compress_tiny(llama, tmp_path / "task-0", method=method, format=format, ratio=0.5)
+    for i in (1, 2):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "task-0")
+        generator = torch.Generator().manual_seed(i)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "layers" in name:
+                parameter.data += 0.01 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        model.model.norm.weight.data *= 1 + 0.1 * i
+        model.save_pretrained(tmp_path / f"task-{i}")
+    folders = [tmp_path / f"task-{i}" for i in range(3)]
+    report = merge([str(folder) for folder in folders], tmp_path / "shared", Room(basis=1))
+    assert report["ratio"] > 0.6
+    stored = load_file(tmp_path / "shared/shared.safetensors")
+    assert sum(t.nbytes for t in stored.values()) == report["bytes"]["shared"] + report["bytes"]["carried"]
+    assert {name for name in stored if "embed" in name} == {"task-0|model.embed_tokens.weight"}
+    for folder, task in zip(folders, report["tasks"], strict=True):
+        out = tmp_path / f"out-{folder.name}"
+        extract(str(tmp_path / "shared"), folder.name, out)
+        before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
+        layers = stored_layers(before), stored_layers(after)
+        assert {n: layer.spec for n, layer in layers[0].items()} == {n: layer.spec for n, layer in layers[1].items()}
+        weights = [{n: dense_parts(layer)[0].double() for n, layer in found.items()} for found in layers]
+        assert relative(*weights) == pytest.approx(task["relative_error"], rel=1e-2)
+        assert task["relative_error"] < 0.05
+        assert torch.equal(before.model.norm.weight, after.model.norm.weight)
+        for name, layer in layers[0].items():
+            torch.testing.assert_close(layers[1][name].dense_bias(), layer.dense_bias(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits(after), logits(before), rtol=0.2, atol=0.4)
+    with pytest.raises(InputError, match="dense|adapter_config"):
+        merge([str(folders[0]), str(llama)], tmp_path / "other", Room(basis=1))
 
 
 def test_command_line(related, tmp_path):
