@@ -120,3 +120,98 @@ def test_every_family_with_every_method(make_model, tmp_path, family, recipe):
     expected = logits(with_dense_weights(load(make_model(family)), loaded))
     assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
     generates(loaded)
+
+
+@pytest.fixture(scope="module")
+def mixture(make_model, tmp_path_factory):
+    """mixture(family): a mixture of experts compressed with metric=input, once a module."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family) / "model"
+            made[family] = compress_tiny(make_model(family), folder, method={"name": "lord", "metric": "input"})
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_by_the_dense_ones(make_model, mixture, tmp_path, family):
+    """Loaded, exported and dequantised, it computes what the dense model does with the stored weights in its place."""
+    result = mixture(family)
+    loaded = load(result.folder)
+    assert sum(".experts." in target["name"] for target in result.report["targets"]) > 10
+    expected = logits(with_dense_weights(load(make_model(family)), loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+    export_dense(str(result.folder), tmp_path / "dense")
+    exported = load(tmp_path / "dense")
+    assert type(exported) is type(loaded)
+    assert not linear_experts(exported)
+    assert (logits(exported) - expected).abs().max() < 2e-4 * expected.abs().max()
+    report = json.loads((tmp_path / "dense" / "report.json").read_text())
+    assert report["bytes"]["targets_stored"] == report["bytes"]["targets_dense"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    plain = loaded.dequantize()
+    assert not linear_experts(plain)
+    plain.save_pretrained(tmp_path / "plain")
+    assert (logits(load(tmp_path / "plain")) - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_taking_experts_apart_and_back(make_model, family):
+    """Bit for bit, with equal outputs on the way."""
+    model = load(make_model(family))
+    expected, before = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
+    skeleton = empty_model(copy.deepcopy(model.config))
+    linearise(skeleton)
+    reader = ExpertReader(make_model(family), skeleton)
+    names = checkpoint_names(skeleton, reader.names())
+    read = dict(reader.read(list(names.values())))
+    skeleton.load_state_dict({name: read[key] for name, key in names.items()}, assign=True)
+    assert (logits(skeleton) - expected).abs().max() < 1e-5 * expected.abs().max()
+    fuse(skeleton)
+    assert skeleton.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in skeleton.state_dict().items())
+
+
+def test_experts_that_are_left_out_stay_as_they_are(make_model, tmp_path):
+    model = make_model("mixtral")
+    result = compress_tiny(model, tmp_path / "out", ignore=["*.layers.0.*.experts.*", "*.experts.1.*"])
+    stored = load_file(result.folder / "model.safetensors")
+    dense = load(model).state_dict()
+    fused = [name for name in dense if ".layers.0.mlp.experts." in name]
+    assert len(fused) == 2
+    assert all(torch.equal(stored[name], dense[name]) for name in fused)
+    gate = dense["model.layers.1.mlp.experts.gate_up_proj"][1][:48]
+    assert torch.equal(stored["model.layers.1.mlp.experts.1.gate_proj.weight"], gate)
+    loaded = load(result.folder)
+    assert list(linear_experts(loaded)) == ["model.layers.1.mlp.experts"]
+    inspected = {t["name"]: t for t in inspect_model(str(result.folder), spectra=True)["targets"]}
+    assert inspected["model.layers.0.mlp.experts.2.up_proj"]["format"] == "dense"
+    values = torch.linalg.svdvals(dense["model.layers.0.mlp.experts.gate_up_proj"][2][48:].double())
+    assert inspected["model.layers.0.mlp.experts.2.up_proj"]["spectrum"][0] == pytest.approx(float(values[0]))
+
+
+def test_plain_transformers_refuses_them(make_model, mixture, tmp_path):
+    """All compressed, or experts of one module partly: what is stored never loads as something else."""
+    partly = [
+        compress_tiny(make_model(family), tmp_path / family, ignore=["*.experts.1.*"])
+        for family in ("mixtral", "qwen3_moe")
+    ]
+    folders = [result.folder for result in (*map(mixture, MIXTURES), *partly)]
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        print("LOADED")
+    except RuntimeError as error:
+        print(str(error).splitlines()[0].replace(" ", "_"))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=False)
+    said = done.stdout.split()
+    assert len(said) == len(folders), done.stderr[-2000:]
+    assert all("ignore_mismatched_sizes" in line or "conversion" in line for line in said), said

@@ -47,9 +47,12 @@ class LrcompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         manifest = self.quantization_config.manifest()
-        for experts in linearise(model, manifest.modules).values():
+        found = linearise(model, manifest.experts)
+        for name, fused in manifest.experts.items():
+            if name not in found or not set(fused) <= set(found[name].fused_weights()):
+                raise InputError(f"the manifest names experts {name}, which this model does not have so")
             with torch.device("meta"):
-                experts.mark()
+                found[name].mark(fused)
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)
@@ -70,7 +73,7 @@ class LrcompressQuantizer(HfQuantizer):
 
         return [conversion for conversion in weight_conversions if not makes_fused(conversion)]
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         added = sum(spec.added_bias for spec in self.quantization_config.manifest().modules.values())
         if added:
             warnings.warn(
@@ -79,7 +82,8 @@ class LrcompressQuantizer(HfQuantizer):
                 "a switch for them, or compress with metric=input",
                 stacklevel=2,
             )
-        return densify(model, dtype)
+        # A model that was saved carries its dtype as text.
+        return densify(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """save_pretrained writes the stored formats."""
