@@ -47,9 +47,12 @@ class LrcompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         manifest = self.quantization_config.manifest()
-        for experts in linearise(model, manifest.modules).values():
+        found = linearise(model, manifest.experts)
+        for name, fused in manifest.experts.items():
+            if name not in found or not set(fused) <= set(found[name].fused_weights()):
+                raise InputError(f"the manifest names experts {name}, which this model does not have so")
             with torch.device("meta"):
-                experts.mark()
+                found[name].mark(fused)
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)

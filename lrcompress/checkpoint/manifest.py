@@ -20,11 +20,15 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Manifest:
-    """modules: spec per compressed weight; frozen: weights left dense that healing must not train."""
+    """modules: spec per compressed weight; frozen: weights left dense that healing must not train.
+
+    experts: modules whose fused experts are linear layers here, with the fused weights that an empty tensor stands for.
+    """
 
     method: str
     modules: dict[str, Spec]
     frozen: list[str] = field(default_factory=list)
+    experts: dict[str, list[str]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -34,6 +38,7 @@ class Manifest:
             "method": self.method,
             "modules": {name: spec.as_json() for name, spec in self.modules.items()},
             "frozen": self.frozen,
+            **({"experts": self.experts} if self.experts else {}),
         }
 
     @classmethod
@@ -46,13 +51,19 @@ class Manifest:
             raise InputError(
                 f"checkpoint has format version {version}, this lrcompress reads {FORMAT_VERSION}: upgrade it"
             )
-        modules, frozen = data.get("modules"), data.get("frozen", [])
-        if not isinstance(modules, dict) or not isinstance(frozen, list):
+        modules, frozen, experts = data.get("modules"), data.get("frozen", []), data.get("experts", {})
+        if not (isinstance(modules, dict) and isinstance(frozen, list) and _is_experts(experts)):
             raise InputError("quantization_config of the checkpoint lists no modules: its config.json is damaged")
         specs = {name: Spec.from_json(name, entry) for name, entry in modules.items()}
         for name, spec in specs.items():
             _check_owner(name, spec.owner, specs)
-        return cls(str(data.get("method", "")), specs, [str(name) for name in frozen])
+        return cls(str(data.get("method", "")), specs, [str(name) for name in frozen], experts)
+
+
+def _is_experts(data: object) -> bool:
+    return isinstance(data, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in data.values()
+    )
 
 
 def _check_owner(name: str, owner: object, specs: dict[str, Spec]) -> None:
@@ -114,8 +125,10 @@ def _count(reader: CheckpointReader, site: Site, spec: Spec) -> tuple[int, int]:
     return total, numbers
 
 
-def make_manifest(method: str, sites: Sequence[Site], specs: dict[str, Spec], *, freeze_dense: bool) -> Manifest:
-    """The manifest of a finished plan."""
+def make_manifest(
+    method: str, sites: Sequence[Site], specs: dict[str, Spec], experts: dict[str, list[str]], *, freeze_dense: bool
+) -> Manifest:
+    """The manifest of a finished plan; experts as there."""
     modules = {site.name: specs[site.name] for site in sites if specs[site.name].format != DENSE}
     frozen = [site.name for site in sites if site.name not in modules] if freeze_dense else []
-    return Manifest(method, modules, frozen)
+    return Manifest(method, modules, frozen, experts)

@@ -73,12 +73,11 @@ def dense_config(source: Source, dtype: torch.dtype | None, switches: list[str])
 
 def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module | None:
     """The model, empty, with the experts that are stored as linear layers; None where there are none."""
-    markers = [n for n in source.reader.names() if source.owner(n) is None and not source.reader.meta(n).numel()]
-    if not markers:
+    if not source.manifest.experts:
         return None
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
     model = empty_model(config, trust_remote_code=trust_remote_code)
-    linearise(model, source.manifest.modules)
+    linearise(model, source.manifest.experts)
     return model
 
 
@@ -111,7 +110,7 @@ def write_weights(
         module = source.owner(name)
         if name in fused:
             holder, key = fused[name]
-            kind = written(f"{holder}.{experts[holder].fused_weights()[0]}")
+            kind = written(f"{holder}.0.up_proj.weight")
             planned.append((name, torch.empty(experts[holder].fused_shapes()[key], dtype=kind, device="meta")))
         elif module is None:
             planned.append((name, cast(reader.meta(name))))

@@ -83,7 +83,7 @@ def base_spec(spec: Spec) -> Spec:
 def write_base(source: Source, bases: dict[str, Spec], folder: Path, limit: int, reporter: Reporter) -> None:
     """The checkpoint without its corrections."""
     copy_files_beside(source.folder, folder, code=True)
-    manifest = Manifest(source.manifest.method, bases, source.manifest.frozen)
+    manifest = Manifest(source.manifest.method, bases, source.manifest.frozen, source.manifest.experts)
     write_json(folder / "config.json", {**source.config, "quantization_config": manifest.as_json()})
     named = [(base_name(source, stored), stored) for stored in source.reader.names()]
     kept = [(name, stored) for name, stored in named if name is not None]

@@ -5,10 +5,12 @@ linear layers they are weights like any other: they have inputs of their own, fo
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from lrcompress.model.skeleton import Renaming
 
 INTERLEAVED, FLAGS = "is_concatenated", ("is_transposed", "has_bias", "has_gate")
 
@@ -78,9 +80,9 @@ class LinearExperts(nn.Module):
         result: Tensor = expert.down_proj(inner)  # type: ignore[operator]
         return result
 
-    def mark(self) -> None:
-        """Register an empty buffer under every fused weight's name, as a stored format has it for its weight."""
-        for name in self.fused_weights():
+    def mark(self, names: Iterable[str]) -> None:
+        """Register empty buffers under these names of fused weights, as a stored format has it for its weight."""
+        for name in names:
             self.register_buffer(name, torch.empty(0, dtype=self.fused[0].get_parameter(name).dtype))
 
     def fused_weights(self) -> list[str]:
@@ -139,16 +141,10 @@ def _join(gate: Tensor, up: Tensor, fused: nn.Module) -> Tensor:
     return torch.cat([gate, up], -1) if fused.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
 
 
-def linearise(model: nn.Module, holding: Iterable[str] | None = None) -> dict[str, LinearExperts]:
-    """Put LinearExperts in the place of every fused module, or of those that hold a module named in `holding`.
-
-    Returns them by name.
-    """
+def linearise(model: nn.Module, only: Collection[str] | None = None) -> dict[str, LinearExperts]:
+    """Put LinearExperts in the place of every fused module, or of those named in `only`; returns them by name."""
     names = [name for name, module in model.named_modules() if is_fused(module)]
-    if holding is not None:
-        held = {part for name in holding for part in _parents(name)}
-        names = [name for name in names if name in held]
-    made = {name: LinearExperts(model.get_submodule(name)) for name in names}
+    made = {name: LinearExperts(model.get_submodule(name)) for name in names if only is None or name in only}
     for name, module in made.items():
         model.set_submodule(name, module)
     return made
@@ -164,6 +160,22 @@ def fuse(model: nn.Module) -> None:
 def linear_experts(model: nn.Module) -> dict[str, LinearExperts]:
     """Name to module of all that `linearise` has made."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+
+
+def stand_ins(model: nn.Module, compressed: Iterable[str]) -> dict[str, list[str]]:
+    """Modules that hold one of the layers `compressed`: the fused weights that an empty tensor must stand for on disk.
+
+    Those stop a load that does not know of linear layers here. In some architectures transformers makes the fused
+    weights from tensors that are called like these layers' are: then the empty weights of compressed ones stop it.
+    """
+    modules, renaming = linear_experts(model), Renaming(model)
+    holders = dict.fromkeys(holder for name in compressed if (holder := experts_of(name, modules)) is not None)
+    found = {}
+    for holder in holders:
+        fused = {f"{holder}.{key}": key for key in modules[holder].fused_weights()}
+        made = any(renaming(f"{holder}.0.{part}.weight", fused)[0] in fused for part in ("up_proj", "down_proj"))
+        found[holder] = [] if made else list(fused.values())
+    return found
 
 
 def experts_of(name: str, modules: Iterable[str]) -> str | None:

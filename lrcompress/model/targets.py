@@ -24,8 +24,10 @@ def _computes_linear(module: nn.Linear) -> bool:
     """Whether a subclass of nn.Linear gives x Wᵀ + b, tried with small numbers in the place of its parameters."""
     if {name for name, _ in module.named_parameters()} - {"weight", "bias"} or list(module.named_buffers()):
         return False
-    tried, bias = copy.copy(module), torch.tensor([0.5, -1.0]) if module.bias is not None else None
-    weight, x = torch.tensor([[1.0, -2.0, 0.25], [3.0, 0.5, -1.0]]), torch.tensor([[1.0, 2.0, -4.0]])
+    tried = copy.copy(module)
+    weight = torch.tensor([[1.0, -2.0, 0.25], [3.0, 0.5, -1.0]], device="cpu")
+    bias = torch.tensor([0.5, -1.0], device="cpu") if module.bias is not None else None
+    x = torch.tensor([[1.0, 2.0, -4.0]], device="cpu")
     tried._parameters = {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     try:
         return torch.equal(tried(x), nn.functional.linear(x, weight, bias))

@@ -17,7 +17,7 @@ from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
-from lrcompress.model.experts import experts_of
+from lrcompress.model.experts import experts_of, stand_ins
 from lrcompress.processes import processes
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
@@ -170,6 +170,11 @@ class Encoder:
         return {f"{site.name}|{k}": t for site, part in zip(sites, encoded, strict=True) for k, t in part.items()}
 
 
+def stand_ins_of(opened: Opened, plan: Plan) -> dict[str, list[str]]:
+    """Modules whose experts are stored as linear layers, with the fused weights that an empty tensor stands for."""
+    return stand_ins(opened.skeleton, [name for name, spec in plan.specs.items() if spec.format != DENSE])
+
+
 class Layout:
     """The order of everything that is written: outside of the blocks first, then block by block."""
 
@@ -179,7 +184,8 @@ class Layout:
         self._begins: dict[int, int] = {}
         self.ends: dict[int, int] = {}
         self._own: dict[int, list[str]] = {}
-        self._empty: set[str] = set()
+        self._stand_ins = stand_ins_of(opened, plan)
+        self._empty = {f"{holder}.{key}" for holder, keys in self._stand_ins.items() for key in keys}
         self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
         stems = {block + ".": i for i, block in enumerate(opened.blocks)}
         for name in self._names():
@@ -197,15 +203,13 @@ class Layout:
         Those follow the empty tensors that stand for the fused ones.
         """
         experts = self._opened.experts
-        touched = {experts_of(name, experts) for name in self._compressed}
         found: dict[str, None] = {}
         for name in self._opened.walker.names:
             holder = experts_of(name, experts)
             if holder is None:
                 found[name] = None
-            elif holder in touched:
-                self._empty |= {f"{holder}.{key}" for key in experts[holder].fused_weights()}
-                found |= dict.fromkeys([*(f"{holder}.{key}" for key in experts[holder].fused_weights()), name])
+            elif holder in self._stand_ins:
+                found |= dict.fromkeys([*(f"{holder}.{key}" for key in self._stand_ins[holder]), name])
             else:
                 found |= dict.fromkeys(f"{holder}.{key}" for key in experts[holder].fused_shapes())
         return list(found)
@@ -321,6 +325,8 @@ def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
     method = opened.request.method
-    manifest = make_manifest(method.name, opened.sites, plan.specs, freeze_dense=method.freezes_dense)
+    manifest = make_manifest(
+        method.name, opened.sites, plan.specs, stand_ins_of(opened, plan), freeze_dense=method.freezes_dense
+    )
     config["quantization_config"] = manifest.as_json()
     write_json(folder / "config.json", config)
