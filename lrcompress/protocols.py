@@ -168,7 +168,10 @@ class InputStatistics:
     def gram(self, *, centred: bool = False) -> Tensor:
         """(in, in) second moment per row, or the covariance."""
         gram = self.second / self.count
-        return gram - torch.outer(self.mean(), self.mean()) if centred else gram
+        if centred:
+            gram -= torch.outer(self.mean(), self.mean())
+            gram.diagonal().clamp_(min=0)  # rounding, where an input is always the same
+        return gram
 
 
 class TensorSource(Protocol):
