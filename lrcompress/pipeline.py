@@ -13,11 +13,11 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.checkpoint.opening import check_model, short_name
-from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.model.device import memory_hint
+from lrcompress.model.device import memory_errors
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import write_card
@@ -48,11 +48,14 @@ def compress(
     output = output_folder(recipe)
     request = check_request(recipe)
     if resume and (finished := _finished(output, recipe)):
+        Workspace(output, overwrite=overwrite, resume=resume).forget()
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
-    with errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"), workspace:
-        report = _compress(request, workspace, reporter)
+    with workspace, errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"):
+        written = _finished(workspace.partial, recipe) if workspace.continued else None
+        report = written or _compress(request, workspace, reporter)
+        workspace.publish()
     return Result(output, report)
 
 
@@ -60,12 +63,11 @@ def compress(
 def errors_in_words(device: torch.device, resume: str) -> Iterator[None]:
     """Lack of memory, Ctrl-C and numbers that are not finite as errors of ours; `resume` says how to go on."""
     try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(memory_hint(device)) from error
+        with memory_errors(f"out of memory on {device}: use fewer --samples or a shorter --seqlen; {resume}"):
+            yield
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {resume}") from error
-    except ArithmeticError as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise InputError(str(error)) from error
 
 
@@ -86,9 +88,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
 
         found = search(opened, scratch, reporter, write)
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
-    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, found)
-    workspace.publish()
-    return report
+    return write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, found)
 
 
 def write_checkpoint(
@@ -116,8 +116,8 @@ def write_checkpoint(
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
     if found is not None:
         report["search"] = found
-    write_json(folder / "report.json", report)
     write_card(folder, report, opened.request.recipe)
+    write_json(folder / "report.json", report)
     return report
 
 

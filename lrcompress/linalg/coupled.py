@@ -17,8 +17,9 @@ STEP_GROWTH, STEP_LIMIT = 1.3, 2.0
 def coupled_htp(target: Tensor, output_gram: Tensor, start: SparseCode, nonzeros: int, rounds: int) -> SparseCode:
     """`start` refined: the dictionary by least squares, then hard thresholding pursuit of all rows at once.
 
-    target Y (n, p) and output_gram B (n, n), positive definite up to rounding, float32. Objectives are those in the metric B, that of
-    the start after its dictionary's fit first; a round that would raise it only refits the codes on their support.
+    target Y (n, p) and output_gram B (n, n), positive definite up to rounding, float32. Objectives are those in the
+    metric B, that of the start after its dictionary's fit first; a round that would raise it only refits the codes on
+    their support.
     """
     root = upper_root(output_gram).to(target.dtype)
     scale = output_gram.diagonal()[:, None]

@@ -39,6 +39,7 @@ class BlockWalker:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
         self.blocks = find_blocks(model)
         self.names = checkpoint_names(model, source.names())
+        _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
         self._load_resident()
 
@@ -181,6 +182,19 @@ class BlockWalker:
 
     def _forward(self, ids: Tensor) -> Any:
         return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+
+
+def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource) -> None:
+    """InputError where a stored tensor is not what the config makes of it."""
+    for name, expected in model.state_dict().items():
+        if name not in names:
+            continue
+        stored = source.meta(names[name])
+        if stored.shape != expected.shape or stored.is_floating_point() != expected.is_floating_point():
+            raise InputError(
+                f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
+                f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
+            )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:

@@ -1,8 +1,12 @@
 """The one place that chooses devices and dtypes."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, ResourceError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +44,25 @@ def decomposition_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def memory_hint(device: torch.device) -> str:
-    """What to say when memory ran out."""
-    return f"out of memory on {device}: use fewer --samples or a shorter --seqlen"
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""How the libraries say it where they raise an error of no kind of its own."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that host or device memory ran out; on the host torch raises a bare RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, Exception) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Lack of memory as a ResourceError that says `message`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(message) from error

@@ -18,7 +18,7 @@ from lrcompress.errors import InputError
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
-from lrcompress.model.skeleton import empty_model, find_blocks, read_config
+from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, library_errors, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
@@ -139,6 +139,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     model = open_dense(recipe.model)
     reader = model.reader()
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
+    check_sizes(config, len(reader.names()), reader.numbers)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
@@ -259,7 +260,7 @@ def calibrate_model(opened: Opened) -> None:
             f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
             "its tokenizer files belong to another model"
         )
-    with torch.no_grad():
+    with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = group_sites(opened.sites, groups)
 

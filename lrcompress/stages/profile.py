@@ -12,7 +12,7 @@ from lrcompress.calibration.collect import collect_outside, token_weights, walk_
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
-from lrcompress.linalg.whitening import aimed
+from lrcompress.linalg.whitening import aimed, check_gram
 from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
@@ -114,7 +114,7 @@ class HiddenWalk:
 
     def start(self, finished: int) -> int:
         """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
-        if finished and self.path(finished).exists():
+        if finished and self._file(self.path(finished), len(self)).whole():
             return finished
         self._embed()
         return 0
@@ -200,6 +200,8 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
     if method.needs_statistics and (statistics is None or statistics.count == 0):
         raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
     try:
+        if statistics is not None:
+            _check_finite(statistics)
         if statistics is not None and statistics.drift is not None:
             share, drift = method.options.toward_dense, statistics.drift / statistics.count
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
@@ -211,6 +213,14 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:
             artefact["gradients"] = statistics.gradients.float()
-    except ArithmeticError as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise InputError(f"{site.name}: {error}") from error
     return artefact
+
+
+def _check_finite(statistics: InputStatistics) -> None:
+    check_gram(statistics.second, "its inputs")
+    if statistics.gradients is not None:
+        check_gram(statistics.gradients, "its output gradients")
+    if statistics.drift is not None:
+        check_gram(statistics.drift, "its inputs and the dense model's")
