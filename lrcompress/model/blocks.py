@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.device import release_freed
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.protocols import TensorSource
 
@@ -76,6 +77,8 @@ class BlockWalker:
         finally:
             empty = {k: torch.empty_like(v, device="meta") for k, v in tensors.items()}
             module.load_state_dict(empty, assign=True)
+            del tensors
+            release_freed()
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (1, length, width) after block `index`, called as the model calls it."""

@@ -88,8 +88,9 @@ class Workspace:
             write_json(path, identity)
 
     def check_room(self, needed: int) -> None:
-        """ResourceError where the disk has less than `needed` bytes free."""
+        """ResourceError where the disk has less than `needed` bytes free, what lies here already counted as free."""
         free = shutil.disk_usage(self.partial).free
+        free += sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
         if free < needed:
             raise ResourceError(
                 f"{self.partial} needs about {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free: "
