@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.checkpoint.opening import open_dense
+from lrcompress.cli.show import quiet_libraries
 from lrcompress.linalg.truncation import decompose
 from lrcompress.protocols import InputStatistics
 
@@ -117,6 +118,7 @@ def straightforward(model: str, folder: Path, samples: int, seqlen: int, ratio: 
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    quiet_libraries()
     opened = open_dense(model)
     ids = calibration_blocks([(parse_source("python-docs"), samples, seqlen)], opened.tokenizer(), 0, opened.folder).ids
     network = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32).eval()

@@ -31,9 +31,9 @@ def test_the_straightforward_implementation_is_optimal_in_the_whitened_norm(llam
     factors = speed.factorise(layers, grams, 0.6)
     for name, layer in layers.items():
         left, right = factors[f"{name}.u"], factors[f"{name}.v"]
-        error = (layer.weight - left @ right).double()
+        error = (layer.weight.detach() - left @ right).double()
         root = torch.linalg.cholesky(grams[name].double() + 1e-9 * torch.eye(len(grams[name])))
-        tail = torch.linalg.svdvals(layer.weight.double() @ root)[left.shape[1] :].square().sum()
+        tail = torch.linalg.svdvals(layer.weight.detach().double() @ root)[left.shape[1] :].square().sum()
         assert float(torch.trace(error @ grams[name].double() @ error.T)) == pytest.approx(float(tail), rel=1e-2)
     speed.straightforward(str(llama), tmp_path / "plain", 2, 64, 0.4)
     stored = load_file(tmp_path / "plain/model.safetensors")

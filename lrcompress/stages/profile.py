@@ -13,7 +13,7 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.linalg.whitening import aimed, check_gram
-from lrcompress.model.device import decomposition_device
+from lrcompress.model.device import decomposition_device, release_freed
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.prepare import Opened
@@ -187,6 +187,7 @@ def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStati
         start = time.perf_counter()
         with reporter.timed("decompose"):
             found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+            release_freed()
         reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
     return found
 
