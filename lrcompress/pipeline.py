@@ -13,11 +13,11 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.checkpoint.opening import check_model, short_name
-from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.model.device import memory_hint
+from lrcompress.model.device import memory_errors
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
@@ -25,6 +25,7 @@ from lrcompress.report.summary import write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
+from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
@@ -51,11 +52,14 @@ def compress(
     request = check_request(recipe)
     join_processes(request, reporter)
     if resume and (finished := _finished(output, recipe)):
+        Workspace(output, overwrite=overwrite, resume=resume).forget()
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
-    with errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"), workspace:
-        report = _compress(request, workspace, reporter)
+    with workspace, errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"):
+        written = _finished(workspace.partial, recipe) if workspace.continued else None
+        report = written or _compress(request, workspace, reporter)
+        workspace.publish()
     return Result(output, report)
 
 
@@ -75,12 +79,11 @@ def join_processes(request: Request, reporter: Reporter) -> None:
 def errors_in_words(device: torch.device, resume: str) -> Iterator[None]:
     """Lack of memory, Ctrl-C and numbers that are not finite as errors of ours; `resume` says how to go on."""
     try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(memory_hint(device)) from error
+        with memory_errors(f"out of memory on {device}: use fewer --samples or a shorter --seqlen; {resume}"):
+            yield
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted: {resume}") from error
-    except ArithmeticError as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise InputError(str(error)) from error
 
 
@@ -89,21 +92,24 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     with reporter.timed("load"):
         opened = open_request(request, reporter)
     workspace.claim(identity(opened))
-    workspace.check_room(disk_need(opened))
+    needed = needs(opened)
+    reporter.say(f"needs {needed}")
+    workspace.check_room(needed.disk_bytes)
+    check_memory(opened, needed, reporter)
+    processes().wait()  # until the first one has made room for all
     if request.recipe.max_loss is not None:
         reachable(opened)
     artefacts = profile_model(opened, scratch, reporter)
-    found = None
+    more: dict[str, Any] = {"needs": needed.as_json()}
     if request.recipe.max_loss is not None:
 
         def write(candidate: Opened, folder: Path, own: Path, quiet: Reporter) -> dict[str, Any]:
             return write_checkpoint(candidate, artefacts, folder, own, quiet, start)
 
         found = search(opened, scratch, reporter, write)
+        more["search"] = found
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
-    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, found)
-    workspace.publish()
-    return report
+    return write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, more)
 
 
 def write_checkpoint(
@@ -113,11 +119,11 @@ def write_checkpoint(
     scratch: Path,
     reporter: Reporter,
     start: float,
-    found: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Allocate, decompose again where propagation is sequential, and store; `start` is when the work began.
 
-    `found` is what a search for the ratio has to report.
+    `more` goes into the report: what was needed, and what a search for the ratio found.
     """
     plan = allocate(opened, artefacts)
     if opened.request.sequential:
@@ -132,11 +138,10 @@ def write_checkpoint(
     processes().wait()
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
-    if found is not None:
-        report["search"] = found
+    report |= more or {}
     if processes().first:
-        write_json(folder / "report.json", report)
         write_card(folder, report, opened.request.recipe)
+        write_json(folder / "report.json", report)
     return report
 
 
@@ -183,12 +188,12 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder:
         scratch = Path(folder)
         opened = open_request(request, reporter, calibrate=False)
-        artefacts = None
+        needed, artefacts = needs(opened), None
         if needs_artefacts(opened):
             calibrate_model(opened)
             artefacts = profile_model(opened, scratch, reporter)
         plan = allocate(opened, artefacts)
-        return {**plan_json(opened, plan), "disk_bytes": disk_need(opened)}
+        return {**plan_json(opened, plan), "needs": needed.as_json()}
 
 
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts | None:
@@ -262,29 +267,6 @@ def identity(opened: Opened) -> dict[str, Any]:
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
         "versions": {"lrcompress": __version__, "torch": torch.__version__},
     }
-
-
-def disk_need(opened: Opened) -> int:
-    """Bytes of scratch files and output together, an upper bound."""
-    factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
-    if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
-        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if opened.request.method.needs_gradient_gram)
-    if opened.request.method.base is not None:
-        factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
-    if opened.request.method.keeps_gram:
-        factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
-    shares = opened.request.method.group > 1 or any(opened.request.method.joins(site) for site in opened.sites)
-    output = opened.dense_checkpoint_bytes * (2 if shares else 1)
-    if opened.request.recipe.max_loss is not None:  # a candidate
-        output += opened.dense_checkpoint_bytes
-    hidden = 0
-    if opened.calibration is not None:
-        tokens = opened.calibration.ids.numel() + opened.calibration.held_out.numel()
-        widths = max((s.shape[1] for s in opened.sites), default=0)
-        # A backward pass keeps the hidden states of every block until it has been there.
-        files = len(opened.blocks) + 4 if opened.request.method.needs_gradients else 4
-        hidden = files * tokens * widths * opened.walker.dtype.itemsize
-    return factors + output + hidden + 10**7
 
 
 def _finished(output: Path, recipe: Recipe) -> dict[str, Any] | None:

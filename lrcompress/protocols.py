@@ -69,8 +69,8 @@ class Spec:
     @classmethod
     def from_json(cls, name: str, data: dict[str, Any]) -> "Spec":
         """Read a manifest entry of module `name`; a malformed one is an InputError."""
-        rest = dict(data)
         try:
+            rest = dict(data)
             shape = tuple(rest.pop("shape"))
             spec = cls(
                 format=rest.pop("format"),
@@ -80,10 +80,14 @@ class Spec:
                 conv1d=rest.pop("conv1d", False),
                 parameters=rest,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"manifest entry of {name} is malformed ({error}): write the checkpoint again") from error
-        if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
             raise InputError(f"manifest entry of {name} has shape {shape}: two positive numbers are needed")
+        if not all(type(flag) is bool for flag in (spec.bias, spec.added_bias, spec.conv1d)):
+            raise InputError(f"manifest entry of {name} has a bias or layout that is neither true nor false")
+        if not isinstance(spec.format, str):
+            raise InputError(f"manifest entry of {name} has format {spec.format!r}: a name is needed")
         return spec
 
 
@@ -176,7 +180,10 @@ class InputStatistics:
     def gram(self, *, centred: bool = False) -> Tensor:
         """(in, in) second moment per row, or the covariance."""
         gram = self.second / self.count
-        return gram - torch.outer(self.mean(), self.mean()) if centred else gram
+        if centred:
+            gram -= torch.outer(self.mean(), self.mean())
+            gram.diagonal().clamp_(min=0)  # rounding, where an input is always the same
+        return gram
 
 
 class TensorSource(Protocol):
@@ -184,6 +191,10 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]:
         """Names of all tensors."""
+        ...
+
+    def meta(self, name: str) -> Tensor:
+        """A meta tensor of the stored shape and dtype."""
         ...
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

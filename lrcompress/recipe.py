@@ -109,6 +109,8 @@ class Recipe(_Strict):
     dtype: DtypeName = "auto"
     seed: int = 0
     shard_size: str = "5GB"
+    memory: Size | None = None
+    """Refuse to begin where more resident memory than this is predicted to be needed, such as 4GB."""
     trust_remote_code: bool = False
     evaluate: EvaluateSpec | None = None
     expect: list[str] = []
@@ -148,7 +150,7 @@ class Recipe(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to write the same files."""
-        return self.model_dump(exclude={"output", "evaluate", "expect"})
+        return self.model_dump(exclude={"output", "evaluate", "expect", "memory"})
 
 
 class SweepMethod(MethodSpec):

@@ -38,6 +38,10 @@ class Adapted:
         """See TensorSource."""
         return self._source.names()
 
+    def meta(self, name: str) -> Tensor:
+        """See TensorSource."""
+        return self._source.meta(name)
+
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """See TensorSource."""
         for name, tensor in self._source.read(names):

@@ -21,6 +21,10 @@ class HiddenStates:
         """Size of the whole file."""
         return self.shape[0] * self._slice
 
+    def whole(self) -> bool:
+        """Whether the file is there and has its size."""
+        return self.path.is_file() and self.path.stat().st_size == self.bytes
+
     def write(self, index: int, hidden: Tensor) -> None:
         """Store sample `index`, (1, length, width)."""
         raw = hidden.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()

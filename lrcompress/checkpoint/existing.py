@@ -14,7 +14,7 @@ from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest, read_weight
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import FORMATS, stored_tensors
+from lrcompress.formats import stored_tensors
 from lrcompress.formats.sum import Sum
 from lrcompress.model.skeleton import stored_names
 from lrcompress.protocols import Site, Spec
@@ -121,7 +121,6 @@ def _check_manifest(folder: Path, settings: dict[str, Any]) -> Manifest:
                 f"base {folder} is a base with a correction already (format sum at {name}): "
                 "correct its own base with a larger --rank or a smaller --ratio"
             )
-        FORMATS.get(spec.format).check(spec)
     return manifest
 
 

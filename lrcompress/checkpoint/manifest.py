@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, stored_tensors
+from lrcompress.formats import DENSE, FORMATS, stored_tensors
 from lrcompress.protocols import Site, Spec
 
 QUANT_METHOD = "lrcompress"
@@ -56,6 +56,7 @@ class Manifest:
             raise InputError("quantization_config of the checkpoint lists no modules: its config.json is damaged")
         specs = {name: Spec.from_json(name, entry) for name, entry in modules.items()}
         for name, spec in specs.items():
+            FORMATS.get(spec.format).check(spec)
             _check_owner(name, spec.owner, specs)
         return cls(str(data.get("method", "")), specs, [str(name) for name in frozen], experts)
 

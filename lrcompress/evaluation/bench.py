@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lrcompress.checkpoint.opening import check_model
 from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.errors import InputError, ResourceError
+from lrcompress.errors import InputError
 from lrcompress.evaluation.bounds import Work, counted
 from lrcompress.evaluation.footprint import Footprint, footprint
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.loading import load_network
+from lrcompress.model.device import memory_errors
 from lrcompress.report.progress import Reporter
 
 DENSE, COMPRESSED = "dense", "compressed"
@@ -69,7 +70,7 @@ def bench(
     for label in labels.values():
         check_model(label)
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    try:
+    with memory_errors("out of memory: use a smaller --batch or --context"):
         prints: dict[str, Footprint] = {}
         for side, label in labels.items():
             reporter.say(f"loading {label} in a process of its own")
@@ -77,8 +78,6 @@ def bench(
         runners = {side: _runner(label, options) for side, label in labels.items()}
         _check_fit(runners, spec)
         rows, bounds = _rows(runners, spec, reporter)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError("out of memory: use a smaller --batch or --context") from error
     result: dict[str, Any] = {
         "schema": 1,
         "model": model,

@@ -13,6 +13,7 @@ import torch
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.errors import InputError, LrcompressError, ResourceError
 from lrcompress.evaluation.loading import load_network
+from lrcompress.model.device import memory_errors
 from lrcompress.model.skeleton import empty_model, read_config
 
 TOKENS = 8
@@ -67,13 +68,11 @@ def _resident() -> int:
 def main() -> None:
     """JSON of the arguments of `measured` in, its result out; errors as the command line's."""
     try:
-        found = measured(**json.loads(sys.argv[1]))
+        with memory_errors("out of memory"):
+            found = measured(**json.loads(sys.argv[1]))
     except LrcompressError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
-    except (MemoryError, torch.OutOfMemoryError):
-        sys.stderr.write("error: out of memory\n")
-        sys.exit(ResourceError.exit_code)
     sys.stdout.write(json.dumps(asdict(found)) + "\n")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from lrcompress.checkpoint.opening import check_model
-from lrcompress.errors import InputError, ResourceError
+from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import LoadedModel, load_model
+from lrcompress.model.device import memory_errors
 from lrcompress.report.page import Samples
 from lrcompress.report.progress import Reporter
 
@@ -74,11 +75,9 @@ def continuations(
     model: str, prompts: Sequence[str], *, device: str = "auto", trust_remote_code: bool = False
 ) -> list[str]:
     """At most 40 new tokens per prompt, the likeliest at each place; the model is loaded and dropped again."""
-    try:
+    with memory_errors(f"out of memory while {model} was generating: pass --no-generate"):
         loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
         return [_continue(loaded, prompt) for prompt in prompts]
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ResourceError(f"out of memory while {model} was generating: pass --no-generate") from error
 
 
 @torch.no_grad()

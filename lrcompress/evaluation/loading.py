@@ -8,8 +8,8 @@ from torch import nn
 
 import lrcompress  # noqa: F401 (registers the stored formats)
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
-from lrcompress.errors import InputError
-from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
+from lrcompress.errors import InputError, ResourceError
+from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
 from lrcompress.report.summary import load_report
 
 
@@ -51,6 +51,8 @@ def load_network(
             folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise ResourceError(f"out of memory while model {label} was loaded") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {label} cannot be loaded ({reason})") from error
     if info["missing_keys"] or info["mismatched_keys"]:

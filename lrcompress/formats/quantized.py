@@ -35,7 +35,7 @@ class Quantized(DecodedLinear):
     @classmethod
     def check(cls, spec: Spec) -> None:
         bits, group = spec.parameters.get("bits"), spec.parameters.get("group")
-        if isinstance(bits, bool) or bits not in UNITS:
+        if type(bits) is not int or bits not in UNITS:
             raise InputError(f"format quantized has {bits!r} bits: {', '.join(map(str, UNITS))} are possible")
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
             raise InputError(f"format quantized has groups of {group!r}: a whole number from 1 is needed")

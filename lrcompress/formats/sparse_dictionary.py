@@ -62,8 +62,9 @@ class SparseDictionary(StoredLinear):
             )
         check_rank(spec, largest=atoms)
         for key in ("dictionary_bits", "coefficient_bits"):
-            if spec.parameters.get(key, 16) not in BITS:
-                raise InputError(f"format {spec.format} has {key} {spec.parameters[key]!r}: 8 and 16 are possible")
+            bits = spec.parameters.get(key, 16)
+            if type(bits) is not int or bits not in BITS:
+                raise InputError(f"format {spec.format} has {key} {bits!r}: 8 and 16 are possible")
 
     @classmethod
     def bytes(cls, spec: Spec, element_size: int) -> int:

@@ -57,7 +57,7 @@ class Sum(StoredLinear):
         FORMATS.get(base.format).check(base)
         check_rank(correction)
         bits = correction.parameters.get("bits")
-        if isinstance(bits, bool) or bits not in FACTOR_BITS:
+        if type(bits) is not int or bits not in FACTOR_BITS:
             raise InputError(
                 f"format sum has factors of {bits!r} bits: {', '.join(map(str, FACTOR_BITS))} are possible"
             )

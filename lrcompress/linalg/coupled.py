@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.dictionary import SparseCode, largest, least_squares_dictionary, normalised
+from lrcompress.linalg.whitening import upper_root
 
 REFIT_STEPS = 5
 STEP_GROWTH, STEP_LIMIT = 1.3, 2.0
@@ -16,10 +17,11 @@ STEP_GROWTH, STEP_LIMIT = 1.3, 2.0
 def coupled_htp(target: Tensor, output_gram: Tensor, start: SparseCode, nonzeros: int, rounds: int) -> SparseCode:
     """`start` refined: the dictionary by least squares, then hard thresholding pursuit of all rows at once.
 
-    target Y (n, p) and output_gram B (n, n), positive definite, float32. Objectives are those in the metric B, that of
-    the start after its dictionary's fit first; a round that would raise it only refits the codes on their support.
+    target Y (n, p) and output_gram B (n, n), positive definite up to rounding, float32. Objectives are those in the
+    metric B, that of the start after its dictionary's fit first; a round that would raise it only refits the codes on
+    their support.
     """
-    root = torch.linalg.cholesky(output_gram.double()).mT.to(target.dtype)
+    root = upper_root(output_gram).to(target.dtype)
     scale = output_gram.diagonal()[:, None]
 
     def fitted(codes: Tensor, support: Tensor, previous: Tensor) -> SparseCode:

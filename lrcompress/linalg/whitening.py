@@ -26,6 +26,15 @@ def symmetric_root(gram: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def upper_root(gram: Tensor) -> Tensor:
+    """R (n, n) float64 with Rᵀ R = gram: Cholesky's factor, or the symmetric root where rounding made gram indefinite.
+
+    A Gram of few rows that was kept in float32 has eigenvalues a little below zero; they count as zero.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram.double(), upper=True)
+    return symmetric_root(gram) if int(failed) else factor
+
+
 def symmetric_root_and_inverse(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R and R⁻¹ (n, n) with R R = gram, eigenvalues floored at a relative 1e-12; an all-zero gram gives identities."""
     values, vectors = torch.linalg.eigh(gram.double())

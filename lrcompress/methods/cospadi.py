@@ -16,7 +16,7 @@ from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, r
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
 from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
-from lrcompress.linalg.whitening import damped
+from lrcompress.linalg.whitening import damped, upper_root
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
@@ -279,7 +279,7 @@ class Cospadi(Method):
         unit = rows.diagonal().mean()
         start = SparseCode(code.dictionary, code.codes / roots, code.support)
         code = coupled_htp(target / roots, rows / unit, start, spec.parameters["rank"], self.coupled_rounds)
-        root = torch.linalg.cholesky(rows.double()).T
+        root = upper_root(rows)
         codes = code.codes.double()
         dictionary = least_squares_dictionary(root @ artefact["weight"].double(), root @ codes)
         scale = _balance(dictionary, codes)

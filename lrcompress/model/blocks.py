@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.protocols import TensorSource
@@ -40,6 +41,7 @@ class BlockWalker:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
         self.blocks = find_blocks(model)
         self.names = checkpoint_names(model, source.names())
+        _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
         self._load_resident()
 
@@ -76,6 +78,8 @@ class BlockWalker:
         finally:
             empty = {k: torch.empty_like(v, device="meta") for k, v in tensors.items()}
             module.load_state_dict(empty, assign=True)
+            del tensors
+            release_freed()
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (1, length, width) after block `index`, called as the model calls it."""
@@ -222,6 +226,19 @@ def _unrouted(sites: Sequence[str], experts: Iterable[str]) -> dict[str, str]:
     return {
         name: name if name.endswith(".down_proj") else first.setdefault(name.rpartition(".")[0], name) for name in names
     }
+
+
+def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource) -> None:
+    """InputError where a stored tensor is not what the config makes of it."""
+    for name, expected in model.state_dict().items():
+        if name not in names:
+            continue
+        stored = source.meta(names[name])
+        if stored.shape != expected.shape or stored.is_floating_point() != expected.is_floating_point():
+            raise InputError(
+                f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
+                f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
+            )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:

@@ -1,10 +1,15 @@
 """The one place that chooses devices and dtypes."""
 
+import ctypes
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, ResourceError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +49,43 @@ def decomposition_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def memory_hint(device: torch.device) -> str:
-    """What to say when memory ran out."""
-    return f"out of memory on {device}: use fewer --samples or a shorter --seqlen"
+def release_freed() -> None:
+    """Give the pages of freed tensors back to the system.
+
+    glibc keeps what lies between allocations that live on: several times a small block after two dozen of them.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # another system's C library
+        return None
+
+
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""How the libraries say it where they raise an error of no kind of its own."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that host or device memory ran out; on the host torch raises a bare RuntimeError."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, Exception) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+@contextmanager
+def memory_errors(message: str) -> Iterator[None]:
+    """Lack of memory as a ResourceError that says `message`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(message) from error

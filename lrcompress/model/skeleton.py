@@ -1,26 +1,50 @@
 """A transformers model on the meta device: its structure without its weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, LrcompressError
+from lrcompress.model.device import out_of_memory
+
+
+@contextmanager
+def library_errors(what: str, cure: str = "") -> Iterator[None]:
+    """Whatever a library raises on files that make no sense to it, but for lack of memory, as an InputError."""
+    try:
+        yield
+    except LrcompressError:
+        raise
+    except Exception as error:  # of many kinds, from deep inside
+        if out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"{what} ({reason})" + (f": {cure}" if cure else "")) from error
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> object:
     """The checkpoint's config; InputError where it cannot be read or its model type is unknown."""
     from transformers import AutoConfig
 
-    try:
+    with library_errors(f"config of {folder} cannot be read", "is it a causal language model's folder?"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"config of {folder} cannot be read ({reason}): is it a causal language model's folder?"
-        ) from error
+
+
+def check_sizes(config: object, tensors: int, numbers: int) -> None:
+    """InputError where a config asks for more than a checkpoint of so many tensors and numbers can hold.
+
+    Building a billion of blocks would not end, and the constructors of wide layers ask for real memory.
+    """
+    limits = {"num_hidden_layers": tensors, "hidden_size": numbers, "intermediate_size": numbers, "vocab_size": numbers}
+    for key, limit in limits.items():
+        asked = getattr(config, key, 0)
+        if isinstance(asked, int) and asked > limit:
+            raise InputError(f"the config has {key} {asked}, which its checkpoint of {numbers} numbers cannot hold")
 
 
 def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
@@ -28,14 +52,11 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    try:
+    with library_errors("no causal language model can be built from its config"):
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no causal language model can be built from its config ({reason})") from error
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+        model.tie_weights()
+        return model.eval().requires_grad_(False)
 
 
 def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:

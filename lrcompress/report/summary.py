@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from lrcompress.budget import FEW_TARGETS
+from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
 
 
@@ -144,8 +145,9 @@ def caution(metric: str | None, base: str | None, *, general: bool) -> str | Non
 
 def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:
     """README.md of the checkpoint: how to load it, what was done, what was measured."""
-    (folder / "README.md").write_text(card(report, recipe), encoding="utf8")
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf8")
+    with disk_errors(folder):
+        (folder / "README.md").write_text(card(report, recipe), encoding="utf8")
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf8")
 
 
 def card(report: dict[str, Any], recipe: Recipe) -> str:

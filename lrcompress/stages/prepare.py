@@ -22,7 +22,7 @@ from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, linear_experts, linearise
-from lrcompress.model.skeleton import empty_model, find_blocks, read_config
+from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, library_errors, read_config
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
@@ -164,6 +164,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_model(recipe.model)
     config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
+    files = model.reader()
+    check_sizes(config, len(files.names()), files.numbers)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     experts = linearise(skeleton)
     reader = _tensors(request, model, skeleton)
@@ -323,7 +325,7 @@ def calibrate_model(opened: Opened) -> None:
             f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
             "its tokenizer files belong to another model"
         )
-    with torch.no_grad():
+    with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = group_sites(opened.sites, groups)
 

@@ -15,8 +15,8 @@ from lrcompress.calibration.routing import complete
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
-from lrcompress.linalg.whitening import aimed
-from lrcompress.model.device import decomposition_device
+from lrcompress.linalg.whitening import aimed, check_gram
+from lrcompress.model.device import decomposition_device, release_freed
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
@@ -153,7 +153,8 @@ class HiddenWalk:
 
     def start(self, finished: int) -> int:
         """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
-        if processes().least(finished if self.path(finished).exists() else 0):
+        found = finished and self._file(self.path(finished), len(self)).whole()
+        if processes().least(finished if found else 0):
             return finished
         self._embed()
         return 0
@@ -229,6 +230,7 @@ def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStati
         start = time.perf_counter()
         with reporter.timed("decompose"):
             found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+            release_freed()
         reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
     return found
 
@@ -255,6 +257,8 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
     if method.needs_statistics and (statistics is None or statistics.count == 0):
         raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
     try:
+        if statistics is not None:
+            _check_finite(statistics)
         if statistics is not None and statistics.drift is not None:
             share, drift = method.options.toward_dense, statistics.drift / statistics.count
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
@@ -272,6 +276,14 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:
             artefact["gradients"] = statistics.gradients.float()
-    except ArithmeticError as error:
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise InputError(f"{site.name}: {error}") from error
     return artefact
+
+
+def _check_finite(statistics: InputStatistics) -> None:
+    check_gram(statistics.second, "its inputs")
+    if statistics.gradients is not None:
+        check_gram(statistics.gradients, "its output gradients")
+    if statistics.drift is not None:
+        check_gram(statistics.drift, "its inputs and the dense model's")

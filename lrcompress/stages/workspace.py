@@ -32,7 +32,8 @@ class Workspace:
         self.scratch = self.partial / "scratch"
         self.overwrite, self.resume = overwrite, resume
         self._lock: BinaryIO | None = None
-        self._continued = False
+        self.continued = False
+        """Whether there is unfinished work of an earlier run, and it was asked for."""
 
     def check(self) -> None:
         """InputError where the output folder is in use; writes nothing."""
@@ -46,21 +47,24 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         if processes().first:
             self._open()
-        processes().wait()
+        self.continued = processes().gather(self.continued)[0]
         return self
 
     def _open(self) -> None:
         self.check()
-        self._continued = self.resume and (self.partial / MARKER).exists()
-        with disk_errors(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.partial / MARKER).open("a+b")
+        self.continued = self.resume and (self.partial / MARKER).exists()
+        try:
+            with disk_errors(self.partial):
+                self.partial.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.partial / MARKER).open("a+b")
+        except OSError as error:
+            raise InputError(f"{self.partial} cannot be written ({error.strerror}): choose another -o") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise InputError(f"another run is writing {self.partial}: wait for it, or choose another -o") from error
-        if not self._continued:
+        if not self.continued:
             self._clear()
         self.scratch.mkdir(exist_ok=True)
 
@@ -74,7 +78,7 @@ class Workspace:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, InputError) and not self._continued and processes().first:
+        if isinstance(error, InputError) and not self.continued and processes().first:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def claim(self, identity: dict[str, Any]) -> None:
@@ -91,11 +95,14 @@ class Workspace:
                     "run without --resume to start afresh"
                 )
         else:
+            self._clear()  # what lies here belongs to nothing that is known
+            self.scratch.mkdir()
             write_json(path, identity)
 
     def check_room(self, needed: int) -> None:
-        """ResourceError where the disk has less than `needed` bytes free."""
+        """ResourceError where the disk has less than `needed` bytes free, what lies here already counted as free."""
         free = shutil.disk_usage(self.partial).free
+        free += sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
         if free < needed:
             raise ResourceError(
                 f"{self.partial} needs about {needed / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free: "
@@ -103,7 +110,10 @@ class Workspace:
             )
 
     def publish(self) -> None:
-        """Remove scratch files and let the output folder appear whole, once all processes have come here."""
+        """Remove scratch files and let the output folder appear whole, once all processes have come here.
+
+        At any moment a resumed run finds either the marker beside a report, or the output folder itself.
+        """
         processes().wait()
         if processes().first:
             self._publish()
@@ -111,13 +121,18 @@ class Workspace:
 
     def _publish(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        (self.partial / MARKER).unlink()
         old = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.output.rename(old)
         self.partial.rename(self.output)
+        (self.output / MARKER).unlink()
         shutil.rmtree(old, ignore_errors=True)
+
+    def forget(self) -> None:
+        """Remove what a run that ended while it was publishing has left behind."""
+        (self.output / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(self.output.with_name(self.output.name + ".replaced"), ignore_errors=True)
 
 
 @contextmanager

@@ -66,3 +66,16 @@ def test_codes_are_the_least_squares_ones_on_their_support(monkeypatch):
     expected = torch.zeros(12 * 8, dtype=torch.float64)
     expected[where] = torch.linalg.solve(gram, right)
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_an_indefinite_gram_of_few_rows_lowers_the_error_all_the_same():
+    """In float32 and wider than its rows are many, as the gradients' Gram of little text without damping."""
+    generator = torch.Generator().manual_seed(0)
+    target, few = torch.randn(256, 24, generator=generator), torch.randn(6, 256, generator=generator)
+    outputs = few.T @ few / 6
+    outputs = outputs / outputs.diagonal().mean() + 1e-7 * torch.eye(256)
+    assert float(torch.linalg.eigvalsh(outputs.double())[0]) < 0
+    begin = start(target, outputs)
+    code = coupled_htp(target, outputs, begin, 6, 4)
+    assert torch.isfinite(code.codes).all()
+    assert float(code.objectives[-1]) < 0.5 * weighted(outputs, target, begin)

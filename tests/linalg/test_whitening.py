@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrcompress.linalg.whitening import check_gram, damped, symmetric_root, symmetric_root_and_inverse
+from lrcompress.linalg.whitening import check_gram, damped, symmetric_root, symmetric_root_and_inverse, upper_root
 
 
 def test_roots_multiply_back():
@@ -37,3 +37,17 @@ def test_damping_is_relative_to_the_trace():
 def test_a_non_finite_gram_is_an_error():
     with pytest.raises(ArithmeticError, match=r"q_proj"):
         check_gram(torch.tensor([[float("inf")]]), "q_proj")
+
+
+def test_a_wide_gram_of_few_rows_kept_in_float32_has_an_upper_root():
+    """Rounding made it indefinite, so that it has no Cholesky factor; a positive definite one keeps Cholesky's."""
+    rows = torch.randn(8, 768, generator=torch.Generator().manual_seed(0))
+    gram = rows.T @ rows / 8
+    gram += 1e-7 * gram.diagonal().mean() * torch.eye(768)
+    assert int(torch.linalg.cholesky_ex(gram.double())[1]) > 0
+    root = upper_root(gram)
+    torch.testing.assert_close(root.T @ root, gram.double(), rtol=0, atol=1e-5 * float(gram.diagonal().max()))
+    whole = torch.randn(99, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    root = upper_root(whole.T @ whole)
+    assert torch.equal(root, root.triu())
+    torch.testing.assert_close(root.T @ root, whole.T @ whole)

@@ -1,0 +1,180 @@
+"""What a compression will need, known before the long work: memory, disk and, roughly, time."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from lrcompress.budget import parse_size
+from lrcompress.errors import ResourceError
+from lrcompress.protocols import Site
+from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import peak_rss_bytes
+from lrcompress.stages.prepare import Opened
+
+EIGENPROBLEM = 20.0
+"""Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
+
+CODING_ROUNDS = 40.0
+"""Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
+
+ROUNDING_UP = 10**7
+
+
+@dataclass(frozen=True)
+class Needs:
+    """memory_bytes: peak of resident host memory; disk_bytes: scratch files and output at most; seconds: rough."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The `needs` of plan.json and report.json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        size = f"about {self.memory_bytes / 1e6:.0f} MB of memory and up to {self.disk_bytes / 1e6:.0f} MB of disk"
+        minutes = self.seconds / 60
+        return f"{size}, roughly {self.seconds:.0f} s" if minutes < 3 else f"{size}, roughly {minutes:.0f} min"
+
+
+def needs(opened: Opened) -> Needs:
+    """What the opened request will need."""
+    return Needs(memory_need(opened), disk_need(opened), seconds_need(opened))
+
+
+def check_memory(opened: Opened, needed: Needs, reporter: Reporter) -> None:
+    """ResourceError where a run would pass the recipe's `memory`; a warning where it would pass what is free."""
+    allowed, cure = opened.request.recipe.memory, "use a shorter --seqlen, or leave the widest weights out (--ignore)"
+    about = f"compressing needs about {needed.memory_bytes / 1e6:.0f} MB of memory"
+    if allowed is not None and needed.memory_bytes > parse_size(allowed):
+        raise ResourceError(f"{about}, --memory allows {allowed}: {cure}")
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if allowed is None and needed.memory_bytes > free:
+        reporter.warn(f"{about}, {free / 1e6:.0f} MB are free: {cure}")
+
+
+def memory_need(opened: Opened) -> int:
+    """Peak resident bytes: so far, or what is resident now and the largest block, its statistics and decompositions.
+
+    Calibration activations are in files, a sample at a time in memory, whatever their number.
+    """
+    blocks = range(len(opened.blocks) + 1)
+    largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
+    # The logits of one sample, their log-softmax and its input in float32.
+    logits = 3 * 4 * _length(opened) * _vocabulary(opened)
+    return max(peak_rss_bytes(), psutil.Process().memory_info().rss + max(largest + _activations(opened), logits))
+
+
+def disk_need(opened: Opened) -> int:
+    """Bytes of scratch files and output together, an upper bound."""
+    method = opened.request.method
+    factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
+    if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
+        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
+    if method.base is not None:
+        factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
+    if method.keeps_gram:
+        factors += sum(4 * s.shape[1] ** 2 for s in opened.sites)
+    shares = method.group > 1 or any(method.joins(site) for site in opened.sites)
+    output = opened.dense_checkpoint_bytes * (2 if shares else 1)
+    if opened.request.recipe.max_loss is not None:  # a candidate
+        output += opened.dense_checkpoint_bytes
+    widths = max((s.shape[1] for s in opened.sites), default=0)
+    # A backward pass keeps the hidden states of every block until it has been there.
+    files = len(opened.blocks) + 4 if method.needs_gradients else 4
+    hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
+    return factors + output + hidden + ROUNDING_UP
+
+
+def seconds_need(opened: Opened) -> float:
+    """Rough: multiply-adds over the rates of a product here. Nothing that waits for a disk is counted."""
+    method, tokens = opened.request.method, _tokens(opened)
+    passes = 1 + 3 * method.needs_gradients + 2 * opened.request.sequential + 1  # the last one is reading and writing
+    single = tokens * passes * sum(s.shape[0] * s.shape[1] for s in opened.sites)
+    single += tokens * sum(s.shape[1] ** 2 for s in opened.sites if s.group == s.name and method.needs_statistics)
+    single += tokens * sum(s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
+    double = sum(_decomposing(opened, site) for site in opened.sites)
+    coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
+    device = opened.walker.device
+    return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
+
+
+def _decomposing(opened: Opened, site: Site) -> float:
+    """Multiply-adds of a site's float64 decompositions."""
+    (m, n), k = site.shape, min(site.shape)
+    times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
+    eigenproblems = k**3 + (n**3 if m > n else 0) + (m**3 if opened.request.method.needs_gradient_gram else 0)
+    return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + m * n * n)
+
+
+def _coding(site: Site) -> float:
+    (m, n), k = site.shape, min(site.shape)
+    return CODING_ROUNDS * m * k * (n + 2 * k)
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiply-adds a second of a product of 768 x 768 here, the best of three."""
+    if device.type == "mps" and dtype == torch.float64:
+        device = torch.device("cpu")
+    a, best = torch.ones(768, 768, dtype=dtype, device=device), float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 768**3 / best
+
+
+def _block_weights(opened: Opened, block: int) -> int:
+    """Bytes of a block's weights to compute with, and as they are stored: their pages are resident while read."""
+    if block == len(opened.blocks):
+        return 0
+    keys = [key for name, key in opened.walker.names.items() if name.startswith(opened.blocks[block] + ".")]
+    metas = [opened.reader.meta(key) for key in keys]
+    return sum(meta.numel() * (opened.walker.dtype.itemsize + meta.itemsize) for meta in metas)
+
+
+def _statistics(opened: Opened, block: int) -> int:
+    """Bytes of the moments that are gathered at once in a block."""
+    method, sites = opened.request.method, opened.sites_of(block)
+    inputs = sum(8 * s.shape[1] ** 2 for s in sites if s.group == s.name) if method.needs_statistics else 0
+    outputs = sum(8 * s.shape[0] ** 2 if method.needs_gradient_gram else 8 * s.shape[0] for s in sites)
+    return inputs + (outputs if method.needs_gradients else 0)
+
+
+def _decomposition(opened: Opened, block: int) -> int:
+    """Bytes of a block's decompositions, in float32, and of the work space of the largest of them, in float64."""
+    method, sites = opened.request.method, opened.sites_of(block)
+    kept = sum(4 * min(s.shape) * sum(s.shape) for s in sites)
+    kept += sum(4 * s.shape[1] ** 2 for s in sites if method.keeps_gram)
+
+    def work(site: Site) -> int:
+        (m, n), k = site.shape, min(site.shape)
+        numbers = 2 * n * n + 4 * k * k + 4 * m * n
+        numbers += 7 * m * m if method.needs_gradient_gram else 0
+        numbers += 4 * n * n if method.base is not None else 0
+        return 8 * numbers
+
+    return kept + max((work(site) for site in sites), default=0)
+
+
+def _activations(opened: Opened) -> int:
+    """Bytes of what one sample leaves in a block; with gradients, everything is kept for the way back."""
+    widths = sum(sum(site.shape) for site in opened.sites_of(0))
+    return _length(opened) * widths * opened.walker.dtype.itemsize * (3 if opened.request.method.needs_gradients else 1)
+
+
+def _tokens(opened: Opened) -> int:
+    """Of calibration and held-out text."""
+    return sum((samples + 2) * seqlen for _, samples, seqlen in opened.request.sources)
+
+
+def _length(opened: Opened) -> int:
+    return max(seqlen for _, _, seqlen in opened.request.sources)
+
+
+def _vocabulary(opened: Opened) -> int:
+    return int(opened.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]

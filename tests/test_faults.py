@@ -1,0 +1,311 @@
+"""Disks that fill up, memory that runs out, activations that overflow, processes that are killed: at any moment."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.pipeline import compress, make_plan
+from lrcompress.recipe import make_recipe
+from lrcompress.stages import profile
+from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.workspace import MARKER, Workspace
+from tests.conftest import compress_tiny
+
+METHODS = {
+    "lord": {"method": "lord", "ratio": 0.3},
+    "eora": {"method": "eora", "base": "rtn:3:16", "ratio": 0.6},
+    "auto": {"method": "auto", "ratio": 0.3},
+    "shared": {"method": {"name": "cospadi", "group": 2}, "ratio": 0.3},
+}
+
+
+def copied(model, folder):
+    shutil.copytree(model, folder)
+    return folder
+
+
+def recipe(model, output, method):
+    data = {"model": str(model), "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}}
+    return make_recipe({**data, "output": str(output), "shard_size": "40KB", **METHODS[method]})
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors*"))}
+
+
+def failing(monkeypatch, owner, name, moment, error):
+    """Let the `moment`-th call of owner.name raise."""
+    original, calls = getattr(owner, name), iter(range(10**9))
+
+    def call(*args, **kwargs):
+        if next(calls) == moment:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def real_lack_of_memory():
+    try:
+        torch.empty(2**47, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("that much memory was there")
+
+
+PHASES = [
+    (HiddenStates, "write", 0),
+    (HiddenStates, "write", 9),
+    (profile, "write_tensors", 0),
+    (profile, "write_tensors", 2),
+    (ShardedWriter, "_seek", 0),
+    (ShardedWriter, "_seek", 20),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "moment"), PHASES)
+@pytest.mark.parametrize("method", ["lord", "eora", "auto"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fills_up_at_any_phase_is_resumed_from(
+    llama, tmp_path, monkeypatch, owner, name, moment, method, code
+):
+    if code == errno.EIO and method != "lord":
+        pytest.skip("once is enough")
+    made = recipe(llama, tmp_path / "out", method)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("kept")
+    error = OSError(code, os.strerror(code))
+    with monkeypatch.context() as patch:
+        wrapped = owner is profile
+        failing(patch, owner, name, moment, ResourceError("full") if wrapped else error)
+        with pytest.raises(ResourceError):
+            compress(made, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    compress(made, overwrite=True, resume=True)
+    whole = compress(recipe(llama, tmp_path / "whole", method))
+    assert files(tmp_path / "out") == files(whole.folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(profile, "decompose_site"), (HiddenStates, "read"), (ShardedWriter, "write")]
+)
+def test_memory_that_runs_out_is_a_resource_error_and_resumed_from(llama, tmp_path, monkeypatch, owner, name):
+    made = recipe(llama, tmp_path / "out", "lord")
+    with monkeypatch.context() as patch:
+        failing(patch, owner, name, 1, real_lack_of_memory())
+        with pytest.raises(ResourceError, match=r"out of memory on .*--resume"):
+            compress(made)
+    assert not (tmp_path / "out").exists()
+    compress(made, resume=True)
+
+
+def test_an_error_that_is_nobodys_fault_of_input_is_not_disguised(llama, tmp_path, monkeypatch):
+    failing(monkeypatch, profile, "decompose_site", 1, RuntimeError("a mistake of ours"))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        compress(recipe(llama, tmp_path / "out", "lord"))
+
+
+@pytest.mark.parametrize("method", ["lord", "auto"])
+def test_a_decomposition_that_does_not_converge_is_named_and_leaves_nothing(llama, tmp_path, monkeypatch, method):
+    failed = torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+    failing(monkeypatch, torch.linalg, "eigh", 5, failed)
+    with pytest.raises(InputError, match=r"_proj: linalg\.eigh"):
+        compress(recipe(llama, tmp_path / "out", method))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overflowing_sum_of_inputs_names_the_weight(llama, tmp_path):
+    """Activations that are finite, with squares that are not."""
+    folder = copied(llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e20
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-25
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj: the Gram of its inputs"):
+        compress_tiny(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_overflowing_activations_name_the_block(llama, tmp_path):
+    folder = copied(llama, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e25
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e25
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for method in ("lord", "auto"):
+        with pytest.raises(InputError, match=r"layers\.1.*non-finite"):
+            compress_tiny(folder, tmp_path / "out", method=method)
+
+
+def test_a_shard_that_goes_bad_while_it_is_read(make_model, tmp_path, monkeypatch):
+    folder = copied(make_model("llama", shards=True), tmp_path / "model")
+    save = Artefacts.save
+
+    def damage(self, block, artefacts):
+        save(self, block, artefacts)
+        for path in folder.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(Artefacts, "save", damage)
+    with pytest.raises(InputError, match=r"model-0000.*truncated or damaged"):
+        compress_tiny(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_cannot_be_made_is_refused(llama, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="cannot be written"):
+        compress_tiny(llama, tmp_path / "file/out")
+
+
+def test_needs_are_told_before_and_refused_early(llama, tmp_path, monkeypatch):
+    made = recipe(llama, tmp_path / "out", "lord")
+    told = make_plan(made)["needs"]
+    assert told["memory_bytes"] > 10**8
+    assert told["disk_bytes"] > sum(len(data) for data in files(llama).values())
+    assert told["seconds"] > 0
+    with pytest.raises(ResourceError, match=r"needs about \d+ MB of memory, --memory allows 50MB"):
+        compress(made.model_copy(update={"memory": "50MB"}))
+    report = compress(made.model_copy(update={"memory": "90GB"}), overwrite=True).report
+    assert report["needs"].keys() == told.keys()
+    monkeypatch.setattr("lrcompress.stages.workspace.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+    with pytest.raises(ResourceError, match=r"needs about \d+ MB of disk, 1 MB are free"):
+        compress(recipe(llama, tmp_path / "other", "lord"))
+    assert not list((tmp_path / "other.partial").glob("scratch/hidden"))
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
+    """Before whichever of the last steps it ends, a resumed run gives the whole output and leaves nothing beside it."""
+    made = recipe(llama, tmp_path / "out", "lord")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("older")
+    publish = Workspace.publish
+
+    def ended(self):
+        (self.scratch / "identity.json").unlink()  # scratch files go one by one
+        left = iter(range(step))
+
+        def counted(original):
+            def call(*args, **kwargs):
+                if next(left, None) is None:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        patch.setattr("lrcompress.stages.workspace.shutil.rmtree", counted(shutil.rmtree))
+        patch.setattr(Path, "rename", counted(Path.rename))
+        publish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", ended)
+        if step < 5:
+            with pytest.raises(Killed):
+                compress(made, overwrite=True)
+        else:
+            compress(made, overwrite=True)
+    whole = compress(recipe(llama, tmp_path / "whole", "lord"))
+    compress(made, overwrite=True, resume=True)
+    assert files(tmp_path / "out") == files(whole.folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.folder.iterdir()}
+
+
+def disturbed(command, output, seed, most):
+    """Kill the command's process group after random delays, again and again with --resume, until it ends by itself."""
+    delays = random.Random(seed)
+    for kills in range(most + 1):
+        resume = ["--resume"] if kills else []
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)  # fmt: skip
+        partial = output.with_name(output.name + ".partial")
+        while kills < most and process.poll() is None and not (partial / MARKER).exists():
+            time.sleep(0.005)  # opening a model takes longest and changes nothing
+        if kills < most:
+            time.sleep(delays.uniform(0, 1.5))
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        _, error = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, error
+            return kills
+    raise AssertionError("the last run was not to be killed")
+
+
+def kill_and_compare(model, folder, method, seed, most):
+    command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--samples", "24", "--seqlen", "64",
+               "--shard-size", "40KB", *method]  # fmt: skip
+    whole = folder / "whole"
+    if not whole.exists():
+        subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
+    output = folder / f"killed-{seed}"
+    kills = disturbed([*command, "-o", str(output)], output, seed, most)
+    assert files(output) == files(whole)
+    for name in ("config.json", "plan.json"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+    assert not output.with_name(output.name + ".partial").exists()
+    return kills
+
+
+RUNS = {
+    "lord": ["--method", "lord", "--ratio", "0.3"],
+    "eora": ["--method", "eora", "--base", "rtn:3:16", "--ratio", "0.6"],
+    "auto": ["--method", "auto", "--ratio", "0.3"],
+    "shared": ["--method", "cospadi", "--set", "group=2", "--ratio", "0.3"],
+}
+
+
+@pytest.mark.parametrize("run", ["lord", "auto"])
+def test_killed_at_random_and_resumed_gives_the_same_files(llama, tmp_path, run):
+    kill_and_compare(llama, tmp_path, RUNS[run], seed=1, most=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_killed_many_times_at_random_and_resumed_gives_the_same_files(llama, tmp_path, run):
+    kills = sum(kill_and_compare(llama, tmp_path, RUNS[run], seed, most=6) for seed in range(20))
+    assert kills >= 20
+
+
+def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, monkeypatch):
+    text, model = tmp_path / "text.txt", copied(llama, tmp_path / "model")
+    text.write_text("".join(f"the {i}th sentence of this text is as good as any other, " for i in range(3000)))
+    data = {"model": str(model), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
+            "calibration": {"source": str(text), "samples": 4, "seqlen": 64}}  # fmt: skip
+    with monkeypatch.context() as patch:
+        failing(patch, Artefacts, "save", 1, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            compress(make_recipe(data))
+    before = {path: path.read_bytes() for path in (tmp_path / "out.partial").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="recipe changed since"):
+        compress(make_recipe({**data, "ratio": 0.4}), resume=True)
+    whole = text.read_text()
+    text.write_text("another " + whole)
+    with pytest.raises(InputError, match="calibration text changed since"):
+        compress(make_recipe(data), resume=True)
+    text.write_text(whole)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="model files changed since"):
+        compress(make_recipe(data), resume=True)
+    assert {path: path.read_bytes() for path in before} == before
