@@ -20,8 +20,9 @@ LAYERS = [
     ["evaluation"],
     ["stages"],
     ["export"],
+    ["training"],
     ["pipeline"],
-    ["sweep", "lm_eval"],
+    ["sweep", "heal", "lm_eval"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lrcompress.cli import bench, cache, compress, evaluate, export, inspect, methods, plan, report, run, sweep
+from lrcompress.cli import bench, cache, compress, evaluate, export, heal, inspect, methods, plan, report, run, sweep
 from lrcompress.errors import LrcompressError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("bench")(bench.bench)
 app.command("run")(run.run)
 app.command("sweep")(sweep.sweep)
 app.command("export")(export.export)
+app.command("heal")(heal.heal)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("cache")(cache.cache)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held
+from lrcompress.formats.base import FORMATS, FactorPair, StoredLinear, added_bias_bytes, check_rank, held
 from lrcompress.protocols import Spec
 
 
@@ -41,6 +41,9 @@ class LowRank(StoredLinear):
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         stored = {"A.weight": right / scale[:, None], "B.weight": left * scale}
         return stored if bias is None else {**stored, "B.bias": bias}
+
+    def factor_pair(self) -> FactorPair:
+        return FactorPair("B.weight", "A.weight")
 
     def dense(self) -> Tensor:
         return self.B.weight @ self.A.weight
