@@ -87,8 +87,24 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         found = search(opened, scratch, reporter, write)
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
     report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, found)
+    if request.recipe.refine is not None:
+        refine_checkpoint(opened, report, workspace.partial, scratch, reporter, start)
     workspace.publish()
     return report
+
+
+def refine_checkpoint(
+    opened: Opened, report: dict[str, Any], folder: Path, scratch: Path, reporter: Reporter, start: float
+) -> None:
+    """Train what was written and say so in its report and its card."""
+    from lrcompress.training.refine import refine  # transformers' Trainer takes seconds to import
+
+    with reporter.timed("refine"):
+        report["refined"] = refine(opened, folder, scratch / "refine", reporter)
+    report["warnings"] = list(reporter.warnings)
+    report["seconds"] |= {"total": time.perf_counter() - start, "refine": reporter.seconds["refine"]}
+    write_json(folder / "report.json", report)
+    write_card(folder, report, opened.request.recipe)
 
 
 def write_checkpoint(

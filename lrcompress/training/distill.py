@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.opening import open_dense
+from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
@@ -60,11 +61,6 @@ class Teacher:
         self._files = {b: HiddenStates(scratch / f"block-{b}", shape, walker.dtype) for b in self.blocks}
         self._known: set[int] = set()
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the files when every row has been asked for."""
-        return sum(file.bytes for file in self._files.values())
-
     @torch.no_grad()
     def outputs(self, block: int, index: int) -> Tensor:
         """(length, width) hidden states of row `index` after a block of `blocks`."""
@@ -94,8 +90,9 @@ class Teacher:
             with walker.block(block) as module:
                 states = [walker.run(block, module, hidden) for hidden in states]
             if block in self._files:
-                for i, hidden in zip(indices, states, strict=True):
-                    self._files[block].write(i, hidden)
+                with disk_errors(self._files[block].path.parent):
+                    for i, hidden in zip(indices, states, strict=True):
+                        self._files[block].write(i, hidden)
         self._known.update(indices)
 
 

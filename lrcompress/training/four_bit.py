@@ -1,6 +1,7 @@
 """Frozen dense weights in four bits while factors are trained over them, as in QLoRA (arXiv 2305.14314)."""
 
 import importlib.util
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -34,9 +35,8 @@ def quantise_frozen(model: nn.Module, dtype: torch.dtype) -> int:
 
 def _round_to_nearest(weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
     found = parse_base(FALLBACK).compress(weight.cpu(), None)
-    layer = restored(found.spec, found.tensors, dtype, weight.device)
-    layer.register_parameter("bias", bias)
-    return layer
+    tensors = found.tensors if bias is None else {**found.tensors, "bias": bias.detach()}
+    return restored(replace(found.spec, bias=bias is not None), tensors, dtype, weight.device)
 
 
 def _bitsandbytes(weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:

@@ -68,14 +68,14 @@ def held_out_loss(model: nn.Module, rows: Rows, dtype: torch.dtype, share: slice
                 logits.float(), targets.to(device), ignore_index=IGNORED, reduction="sum"
             )
             found += torch.tensor([float(loss), float((targets != IGNORED).sum())], dtype=torch.float64)
-    if not math.isfinite(float(found[0])):
-        raise ArithmeticError("the model puts out non-finite logits: use a smaller --lr")
     return found
 
 
 def mean_loss(model: nn.Module, rows: Rows, dtype: torch.dtype) -> float:
-    """Mean negative log-likelihood of a target of the rows, in nats."""
+    """Mean negative log-likelihood of a target of the rows, in nats; a non-finite one is an ArithmeticError."""
     total, count = held_out_loss(model.eval(), rows, dtype).tolist()
+    if not math.isfinite(total):
+        raise ArithmeticError("the checkpoint puts out non-finite logits")
     return float(total / count)
 
 
@@ -179,7 +179,12 @@ class Healer(Trainer):
         with self.trainable.as_stored():
             sums = held_out_loss(self.trainable.model, self.held_out, self.dtype, slice(rank, None, world))
         total, count = self._added(sums)
+        self.control.should_evaluate = False  # not again at the end of the epoch
         loss, progress = total / count, self.progress
+        if not math.isfinite(loss):
+            self.reporter.say(f"  step {progress.steps}: not finite any more, training ends: use a smaller --lr")
+            self.control.should_training_stop = True
+            return {}
         better = loss < progress.best
         if better:
             progress.best, progress.best_step = loss, progress.steps
@@ -193,7 +198,6 @@ class Healer(Trainer):
         if progress.waiting >= PATIENCE:
             self.reporter.say(f"  no better for {PATIENCE} evaluations: training ends early")
             self.control.should_training_stop = True
-        self.control.should_evaluate = False  # not again at the end of the epoch
         return {"eval_loss": loss}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
