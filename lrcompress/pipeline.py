@@ -69,6 +69,8 @@ def join_processes(request: Request, reporter: Reporter) -> None:
     samples = sum(samples for _, samples, _ in request.sources)
     if request.recipe.max_loss is not None:
         refuse_several("the search for a ratio that max_loss allows")
+    if request.recipe.refine is not None:
+        refuse_several("refinement")
     if samples < team.size:
         raise InputError(f"{samples} calibration samples are too few for {team.size} processes: one each at least")
     if not team.first:
@@ -104,12 +106,37 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     if request.recipe.max_loss is not None:
 
         def write(candidate: Opened, folder: Path, own: Path, quiet: Reporter) -> dict[str, Any]:
-            return write_checkpoint(candidate, artefacts, folder, own, quiet, start)
+            written = write_checkpoint(candidate, artefacts, folder, own, quiet, start)
+            finish_checkpoint(candidate, written, folder)
+            return written
 
         found = search(opened, scratch, reporter, write)
         more["search"] = found
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
-    return write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, more)
+    report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, more)
+    if request.recipe.refine is not None:
+        refine_checkpoint(opened, report, workspace.partial, scratch, reporter, start)
+    finish_checkpoint(opened, report, workspace.partial)
+    return report
+
+
+def refine_checkpoint(
+    opened: Opened, report: dict[str, Any], folder: Path, scratch: Path, reporter: Reporter, start: float
+) -> None:
+    """Train what was written and say so in its report."""
+    from lrcompress.training.refine import refine  # transformers' Trainer takes seconds to import
+
+    with reporter.timed("refine"):
+        report["refined"] = refine(opened, folder, scratch / "refine", reporter)
+    report["warnings"] = list(reporter.warnings)
+    report["seconds"] |= {"total": time.perf_counter() - start, "refine": reporter.seconds["refine"]}
+
+
+def finish_checkpoint(opened: Opened, report: dict[str, Any], folder: Path) -> None:
+    """The card, and the report last of all: where it is, nothing is left to do."""
+    if processes().first:
+        write_card(folder, report, opened.request.recipe)
+        write_json(folder / "report.json", report)
 
 
 def write_checkpoint(
@@ -138,11 +165,7 @@ def write_checkpoint(
     processes().wait()
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
-    report |= more or {}
-    if processes().first:
-        write_card(folder, report, opened.request.recipe)
-        write_json(folder / "report.json", report)
-    return report
+    return report | (more or {})
 
 
 def run_recipe(

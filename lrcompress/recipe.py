@@ -99,6 +99,8 @@ class Recipe(_Strict):
     """One rank for all weights instead of a ratio (eora: of the correction)."""
     base: str | None = None
     """What eora corrects: such as rtn:4:64, or the folder of a compressed checkpoint."""
+    refine: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
+    """Minutes to train the factors against the dense model before the checkpoint is published."""
     calibration: list[CalibrationSpec] = pydantic.Field(default_factory=lambda: [CalibrationSpec()])
     output: str | None = None
     allocator: str | None = None

@@ -13,7 +13,7 @@ from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import resolve_device
-from lrcompress.pipeline import errors_in_words, identity, profile_model, write_checkpoint
+from lrcompress.pipeline import errors_in_words, finish_checkpoint, identity, profile_model, write_checkpoint
 from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
@@ -166,6 +166,7 @@ def _point(
     partial.mkdir()
     quiet = Reporter(quiet=True)
     report = write_checkpoint(opened, artefacts, partial, own, quiet, start)
+    finish_checkpoint(opened, report, partial)
     shutil.rmtree(own)
     checkpoint = folder / point.name
     shutil.rmtree(checkpoint, ignore_errors=True)

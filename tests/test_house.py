@@ -20,9 +20,9 @@ LAYERS = [
     ["evaluation"],
     ["stages"],
     ["export"],
-    ["adapters"],
+    ["adapters", "training"],
     ["pipeline"],
-    ["sweep", "lm_eval"],
+    ["sweep", "heal", "lm_eval"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

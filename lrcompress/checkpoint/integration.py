@@ -95,6 +95,11 @@ class LrcompressQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """transformers' Trainer may train them as they are, without an adapter."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """torch.compile works on the formats."""
         return True

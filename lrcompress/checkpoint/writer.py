@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -133,6 +133,41 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put other numbers into named tensors of the folder's files, of the same shapes and dtypes; all else stays.
+
+    Every file is replaced whole or not at all.
+    """
+    left = dict(tensors)
+    for path in sorted(folder.glob("*.safetensors")):
+        places, start = _places(path)
+        own = {name: left.pop(name) for name in list(left) if name in places}
+        if not own:
+            continue
+        temporary = path.with_name(path.name + ".tmp")
+        with disk_errors(folder):
+            shutil.copyfile(path, temporary)
+            with temporary.open("r+b") as file:
+                for name, tensor in own.items():
+                    entry = places[name]
+                    if (entry["dtype"], entry["shape"]) != (_NAMES[tensor.dtype], list(tensor.shape)):
+                        raise ValueError(f"{name} is stored as {entry}, got {tuple(tensor.shape)} {tensor.dtype}")
+                    file.seek(start + entry["data_offsets"][0])
+                    file.write(_raw(tensor))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    if left:
+        raise ValueError(f"{folder} has no tensor {next(iter(left))}")
+
+
+def _places(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's entries by tensor, and where the tensors begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:

@@ -12,6 +12,7 @@ from lrcompress.cli import (
     compress,
     evaluate,
     export,
+    heal,
     inspect,
     merge,
     methods,
@@ -41,6 +42,7 @@ app.command("export")(export.export)
 app.command("squeeze")(squeeze.squeeze)
 app.command("merge")(merge.merge)
 app.command("extract")(merge.extract)
+app.command("heal")(heal.heal)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("cache")(cache.cache)

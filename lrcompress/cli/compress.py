@@ -17,6 +17,7 @@ def compress(
     max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
     base: o.Base = None,
+    refine: o.Refine = None,
     output: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +58,7 @@ def compress(
     """Compress a checkpoint and write one that transformers loads."""
     recipe = o.recipe_from_flags(
         model=model, method=method, ratio=ratio, ratio_of=ratio_of, size=size, max_loss=max_loss, rank=rank,
-        base=base, settings=settings, calibration=calibration,
+        base=base, refine=refine, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,
         trust_remote_code=trust_remote_code,

@@ -56,6 +56,14 @@ Base = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Refine = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MINUTES",
+        help="Train the factors so long against the dense model, on the calibration text; said in the report.",
+        rich_help_panel=MODEL,
+    ),
+]
 Allocator = Annotated[
     str | None,
     typer.Option(help="How many bytes for which weight: uniform, welore, marginal_error.", rich_help_panel=MODEL),

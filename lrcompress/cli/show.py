@@ -1,6 +1,7 @@
 """Printing results: tables on stdout."""
 
 import logging
+import math
 import os
 import warnings
 from collections import Counter
@@ -281,3 +282,22 @@ def show_merge(report: dict[str, Any], *, quiet: bool, written: bool) -> None:
     )
     if written:
         out.print(f"wrote {report['output']}")
+
+
+def show_training(found: dict[str, Any], folder: Path, *, quiet: bool) -> None:
+    """What healing did to a checkpoint, and what it took."""
+    if quiet:
+        return
+    loss, kept = found["held_out"], found["kept"]
+    console().print(
+        f"held-out perplexity {_perplexity(loss['before'])} to {_perplexity(loss['after'])}"
+        + ("" if kept else ", the weights are unchanged")
+        + f"; {found['minutes']:.1f} minutes, {found['steps']} steps, {found['tokens']} tokens "
+        f"({found['tokens_per_second']:.0f}/s)\n"
+        f"trained {found['trainable'] / 1e6:.2f} M numbers, optimiser {found['optimizer_bytes'] / 1e6:.1f} MB, "
+        f"peak memory {found['peak_rss_bytes'] / 1e6:.0f} MB\nwrote {folder}"
+    )
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 700.0)):.4g}"

@@ -3,6 +3,7 @@
 from lrcompress.formats.base import (
     DENSE,
     FORMATS,
+    FactorPair,
     StoredLinear,
     build,
     index_dtype,
@@ -16,6 +17,7 @@ from lrcompress.formats.base import (
 __all__ = [
     "DENSE",
     "FORMATS",
+    "FactorPair",
     "StoredLinear",
     "build",
     "index_dtype",

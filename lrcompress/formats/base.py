@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,18 @@ DENSE = "dense"
 """The format of a weight that is left as it is: an ordinary layer, with no entry in the manifest."""
 
 FORMATS: Registry[type["StoredLinear"]] = Registry("format", "lrcompress.formats")
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Names of the parameters left and right of a weight that moves with left @ right, whatever it adds to that.
+
+    With `pivoted` the product is of [I; left]: rows of `right` are rows of the weight too.
+    """
+
+    left: str
+    right: str
+    pivoted: bool = False
 
 
 class StoredLinear(nn.Module, ABC):
@@ -61,6 +74,14 @@ class StoredLinear(nn.Module, ABC):
 
         What every call decodes is read as it is stored, written decoded and read again. A bias is included.
         """
+
+    def factor_names(self) -> list[str]:
+        """Parameters that training moves: none that scales integer codes, which are all named so."""
+        return [name for name, _ in self.named_parameters() if not name.endswith("scale")]
+
+    def factor_pair(self) -> FactorPair | None:
+        """The two factors of a low-rank part in full precision, None where there are none."""
+        return None
 
     @classmethod
     @abstractmethod

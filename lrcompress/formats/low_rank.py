@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held
+from lrcompress.formats.base import FORMATS, FactorPair, StoredLinear, added_bias_bytes, check_rank, held
 from lrcompress.protocols import Spec
 
 
@@ -72,6 +72,9 @@ class LowRank(StoredLinear):
             with align_module_device(factor, like.device):  # offloaded: back on the meta device afterwards
                 return factor.weight.clone()
         return factor.weight.to(like.device)
+
+    def factor_pair(self) -> FactorPair | None:
+        return FactorPair("B.weight", "A.weight") if self.spec.owner is None else None
 
     def dense(self) -> Tensor:
         return self.B.weight @ self.right(self.B.weight)

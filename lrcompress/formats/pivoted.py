@@ -9,7 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held, index_dtype
+from lrcompress.formats.base import (
+    FORMATS,
+    FactorPair,
+    StoredLinear,
+    added_bias_bytes,
+    check_rank,
+    held,
+    index_dtype,
+)
 from lrcompress.linalg.pivoting import pivot_rows
 from lrcompress.protocols import Spec
 
@@ -63,6 +71,9 @@ class Pivoted(StoredLinear):
             stored["pivot.bias"] = bias[pivots]
             stored["rest.bias"] = bias[others] - coefficients @ bias[pivots]
         return stored
+
+    def factor_pair(self) -> FactorPair:
+        return FactorPair("rest.weight", "pivot.weight", pivoted=True)
 
     def dense(self) -> Tensor:
         rows = torch.cat([self.pivot.weight, self.rest.weight @ self.pivot.weight])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, build, check_rank, held
+from lrcompress.formats.base import FORMATS, FactorPair, StoredLinear, added_bias_bytes, build, check_rank, held
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.packing import pack, packed_length, unpack
 from lrcompress.linalg.rounding import storable, symmetric_codes
@@ -90,6 +90,9 @@ class Sum(StoredLinear):
             half = 2 ** (bits - 1)
             stored |= {"A_codes": pack(a + half, bits), "B_codes": pack(b + half, bits), "scale": scale.float()}
         return stored if bias is None else {**stored, "bias": bias}
+
+    def factor_pair(self) -> FactorPair | None:
+        return FactorPair("B.weight", "A.weight") if self.bits == 16 else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, r), the components' scales included, and A (r, in)."""

@@ -161,6 +161,7 @@ def card(report: dict[str, Any], recipe: Recipe) -> str:
     share = targets_share(report)
     few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
     calibration = report["calibration"]
+    trained = "".join(f"| {key} | {said} |\n" for key in ("refined", "healed") if (said := training(report.get(key))))
     text = (
         "none (weights only)"
         if calibration is None
@@ -191,13 +192,28 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 | removed of the whole checkpoint's bytes | {ratio["whole_model"]:.2%} |
 | checkpoint | {size["checkpoint"] / 1e6:.1f} MB |
 {few}{asked}| calibration | {text} |
-| lrcompress | {report["versions"]["lrcompress"]} |
+{trained}| lrcompress | {report["versions"]["lrcompress"]} |
 
 {measured}## Recipe
 
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def training(found: dict[str, Any] | None) -> str | None:
+    """What a training of the stored numbers did, in words."""
+    if found is None:
+        return None
+    loss, how = found["held_out"], found["train"]
+    teacher = {"none": "", "logits": " against the dense model's logits"}.get(
+        found["distill"], " against the dense model's logits and hidden states"
+    )
+    after = f"to {loss['after']:.4f}" if found["kept"] else "and no better: the weights are unchanged"
+    return (
+        f"{how} trained for {found['minutes']:.1f} minutes, {found['steps']} steps{teacher}; "
+        f"held-out loss from {loss['before']:.4f} {after}"
+    )
 
 
 def _measured(evaluation: dict[str, Any] | None) -> str:

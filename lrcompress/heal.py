@@ -1,0 +1,161 @@
+"""Healing: a compressed checkpoint is trained on in its compressed form, and written as another one like it."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lrcompress.calibration.corpus import Source, split_source
+from lrcompress.checkpoint.manifest import read_manifest
+from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_model, short_name
+from lrcompress.errors import InputError
+from lrcompress.model.device import resolve_device
+from lrcompress.pipeline import Result, errors_in_words
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import load_report, versions, write_card
+from lrcompress.stages.workspace import Workspace, folder_identity, write_json
+from lrcompress.training.distill import Teacher, open_teacher
+from lrcompress.training.improve import improve
+from lrcompress.training.rows import Rows, gather
+from lrcompress.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class HealSpec:
+    """What to heal, on what text, how.
+
+    data: SPECs as in calibration, or FILE.jsonl:PROMPT,ANSWER; samples: rows to train on at most; dense: the model to
+    distill from, None for the one that the checkpoint's report names.
+    """
+
+    checkpoint: str
+    data: Sequence[str] = ("python-docs",)
+    samples: int = 1024
+    seqlen: int = 512
+    dense: str | None = None
+    output: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    trust_remote_code: bool = False
+
+
+def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None) -> Result:
+    """Train and write; the folder appears whole or not at all. Under `accelerate launch` every process calls this."""
+    settings = spec.settings
+    device = resolve_device(settings.device)
+    state = PartialState(cpu=device.type == "cpu")
+    reporter = reporter or Reporter(quiet=True)
+    if not state.is_main_process:
+        reporter = Reporter(quiet=True)
+    source = open_compressed(spec.checkpoint)
+    sources = [_parsed(text) for text in spec.data]
+    dense = _dense_model(spec, source)
+    output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
+    if output.resolve() == source.resolve():
+        raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
+    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
+        with _owned(workspace, state):
+            if state.is_main_process:
+                _begin(workspace, source, spec)
+            state.wait_for_everyone()
+            train, held_out = _rows(spec, source, dense, sources)
+            teacher = None
+            if settings.distill != "none":
+                assert dense is not None
+                walker = open_teacher(dense, state.device, trust_remote_code=spec.trust_remote_code)
+                folder = workspace.scratch / f"teacher-{state.process_index}"
+                teacher = Teacher(walker, train, settings.batch, folder, features=settings.distill == "features")
+            start = time.perf_counter()
+            found = improve(
+                workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
+                trust_remote_code=spec.trust_remote_code,
+            )  # fmt: skip
+            found |= {"data": list(spec.data), "dense": dense, "seconds": time.perf_counter() - start}
+            report = _report(spec, source, found, reporter)
+            if state.is_main_process:
+                _describe(workspace.partial, report)
+                workspace.publish()
+    return Result(output, report)
+
+
+def open_compressed(label: str) -> Path:
+    """The folder of a checkpoint of ours; InputError where it is another."""
+    check_model(label)
+    folder = open_model(label).folder
+    if read_manifest(folder) is None:
+        raise InputError(f"{label} is no compressed checkpoint: compress it first")
+    return folder
+
+
+def _parsed(text: str) -> Source:
+    source = split_source(text)
+    if source.path is not None and not source.path.is_file():
+        raise InputError(f"data {source.name} does not exist: give a file or one of the sources of --calibration")
+    return source
+
+
+def _dense_model(spec: HealSpec, folder: Path) -> str | None:
+    """The dense model, where something needs it."""
+    needed = spec.settings.distill != "none" or any(split_source(text).name == "self" for text in spec.data)
+    if not needed:
+        return None
+    dense = spec.dense or (load_report(folder) or {}).get("model")
+    if dense is None:
+        raise InputError(f"{spec.checkpoint} has no report that names its dense model: name it with --dense")
+    check_model(dense)
+    return str(dense)
+
+
+@contextmanager
+def _owned(workspace: Workspace, state: PartialState) -> Iterator[None]:
+    """The workspace belongs to the first process; the others only read in it."""
+    if not state.is_main_process:
+        yield
+        return
+    with workspace:
+        yield
+
+
+def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:
+    """Copy the checkpoint, unless an earlier run has, and remember what this one is."""
+    asked = asdict(spec)
+    for key in ("output",):
+        del asked[key]
+    workspace.claim({"asked": asked, "checkpoint": folder_identity(source), "versions": versions()})
+    workspace.check_room(3 * sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
+    copied = workspace.scratch / "copied"
+    if not copied.exists():
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copyfile(path, workspace.partial / path.name)
+        copied.touch()
+
+
+def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]) -> tuple[Rows, Rows]:
+    tokenizer = load_tokenizer(source, trust_remote_code=spec.trust_remote_code)
+    folder = open_model(dense).folder if dense is not None else source
+    return gather(sources, spec.samples, spec.seqlen, tokenizer, spec.settings.seed, folder)
+
+
+def _report(spec: HealSpec, source: Path, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """The checkpoint's report with what healing did; what was measured of the old weights goes."""
+    report = load_report(source) or {"schema": 1, "model": spec.checkpoint, "warnings": []}
+    report.pop("evaluation", None)
+    return {
+        **report,
+        "healed": found,
+        "warnings": [*report.get("warnings", []), *reporter.warnings],
+        "versions": versions(),
+    }
+
+
+def _describe(folder: Path, report: dict[str, Any]) -> None:
+    write_json(folder / "report.json", report)
+    if "recipe" in report:
+        write_card(folder, report, make_recipe(report["recipe"], "the checkpoint's report"))

@@ -1,0 +1,1 @@
+"""Continuing to train a compressed checkpoint in its compressed form."""

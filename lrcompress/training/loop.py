@@ -1,0 +1,272 @@
+"""The loop: transformers' Trainer with a budget, a learning rate that follows it, and evaluations."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, reduce
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from lrcompress.checkpoint.writer import write_tensors
+from lrcompress.model.device import resolve_device
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.workspace import write_json
+from lrcompress.training.distill import Bound, Teacher, captured_outputs, divergence, feature_error
+from lrcompress.training.optimizers import make_optimizer
+from lrcompress.training.rows import IGNORED, Rows
+from lrcompress.training.settings import Settings
+from lrcompress.training.trainable import Trainable
+
+WARM_UP, LAST_RATE = 0.05, 0.1
+"""Share of the budget that the rate rises in; what is left of it at the end of its half cosine."""
+
+EVALUATIONS, PATIENCE = 8, 3
+"""Evaluations over the budget; training ends after so many in a row without a better one."""
+
+FEATURE_WEIGHT = 1.0
+"""Of the relative error of hidden states beside the KL of logits, in nats."""
+
+UNLIMITED = 10**9
+"""Steps, where the budget is one of tokens or minutes."""
+
+BEST, STATE, PROGRESS = "best.safetensors", "trained.safetensors", "progress.json"
+
+
+@dataclass
+class Progress:
+    """What a run has done; saved with every checkpoint and read again when it is resumed."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: float = math.nan
+    best: float = math.nan
+    best_step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> int:
+        """Evaluations since the best one."""
+        return sum(entry["step"] > self.best_step for entry in self.history)
+
+
+def held_out_loss(model: nn.Module, rows: Rows, dtype: torch.dtype, share: slice = slice(None)) -> Tensor:
+    """(2,) float64: summed negative log-likelihood of the rows' targets in nats, and how many there are."""
+    device = next(model.parameters()).device
+    found = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for ids, targets in zip(rows.ids[share], rows.targets[share], strict=True):
+            logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0]
+            loss = nn.functional.cross_entropy(
+                logits.float(), targets.to(device), ignore_index=IGNORED, reduction="sum"
+            )
+            found += torch.tensor([float(loss), float((targets != IGNORED).sum())], dtype=torch.float64)
+    return found
+
+
+def mean_loss(model: nn.Module, rows: Rows, dtype: torch.dtype) -> float:
+    """Mean negative log-likelihood of a target of the rows, in nats; a non-finite one is an ArithmeticError."""
+    total, count = held_out_loss(model.eval(), rows, dtype).tolist()
+    if not math.isfinite(total):
+        raise ArithmeticError("the checkpoint puts out non-finite logits")
+    return float(total / count)
+
+
+class Healer(Trainer):
+    """transformers' Trainer over what `trainable` marks; `progress` tells how far it is."""
+
+    def __init__(
+        self, trainable: Trainable, settings: Settings, rows: Rows, held_out: Rows, teacher: Teacher | None,
+        folder: Path, dtype: torch.dtype, reporter: Reporter, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.trainable, self.settings, self.teacher, self.dtype = trainable, settings, teacher, dtype
+        self.held_out, self.folder, self.reporter, self.progress = held_out, folder, reporter, progress
+        self.bound = Bound(trainable.model) if settings.distill == "features" else None
+        self._started = self._resumed = 0.0
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        arguments = training_arguments(settings, folder, dtype)
+        per_step = settings.batch * settings.accumulate * arguments.world_size
+        self.total_steps = settings.steps or math.ceil(len(rows) / per_step)
+        limited = settings.tokens is not None or settings.minutes is not None
+        arguments.max_steps = UNLIMITED if limited else self.total_steps
+        optimizer = make_optimizer(settings.optimizer, trainable, settings.rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: rate_at(self.fraction))
+        super().__init__(
+            trainable.model,  # type: ignore[arg-type]
+            arguments,
+            data_collator=collate,
+            train_dataset=rows,
+            callbacks=[_Watch(self)],
+            optimizers=(optimizer, schedule),
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss below is divided by the targets of the whole step
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is spent."""
+        budget, done = self.settings, self.progress
+        if budget.minutes is not None:
+            return done.seconds / (60 * budget.minutes)
+        if budget.tokens is not None:
+            return done.tokens / budget.tokens
+        return done.steps / self.total_steps
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # fmt: skip
+        """Summed loss of the targets, over how many the whole step has."""
+        targets = inputs["labels"]
+        blocks = self.teacher.blocks if self.teacher is not None and self.settings.distill == "features" else []
+        with captured_outputs(self.trainable.model, blocks) as outputs:
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        indices = inputs["index"].tolist()
+        if self.teacher is None:
+            loss = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        else:
+            loss = divergence(self.teacher, indices, logits, targets)
+            if outputs:
+                loss = loss + FEATURE_WEIGHT * feature_error(self.teacher, indices, outputs, targets)
+        asked = (targets != IGNORED).sum()
+        self._sums += torch.tensor([float(loss.detach()), float(asked), targets.numel()], dtype=torch.float64)
+        counted = asked if num_items_in_batch is None else num_items_in_batch
+        loss = loss * self.accelerator.num_processes / counted
+        return (loss, logits) if return_outputs else loss
+
+    def run(self) -> None:
+        """Train to the end of the budget or of the patience, from the last checkpoint where there is one."""
+        last = get_last_checkpoint(str(self.folder))
+        if last is not None:
+            self.progress = Progress(**json.loads((Path(last) / PROGRESS).read_text()))
+            self.reporter.say(f"resuming after step {self.progress.steps}")
+        self._resumed, self._started = self.progress.seconds, time.perf_counter()
+        self.train(resume_from_checkpoint=last)
+
+    def advance(self) -> None:
+        """Note a step of the optimiser; all processes agree on the time, which their learning rates depend on."""
+        if self.bound is not None:
+            self.bound.enforce()
+        seconds = torch.tensor([self._resumed + time.perf_counter() - self._started], device=self.accelerator.device)
+        before, self.progress.seconds = self.fraction, float(broadcast(seconds))
+        self.progress.steps += 1
+        self._loss, asked, read = self._added(self._sums)
+        self._loss /= max(1.0, asked)
+        self._sums.zero_()
+        self.progress.tokens += int(read)
+        self.due = math.floor(EVALUATIONS * self.fraction) > math.floor(EVALUATIONS * before) or self.fraction >= 1
+
+    def _added(self, sums: Tensor) -> list[float]:
+        """The sums of all processes."""
+        if self.accelerator.num_processes > 1:
+            sums = reduce(sums.to(self.accelerator.device)).cpu()
+        found: list[float] = sums.tolist()
+        return found
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss of what would be stored now; keeps it where it is the best so far."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.trainable.model.eval()
+        with self.trainable.as_stored():
+            sums = held_out_loss(self.trainable.model, self.held_out, self.dtype, slice(rank, None, world))
+        total, count = self._added(sums)
+        self.control.should_evaluate = False  # not again at the end of the epoch
+        loss, progress = total / count, self.progress
+        if not math.isfinite(loss):
+            self.reporter.say(f"  step {progress.steps}: not finite any more, training ends: use a smaller --lr")
+            self.control.should_training_stop = True
+            return {}
+        better = loss < progress.best
+        if better:
+            progress.best, progress.best_step = loss, progress.steps
+            if self.args.should_save:
+                write_tensors(self.folder / BEST, self.trainable.values())
+        progress.history.append({"step": progress.steps, "train": self._loss, "held_out": loss})
+        self.reporter.say(
+            f"  step {progress.steps}, {min(1.0, self.fraction):.0%}: loss {self._loss:.4f}, held out {loss:.4f}"
+            + (" (best)" if better else "") + f", {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
+        )  # fmt: skip
+        if progress.waiting >= PATIENCE:
+            self.reporter.say(f"  no better for {PATIENCE} evaluations: training ends early")
+            self.control.should_training_stop = True
+        return {"eval_loss": loss}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / STATE, dict(self._trained()))
+            write_json(folder / PROGRESS, asdict(self.progress))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / STATE)
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.trainable.model.named_parameters() if p.requires_grad]
+
+
+class _Watch(TrainerCallback):
+    """Asks for an evaluation and a checkpoint when they are due, and ends the training with its budget."""
+
+    def __init__(self, healer: Healer) -> None:
+        self._healer = healer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the learning rate of the next step is set."""
+        self._healer.advance()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """After it."""
+        control.should_evaluate = control.should_save = self._healer.due
+        control.should_training_stop |= self._healer.fraction >= 1
+        return control
+
+
+def rate_at(fraction: float) -> float:
+    """Factor of the learning rate when `fraction` of the budget is spent: a short rise, then half a cosine."""
+    if fraction < WARM_UP:
+        return LAST_RATE + (1 - LAST_RATE) * fraction / WARM_UP
+    done = min(1.0, (fraction - WARM_UP) / (1 - WARM_UP))
+    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch, without the columns on the right in which no row has a target."""
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    width = int((batch["labels"] != IGNORED).any(0).nonzero().max()) + 1
+    return {key: tensor[:, :width] if tensor.dim() == 2 else tensor for key, tensor in batch.items()}
+
+
+def training_arguments(settings: Settings, folder: Path, dtype: torch.dtype) -> TrainingArguments:
+    """transformers' arguments; evaluations and checkpoints come from the callback."""
+    found = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.rate,
+        bf16=dtype == torch.bfloat16,
+        seed=settings.seed,
+        use_cpu=resolve_device(settings.device).type == "cpu",
+        train_sampling_strategy="sequential",  # the rows lie in the order that they are trained in
+        remove_unused_columns=False,
+        ddp_broadcast_buffers=False,
+        logging_strategy="no",
+        save_strategy="no",
+        save_total_limit=1,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    found._n_gpu = min(1, found.n_gpu)  # several devices are several processes, not copies within one
+    return found

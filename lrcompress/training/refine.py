@@ -1,0 +1,48 @@
+"""`compress --refine`: a brief training of the factors against the dense model, before a checkpoint is published."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lrcompress.calibration.corpus import calibration_blocks
+from lrcompress.errors import InputError
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.prepare import Opened
+from lrcompress.training.distill import Teacher
+from lrcompress.training.improve import improve
+from lrcompress.training.rows import Rows
+from lrcompress.training.settings import Settings
+
+STEP_TOKENS = 2048
+"""Tokens of a step, in whole blocks."""
+
+
+def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> dict[str, Any]:
+    """Train what was written into `folder` for the recipe's minutes on its calibration text; see `improve`.
+
+    The held-out windows of the calibration judge. The dense model stays in its files, a block in memory at a time.
+    """
+    request = opened.request
+    recipe, calibration = request.recipe, opened.calibration
+    assert calibration is not None
+    PartialState(cpu=request.device.type == "cpu")
+    ids = calibration.ids
+    if not len(ids):  # the method itself read no text
+        tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
+        ids = calibration_blocks(request.sources, tokenizer, recipe.seed, opened.model.folder).ids
+    if not len(calibration.held_out):
+        raise InputError("the calibration text has no held-out window to judge a refinement by: use more text")
+    rows, held_out = Rows.of_blocks(ids), Rows.of_blocks(calibration.held_out)
+    settings = Settings(
+        distill="features",
+        minutes=recipe.refine,
+        batch=max(1, STEP_TOKENS // ids.shape[1]),
+        seed=recipe.seed,
+        device=str(request.device),
+    )
+    teacher = Teacher(opened.walker, rows, settings.batch, scratch / "teacher", features=True)
+    return improve(
+        folder, settings, rows, held_out, teacher, scratch / "training", reporter,
+        trust_remote_code=recipe.trust_remote_code,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""How to train: what a command line or a recipe asked for, checked."""
+
+import math
+from dataclasses import dataclass
+
+from lrcompress.errors import InputError, nearest
+from lrcompress.training.optimizers import OPTIMIZERS
+from lrcompress.training.trainable import CHOICES
+
+DISTILLATIONS = ("none", "logits", "features")
+
+RATES = {"factors": 1e-4, "lrc": 1e-4, "singular-values": 1e-2, "principal": 1e-4, "norms": 1e-3, "all": 2e-5}
+"""Learning rates of adamw by what is trained."""
+
+PAIR_RATES = {"lora-pro": 2e-5, "scaled": 1e-4}
+"""Learning rates of the other optimisers: lora-pro's is a step of the weight's entries, not of the factors'."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One of steps, tokens and minutes may be given; without them the rows are read once.
+
+    lr: the highest learning rate, None for the default of what is trained. batch: rows of one process's forward pass;
+    accumulate: forward passes per step. dtype: of computations; auto is float32 on a CPU and bfloat16 elsewhere.
+    """
+
+    train: str = "factors"
+    optimizer: str = "adamw"
+    distill: str = "none"
+    lr: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    batch: int = 4
+    accumulate: int = 1
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    load_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        for option, name, known in (
+            ("train", self.train, CHOICES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("distill", self.distill, DISTILLATIONS),
+        ):
+            if name not in known:
+                raise InputError(f"--{option} {name!r} is unknown: {nearest(name, list(known))}")
+        given = [f"--{k} {v}" for k in ("steps", "tokens", "minutes") if (v := getattr(self, k)) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)}: give one of them")
+        for key in ("steps", "tokens", "minutes", "lr", "batch", "accumulate"):
+            value = getattr(self, key)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"--{key} {value} must be above zero")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"--compute-dtype {self.dtype!r} cannot be trained in: auto, float32, bfloat16")
+        if self.load_4bit and self.train in ("principal", "all"):
+            raise InputError(f"--load-4bit quantises what is frozen, --train {self.train} trains it: leave one out")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.lr or PAIR_RATES.get(self.optimizer, RATES[self.train])

@@ -1,0 +1,351 @@
+"""Healing real checkpoints of tiny models: what changes, what must not, and that it is never worse."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrcompress.calibration.corpus import Source
+from lrcompress.errors import InputError, Interrupted
+from lrcompress.heal import HealSpec, heal
+from lrcompress.training.loop import Healer
+from lrcompress.training.rows import IGNORED, gather
+from lrcompress.training.settings import Settings
+from tests.checkpoint.test_loading import load
+from tests.conftest import compress_tiny, run_cli
+
+SEQLEN = 32
+KINDS = {
+    "low_rank": {"method": "lord", "format": "low_rank", "ratio": 0.4, "dtype": "bfloat16"},
+    "pivoted": {"method": {"name": "lord", "metric": "input"}, "format": "pivoted", "ratio": 0.3},
+    "dictionary": {"method": {"name": "cospadi", "rounds": 2}, "ratio": 0.3},
+    "sum16": {"method": {"name": "eora", "factor_bits": 16}, "base": "rtn:3:16", "rank": 3, "ratio": None},
+    "sum8": {"method": {"name": "eora", "factor_bits": 8}, "base": "magnitude:2:4", "rank": 3, "ratio": None},
+    "welore": {"method": "welore", "format": "low_rank", "ratio": 0.2, "dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(text, tmp_path_factory):
+    """A file of text short enough to be tokenised at once."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text[:30_000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def healed(corpus):
+    def run(folder, output, data=None, resume=False, dense=None, **settings):
+        settings = {"steps": 6, "lr": 3e-3, "device": "cpu", **settings}
+        spec = HealSpec(str(folder), (data or str(corpus),), 64, SEQLEN, dense, str(output), Settings(**settings))
+        return heal(spec, resume=resume)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def held_out(corpus, tokenizer):
+    return gather([Source(str(corpus))], 4, SEQLEN, tokenizer, 0, corpus)[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llama, corpus, tmp_path_factory):
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind) / "model"
+            calibration = {"source": str(corpus), "samples": 4, "seqlen": 64}
+            compress_tiny(llama, folder, calibration=calibration, **KINDS[kind])
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before, after):
+    old, new = tensors(before), tensors(after)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def independent_loss(folder, rows):
+    """Mean next-token loss on the held-out rows, by transformers' own loss."""
+    with torch.no_grad():
+        return float(load(folder, dtype=torch.float32)(input_ids=rows.ids, labels=rows.ids).loss)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint, tmp_path, healed, held_out):
+    source, train = checkpoint(kind), "norms" if kind == "sum8" else "factors"
+    result = healed(source, tmp_path / "out", train=train)
+    out, found = tmp_path / "out", result.report["healed"]
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    raw, new = ((folder / "model.safetensors").read_bytes() for folder in (source, out))
+    size = 8 + int.from_bytes(raw[:8], "little")
+    assert len(raw) == len(new)
+    assert raw[:size] == new[:size]
+    modules = json.loads((source / "config.json").read_text())["quantization_config"]["modules"]
+    old = tensors(source)
+    for name in changed(source, out):
+        assert old[name].is_floating_point()
+        assert not name.endswith("scale")
+        assert any(name.startswith(module + ".") for module in modules) is (train == "factors")
+    assert changed(source, out)
+    # The held-out losses are those of the files, and the new one is lower.
+    assert found["held_out"]["before"] == pytest.approx(independent_loss(source, held_out), rel=1e-5)
+    assert found["held_out"]["after"] == pytest.approx(independent_loss(out, held_out), rel=1e-5)
+    assert found["held_out"]["after"] < found["held_out"]["before"]
+    assert found["steps"] == 6
+    assert found["tokens"] == 6 * 4 * (SEQLEN - 1)
+    assert not (tmp_path / "out.partial").exists()
+    assert "held-out loss from" in (out / "README.md").read_text()
+
+
+def test_training_that_makes_it_worse_or_breaks_it_leaves_the_weights(checkpoint, tmp_path, healed):
+    source = checkpoint("low_rank")
+    for name, rate in (("worse", 30.0), ("broken", 1e30)):
+        result = healed(source, tmp_path / name, lr=rate, train="all")
+        assert result.report["healed"]["kept"] is False
+        assert changed(source, tmp_path / name) == set()
+        assert result.report["healed"]["held_out"]["after"] == result.report["healed"]["held_out"]["before"]
+        assert any("did not lower" in warning for warning in result.report["warnings"])
+        assert "unchanged" in (tmp_path / name / "README.md").read_text()
+
+
+def cut_short(monkeypatch, healed, step, *arguments, **settings):
+    """Heal until Ctrl-C comes at that step."""
+    advance = Healer.advance
+
+    def interrupt(self):
+        advance(self)
+        if self.progress.steps == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Healer, "advance", interrupt)
+        with pytest.raises(Interrupted):
+            healed(*arguments, **settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lora-pro"])
+def test_an_interrupted_run_resumed_ends_with_the_same_numbers(checkpoint, tmp_path, monkeypatch, optimizer, healed):
+    source, settings = checkpoint("pivoted"), {"steps": 8, "optimizer": optimizer, "accumulate": 2}
+    healed(source, tmp_path / "whole", **settings)
+    cut_short(monkeypatch, healed, 5, source, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    result = healed(source, tmp_path / "cut", resume=True, **settings)
+    assert changed(tmp_path / "whole", tmp_path / "cut") == set()
+    assert result.report["healed"]["steps"] == 8
+    assert [entry["step"] for entry in result.report["healed"]["history"]] == list(range(1, 9))
+
+
+def test_resuming_with_other_settings_is_refused(checkpoint, tmp_path, monkeypatch, healed):
+    source = checkpoint("low_rank")
+    cut_short(monkeypatch, healed, 1, source, tmp_path / "cut")
+    with pytest.raises(InputError, match="cannot resume .* asked changed"):
+        healed(source, tmp_path / "cut", resume=True, lr=1e-4)
+
+
+def test_lrc_trains_weights_that_lost_half_of_their_rank_and_no_others(checkpoint, tmp_path, healed):
+    source = checkpoint("welore")
+    healed(source, tmp_path / "out", train="lrc")
+    config = json.loads((source / "config.json").read_text())["quantization_config"]
+    low = {name for name, spec in config["modules"].items() if 2 * spec["rank"] <= min(spec["shape"])}
+    assert low
+    assert low != set(config["modules"]) or config["frozen"]
+    assert {name.rsplit(".", 2)[0] for name in changed(source, tmp_path / "out")} == low
+
+
+def product(stored, module):
+    if f"{module}.A.weight" in stored:
+        return stored[f"{module}.B.weight"].double() @ stored[f"{module}.A.weight"].double()
+    pivot, rest = (stored[f"{module}.{part}.weight"].double() for part in ("pivot", "rest"))
+    return torch.cat([pivot, rest @ pivot])
+
+
+@pytest.mark.parametrize("kind", ["sum16", "pivoted"])
+def test_singular_values_move_alone(kind, checkpoint, tmp_path, healed):
+    source = checkpoint(kind)
+    found = healed(source, tmp_path / "out", train="singular-values", lr=3e-2).report["healed"]
+    before, after = tensors(source), tensors(tmp_path / "out")
+    modules = json.loads((source / "config.json").read_text())["quantization_config"]["modules"]
+    moved = 0.0
+    for name, spec in modules.items():
+        rank = spec.get("correction", spec)["rank"]
+        u, s, vt = torch.linalg.svd(product(before, name), full_matrices=False)
+        core = u.T @ product(after, name) @ vt.T
+        torch.testing.assert_close(core - core.diag().diag(), torch.zeros_like(core), rtol=0, atol=1e-4 * float(s[0]))
+        moved += float((core.diag() - s)[:rank].abs().sum())
+    assert moved > 1e-3
+    assert found["trainable"] == sum(spec.get("correction", spec)["rank"] for spec in modules.values())
+
+
+def test_singular_values_of_a_correction_in_codes_are_its_scales(checkpoint, tmp_path, healed):
+    healed(checkpoint("sum8"), tmp_path / "out", train="singular-values", lr=3e-2)
+    names = changed(checkpoint("sum8"), tmp_path / "out")
+    assert names
+    assert all(name.endswith(".scale") for name in names)
+
+
+def test_principal_trains_the_largest_entries_after_rank_reduction(checkpoint, tmp_path, healed):
+    source = checkpoint("welore")
+    found = healed(source, tmp_path / "out", train="principal").report["healed"]
+    before, after = tensors(source), tensors(tmp_path / "out")
+    frozen = json.loads((source / "config.json").read_text())["quantization_config"]["frozen"]
+    assert {name.removesuffix(".weight") for name in changed(source, tmp_path / "out")} <= set(frozen)
+    total = 0
+    for name in frozen:
+        weight = before[f"{name}.weight"].double()
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+        rank, count = round(min(weight.shape) / 8), round(0.05 * weight.numel())
+        largest = ((u[:, :rank] * s[:rank]) @ vt[:rank]).abs().flatten().topk(count).indices
+        moved = (before[f"{name}.weight"] != after[f"{name}.weight"]).flatten().nonzero().flatten()
+        assert set(moved.tolist()) <= set(largest.tolist())
+        total += count
+    assert found["trainable"] == total
+    tensors_of_adam = 2 * 4 * total
+    assert tensors_of_adam <= found["optimizer_bytes"] <= tensors_of_adam + 4 * len(frozen)
+
+
+def test_norms_and_all(checkpoint, tmp_path, healed):
+    source = checkpoint("pivoted")
+    healed(source, tmp_path / "norms", train="norms")
+    assert {name.split(".")[-2].removeprefix("input_") for name in changed(source, tmp_path / "norms")} == {
+        "layernorm", "post_attention_layernorm", "norm",
+    }  # fmt: skip
+    healed(source, tmp_path / "all", train="all", lr=1e-3)
+    names = changed(source, tmp_path / "all")
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= names
+    assert any("pivot" in name for name in names)
+    assert not any(name.endswith(".order") for name in names)
+
+
+@pytest.mark.parametrize("optimizer", ["lora-pro", "scaled"])
+@pytest.mark.parametrize("kind", ["low_rank", "pivoted"])
+def test_optimisers_of_pairs_lower_the_loss(kind, optimizer, checkpoint, tmp_path, healed):
+    found = healed(checkpoint(kind), tmp_path / "out", optimizer=optimizer, lr=1e-3).report["healed"]
+    assert found["held_out"]["after"] < found["held_out"]["before"]
+
+
+@pytest.mark.parametrize("distill", ["logits", "features"])
+def test_distilling_comes_nearer_to_the_dense_model(distill, checkpoint, tmp_path, healed):
+    """Whether the held-out loss falls is another matter: this dense model is random."""
+    found = healed(checkpoint("low_rank"), tmp_path / "out", distill=distill, steps=24, lr=3e-3).report["healed"]
+    apart = [entry["train"] for entry in found["history"]]
+    assert 0 < apart[-1] < 0.8 * apart[0]
+
+
+def test_four_bits_while_training_change_nothing_that_is_stored(checkpoint, tmp_path, healed):
+    source = checkpoint("welore")
+    found = healed(source, tmp_path / "out", load_4bit=True).report["healed"]
+    config = json.loads((source / "config.json").read_text())["quantization_config"]
+    assert found["four_bit_layers"] == len(config["frozen"]) > 0
+    assert changed(source, tmp_path / "out")
+    assert not any(
+        name.startswith(tuple(f"{f}." for f in config["frozen"])) for name in changed(source, tmp_path / "out")
+    )
+
+
+def test_bfloat16_and_minutes_and_tokens(checkpoint, tmp_path, healed):
+    source = checkpoint("low_rank")
+    found = healed(source, tmp_path / "time", steps=None, minutes=0.02, dtype="bfloat16").report["healed"]
+    assert 0.02 <= found["minutes"] < 0.2
+    assert found["kept"]
+    found = healed(source, tmp_path / "tokens", steps=None, tokens=1000).report["healed"]
+    assert 1000 <= found["tokens"] < 1000 + 4 * SEQLEN
+
+
+def test_answers_alone_are_learnt(checkpoint, tmp_path, healed):
+    records = [{"q": f"What is {n}? ", "a": f"It is {n}."} for n in range(30)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    found = healed(checkpoint("low_rank"), tmp_path / "out", data=f"{path}:q,a", steps=10).report["healed"]
+    assert found["held_out"]["after"] < found["held_out"]["before"]
+    assert found["rows"] == {"train": 27, "held_out": 3}
+
+
+def test_rows_of_answers(tokenizer, tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(json.dumps({"p": "ab cd " * n, "a": f"xyz {n}"}) for n in range(1, 21)))
+    train, held_out = gather([Source(str(path), "p,a")], 100, 24, tokenizer, 0, tmp_path)
+    assert (len(train), len(held_out)) == (18, 2)
+    for ids, targets in zip(train.ids.tolist(), train.targets.tolist(), strict=True):
+        answer = [t for t in targets if t != IGNORED]
+        text = tokenizer.decode(answer)
+        assert text.startswith("xyz ")
+        assert text.endswith("</s>")
+        first = targets.index(answer[0])
+        assert ids[first + 1 : first + 1 + len(answer)] == answer  # each position predicts the next token
+        assert "ab cd" in tokenizer.decode(ids[: first + 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "factor"], "did you mean 'factors'"),
+        (["--optimizer", "sgd"], "--optimizer 'sgd' is unknown"),
+        (["--minutes", "1", "--steps", "5"], "give one of them"),
+        (["--lr", "-1"], "--lr -1.0 must be above zero"),
+        (["--data", "nowhere.txt"], "data nowhere.txt does not exist"),
+        (["--train", "norms", "--optimizer", "scaled"], "moves pairs of factors"),
+        (["--train", "principal"], "no weight of its blocks is dense"),
+        (["--distill", "logits", "--dense", "/nowhere"], "model /nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, checkpoint, tmp_path, capsys):
+    from typer.testing import CliRunner
+
+    from lrcompress.cli.app import app
+
+    command = ["heal", str(checkpoint("pivoted")), "-o", str(tmp_path / "out"), "--quiet", "--steps", "1"]
+    if "--steps" in arguments:
+        command = command[:-2]
+    result = CliRunner().invoke(app, [*command, *arguments])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_checkpoint_is_refused(llama, tmp_path):
+    done = run_cli("heal", llama, "-o", tmp_path / "out", "--steps", 1)
+    assert done.returncode == 2
+    assert "is no compressed checkpoint: compress it first" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(checkpoint, corpus, tmp_path):
+    """As many rows a step at two processes as at one: the numbers agree up to the order of sums."""
+    source = checkpoint("pivoted")
+    common = [
+        "--data",
+        corpus,
+        "--seqlen",
+        SEQLEN,
+        "--steps",
+        4,
+        "--lr",
+        1e-3,
+        "--device",
+        "cpu",
+        "--distill",
+        "logits",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "lrcompress", "heal", source,
+               "--batch-size", 2, "-o", tmp_path / "two", *common]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("heal", source, "--batch-size", 4, "-o", tmp_path / "one", *common).returncode == 0
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["healed"] for name in ("one", "two")]
+    assert reports[1]["processes"] == 2
+    assert math.isclose(*(r["held_out"]["after"] for r in reports), rel_tol=1e-4)
