@@ -12,7 +12,11 @@ from torch import Tensor
 
 from lrcompress.linalg.truncation import decompose, tail_energies
 
-NEGLIGIBLE, RIDGE = 1e-12, 1e-11
+NEGLIGIBLE = 1e-9
+"""Components of less than this share of the largest energy are left out: Grams are summed and kept in float32."""
+
+RIDGES = (1e-11, 1e-9, 1e-7, 1e-5, 1e-3)
+"""Tried in this order, relative to the mean of the diagonal."""
 
 
 @dataclass
@@ -29,14 +33,15 @@ class Joint:
 
     def left(self, b: int, rank: int) -> Tensor:
         """C (k_b, rank) with X_b ≈ C R: least squares in the metric of weight b."""
-        square = _ridged(self._squares[b][:rank, :rank])
+        square = self._squares[b][:rank, :rank]
         return torch.cholesky_solve(self._products[b][:, :rank].T, torch.linalg.cholesky(square)).T
 
 
 def joint(rights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Joint:
     """The right factor from all weights in the mean of their metrics, the left ones each in its own.
 
-    Where the metrics are equal that is the best approximation of the stack for every rank.
+    Where the metrics are equal that is the best approximation of the stack for every rank. Where one is singular in
+    directions that others see, its normal equations get a ridge; ArithmeticError where a large one is not enough.
     """
     present = [gram for gram in grams if gram is not None]
     mean = torch.stack([gram.double() for gram in present]).mean(0) if present else None
@@ -46,9 +51,9 @@ def joint(rights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Joint:
     errors, products, squares = [], [], []
     for own, gram in zip(rights, grams, strict=True):
         seen = right if gram is None else right @ gram.double()
-        squares.append(seen @ right.T)
+        square, factor = _definite(seen @ right.T)
+        squares.append(square)
         products.append(own.double() @ seen.T)
-        factor = torch.linalg.cholesky(_ridged(squares[-1]))
         # The Cholesky factor is nested, so its columns give what every further row of R adds.
         gains = torch.linalg.solve_triangular(factor, products[-1].T, upper=False).square().sum(1)
         total = _energy(own, gram)
@@ -92,6 +97,13 @@ def _padded(errors: Tensor, ranks: int) -> Tensor:
     return torch.cat([errors, errors.new_zeros(max(0, ranks + 1 - len(errors)))])[: ranks + 1]
 
 
-def _ridged(square: Tensor) -> Tensor:
-    ridge = RIDGE * square.diagonal().mean().clamp_min(torch.finfo(square.dtype).tiny)
-    return square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device)
+def _definite(square: Tensor) -> tuple[Tensor, Tensor]:
+    """`square` with the smallest of the ridges that makes it positive definite, and its Cholesky factor."""
+    square = (square + square.T) / 2
+    size = square.diagonal().mean().clamp_min(torch.finfo(square.dtype).tiny)
+    for ridge in RIDGES:
+        found = square + ridge * size * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        factor, failed = torch.linalg.cholesky_ex(found)
+        if not int(failed):
+            return found, factor
+    raise ArithmeticError("the Gram of the inputs is not positive semidefinite")

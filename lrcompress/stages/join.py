@@ -77,7 +77,10 @@ def _tried(opened: Opened, artefacts: Artefacts, sites: Sequence[Site], limit: i
         rights = weighed(found)
         if estimate(rights, energies, found[0].get("gram"), rank, rank)[0][rank] >= separate:
             return None
-    truncated = joined(found)
+    try:
+        truncated = joined(found)
+    except ArithmeticError:  # Grams too far from positive semidefinite for errors to be known: these stay apart
+        return None
     # At ranks that no component is left for the error is that of the last one.
     errors = {
         site.name: torch.cat([own[curve.ranks[:-1].clamp_max(len(own) - 1)], own.new_zeros(1)])

@@ -95,3 +95,26 @@ def test_a_stack_of_low_rank_has_no_more_components():
     found = joint([s.right for s in spectra], [None, None])
     assert len(found.right) == 4
     assert float(sum(errors[4] for errors in found.errors)) < 1e-9 * float(sum(errors[0] for errors in found.errors))
+
+
+@pytest.mark.parametrize(("outlier", "promised"), [(100, True), (1e4, False)])
+def test_singular_metrics_of_half_the_precision(outlier, promised):
+    """Few inputs, one of them huge, summed in float32: errors are no smaller than promised, or nothing is promised."""
+    metrics = []
+    for i in range(2):
+        x = random(20 + i, 9, 60) * torch.logspace(0, -3, 60, dtype=torch.float64)
+        x[0] *= outlier
+        metrics.append((x.T @ x).float())
+    weights = [random(30 + i, 40, 60) for i in range(2)]
+    spectra = [decompose(weight, metric.double()) for weight, metric in zip(weights, metrics, strict=True)]
+    if not promised:
+        with pytest.raises(ArithmeticError, match="positive semidefinite"):
+            joint([s.right for s in spectra], metrics)
+        return
+    found = joint([s.right for s in spectra], metrics)
+    for b, (weight, metric) in enumerate(zip(weights, metrics, strict=True)):
+        assert found.errors[b].isfinite().all()
+        for rank in (1, min(5, len(found.right)), len(found.right)):
+            error = weight - spectra[b].left @ found.left(b, rank) @ found.right[:rank]
+            squared = float((error @ metric.double() * error).sum())
+            assert squared <= float(found.errors[b][rank]) + 1e-6 * float(found.errors[b][0])
