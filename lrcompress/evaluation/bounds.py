@@ -8,12 +8,14 @@ from torch import nn
 
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.base import held
+from lrcompress.model.experts import is_fused
 from lrcompress.model.targets import is_conv1d
 
 
 @dataclass
 class Work:
-    """Of the linear layers that ran, the output head among them; attention's own products and norms are left out."""
+    """Of the linear layers that ran, the output head and the experts among them; what is left out: attention's own
+    products, routers, norms."""
 
     multiply_adds: int = 0
     weight_bytes: int = 0
@@ -33,9 +35,16 @@ def counted(model: nn.Module, run: Callable[[], Any]) -> tuple[Work, Any]:
             work.multiply_adds += rows * layer.weight.numel()  # type: ignore[operator,union-attr]
             work.weight_bytes += held(*layer.parameters(recurse=False))
 
+    def count_fused(experts: nn.Module, args: tuple[Any, ...]) -> None:
+        chosen, weights = args[1], [p for p in experts.parameters() if p.dim() == 3]
+        work.multiply_adds += chosen.numel() * sum(weight[0].numel() for weight in weights)
+        work.weight_bytes += len(chosen.unique()) * held(*(parameter[0] for parameter in experts.parameters()))
+
     try:
         for layer in _linear_layers(model):
             hooks.append(layer.register_forward_pre_hook(count, with_kwargs=True))
+        for experts in filter(is_fused, model.modules()):
+            hooks.append(experts.register_forward_pre_hook(count_fused))
         result = run()
     finally:
         for hook in hooks:
