@@ -58,6 +58,9 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
     if output.resolve() == source.resolve():
         raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
+    if resume and (finished := _finished(output, spec)):
+        reporter.say(f"{output} is finished already")
+        return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
     with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
         with _owned(workspace, state):
@@ -76,7 +79,7 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
                 workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
                 trust_remote_code=spec.trust_remote_code,
             )  # fmt: skip
-            found |= {"data": list(spec.data), "dense": dense, "seconds": time.perf_counter() - start}
+            found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
             report = _report(spec, source, found, reporter)
             if state.is_main_process:
                 _describe(workspace.partial, report)
@@ -91,6 +94,19 @@ def open_compressed(label: str) -> Path:
     if read_manifest(folder) is None:
         raise InputError(f"{label} is no compressed checkpoint: compress it first")
     return folder
+
+
+def _asked(spec: HealSpec) -> dict[str, Any]:
+    """What must be equal for two runs to do the same."""
+    asked = asdict(spec)
+    del asked["output"]
+    return {**asked, "data": list(spec.data)}
+
+
+def _finished(output: Path, spec: HealSpec) -> dict[str, Any] | None:
+    """The report of a finished run of the same spec, None where there is none."""
+    report = load_report(output) or {}
+    return report if report.get("healed", {}).get("asked") == _asked(spec) else None
 
 
 def _parsed(text: str) -> Source:
@@ -124,10 +140,7 @@ def _owned(workspace: Workspace, state: PartialState) -> Iterator[None]:
 
 def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:
     """Copy the checkpoint, unless an earlier run has, and remember what this one is."""
-    asked = asdict(spec)
-    for key in ("output",):
-        del asked[key]
-    workspace.claim({"asked": asked, "checkpoint": folder_identity(source), "versions": versions()})
+    workspace.claim({"asked": _asked(spec), "checkpoint": folder_identity(source), "versions": versions()})
     workspace.check_room(3 * sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
     copied = workspace.scratch / "copied"
     if not copied.exists():
