@@ -55,6 +55,8 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     source = open_compressed(spec.checkpoint)
     sources = [_parsed(text) for text in spec.data]
     dense = _dense_model(spec, source)
+    before = load_report(source)
+    recipe = make_recipe(before["recipe"], "the checkpoint's report") if before is not None else None
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
     if output.resolve() == source.resolve():
         raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
@@ -80,9 +82,11 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
                 trust_remote_code=spec.trust_remote_code,
             )  # fmt: skip
             found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
-            report = _report(spec, source, found, reporter)
+            report = _report(spec, before, found, reporter)
             if state.is_main_process:
-                _describe(workspace.partial, report)
+                write_json(workspace.partial / "report.json", report)
+                if recipe is not None:
+                    write_card(workspace.partial, report, recipe)
                 workspace.publish()
     return Result(output, report)
 
@@ -156,19 +160,14 @@ def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]
     return gather(sources, spec.samples, spec.seqlen, tokenizer, spec.settings.seed, folder)
 
 
-def _report(spec: HealSpec, source: Path, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+def _report(spec: HealSpec, before: dict[str, Any] | None, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
     """The checkpoint's report with what healing did; what was measured of the old weights goes."""
-    report = load_report(source) or {"schema": 1, "model": spec.checkpoint, "warnings": []}
-    report.pop("evaluation", None)
+    kept = {key: value for key, value in (before or {}).items() if key != "evaluation"}
     return {
-        **report,
+        "schema": 1,
+        "model": spec.checkpoint,
+        **kept,
         "healed": found,
-        "warnings": [*report.get("warnings", []), *reporter.warnings],
+        "warnings": [*kept.get("warnings", []), *reporter.warnings],
         "versions": versions(),
     }
-
-
-def _describe(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / "report.json", report)
-    if "recipe" in report:
-        write_card(folder, report, make_recipe(report["recipe"], "the checkpoint's report"))
