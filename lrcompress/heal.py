@@ -55,9 +55,14 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     source = open_compressed(spec.checkpoint)
     sources = [_parsed(text) for text in spec.data]
     dense = _dense_model(spec, source)
+    before = load_report(source)
+    recipe = make_recipe(before["recipe"], "the checkpoint's report") if before is not None else None
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
     if output.resolve() == source.resolve():
         raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
+    if resume and (finished := _finished(output, spec)):
+        reporter.say(f"{output} is finished already")
+        return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
     with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
         with _owned(workspace, state):
@@ -76,10 +81,12 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
                 workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
                 trust_remote_code=spec.trust_remote_code,
             )  # fmt: skip
-            found |= {"data": list(spec.data), "dense": dense, "seconds": time.perf_counter() - start}
-            report = _report(spec, source, found, reporter)
+            found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
+            report = _report(spec, before, found, reporter)
             if state.is_main_process:
-                _describe(workspace.partial, report)
+                write_json(workspace.partial / "report.json", report)
+                if recipe is not None:
+                    write_card(workspace.partial, report, recipe)
                 workspace.publish()
     return Result(output, report)
 
@@ -91,6 +98,19 @@ def open_compressed(label: str) -> Path:
     if read_manifest(folder) is None:
         raise InputError(f"{label} is no compressed checkpoint: compress it first")
     return folder
+
+
+def _asked(spec: HealSpec) -> dict[str, Any]:
+    """What must be equal for two runs to do the same."""
+    asked = asdict(spec)
+    del asked["output"]
+    return {**asked, "data": list(spec.data)}
+
+
+def _finished(output: Path, spec: HealSpec) -> dict[str, Any] | None:
+    """The report of a finished run of the same spec, None where there is none."""
+    report = load_report(output) or {}
+    return report if report.get("healed", {}).get("asked") == _asked(spec) else None
 
 
 def _parsed(text: str) -> Source:
@@ -124,10 +144,7 @@ def _owned(workspace: Workspace, state: PartialState) -> Iterator[None]:
 
 def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:
     """Copy the checkpoint, unless an earlier run has, and remember what this one is."""
-    asked = asdict(spec)
-    for key in ("output",):
-        del asked[key]
-    workspace.claim({"asked": asked, "checkpoint": folder_identity(source), "versions": versions()})
+    workspace.claim({"asked": _asked(spec), "checkpoint": folder_identity(source), "versions": versions()})
     workspace.check_room(3 * sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
     copied = workspace.scratch / "copied"
     if not copied.exists():
@@ -143,19 +160,14 @@ def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]
     return gather(sources, spec.samples, spec.seqlen, tokenizer, spec.settings.seed, folder)
 
 
-def _report(spec: HealSpec, source: Path, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+def _report(spec: HealSpec, before: dict[str, Any] | None, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
     """The checkpoint's report with what healing did; what was measured of the old weights goes."""
-    report = load_report(source) or {"schema": 1, "model": spec.checkpoint, "warnings": []}
-    report.pop("evaluation", None)
+    kept = {key: value for key, value in (before or {}).items() if key != "evaluation"}
     return {
-        **report,
+        "schema": 1,
+        "model": spec.checkpoint,
+        **kept,
         "healed": found,
-        "warnings": [*report.get("warnings", []), *reporter.warnings],
+        "warnings": [*kept.get("warnings", []), *reporter.warnings],
         "versions": versions(),
     }
-
-
-def _describe(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / "report.json", report)
-    if "recipe" in report:
-        write_card(folder, report, make_recipe(report["recipe"], "the checkpoint's report"))

@@ -138,29 +138,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Put other numbers into named tensors of the folder's files, of the same shapes and dtypes; all else stays.
 
-    Every file is replaced whole or not at all.
+    Every file is replaced whole or not at all; ValueError, before anything is written, where a tensor does not fit.
     """
-    left = dict(tensors)
-    for path in sorted(folder.glob("*.safetensors")):
-        places, start = _places(path)
-        own = {name: left.pop(name) for name in list(left) if name in places}
-        if not own:
-            continue
+    headers = {path: _places(path) for path in sorted(folder.glob("*.safetensors"))}
+    where = {name: path for path, (places, _) in headers.items() for name in places}
+    for name, tensor in tensors.items():
+        entry = headers[where[name]][0][name] if name in where else {}
+        if (entry.get("dtype"), entry.get("shape")) != (_NAMES[tensor.dtype], list(tensor.shape)):
+            raise ValueError(f"{name} is stored in {folder} as {entry}, got {tuple(tensor.shape)} {tensor.dtype}")
+    for path in {where[name]: None for name in tensors}:
+        places, start = headers[path]
         temporary = path.with_name(path.name + ".tmp")
         with disk_errors(folder):
             shutil.copyfile(path, temporary)
             with temporary.open("r+b") as file:
-                for name, tensor in own.items():
-                    entry = places[name]
-                    if (entry["dtype"], entry["shape"]) != (_NAMES[tensor.dtype], list(tensor.shape)):
-                        raise ValueError(f"{name} is stored as {entry}, got {tuple(tensor.shape)} {tensor.dtype}")
-                    file.seek(start + entry["data_offsets"][0])
-                    file.write(_raw(tensor))
+                for name in [name for name in tensors if where[name] == path]:
+                    file.seek(start + places[name]["data_offsets"][0])
+                    file.write(_raw(tensors[name]))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    if left:
-        raise ValueError(f"{folder} has no tensor {next(iter(left))}")
 
 
 def _places(path: Path) -> tuple[dict[str, Any], int]:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,6 @@ def _train(
         "train": settings.train,
         "optimizer": settings.optimizer,
         "distill": settings.distill,
-        "settings": asdict(settings),
         "lr": settings.rate,
         "minutes": done.seconds / 60,
         "steps": done.steps,

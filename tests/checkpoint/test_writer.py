@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
+from lrcompress.checkpoint.writer import ShardedWriter, disk_errors, replace_tensors
 from lrcompress.errors import ResourceError
 
 TENSORS = [
@@ -64,6 +64,25 @@ def test_resuming_gives_the_same_bytes(tmp_path, limit, stop):
     second.close()
     for path in whole.iterdir():
         assert path.read_bytes() == (parts / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("limit", [10**9, 100, 1])
+def test_replaced_tensors_leave_all_else_as_it_is(tmp_path, limit):
+    writer = ShardedWriter(tmp_path, TENSORS, limit)
+    writer.write(TENSORS)
+    writer.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = {"b": torch.full((4, 6), 3.0, dtype=torch.bfloat16), "view": torch.zeros(4, 3)}
+    for wrong in ({**new, "c": torch.ones(2)}, {**new, "a": torch.ones(9)}, {**new, "a": torch.arange(10)}):
+        with pytest.raises(ValueError, match="is stored in"):
+            replace_tensors(tmp_path, wrong)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    replace_tensors(tmp_path, new)
+    found = read_all(tmp_path)
+    for name, tensor in TENSORS:
+        assert torch.equal(found[name], new.get(name, tensor))
+    replace_tensors(tmp_path, {name: dict(TENSORS)[name] for name in new})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_unplanned_tensor_is_refused(tmp_path):

@@ -145,6 +145,7 @@ def test_an_interrupted_run_resumed_ends_with_the_same_numbers(checkpoint, tmp_p
     assert changed(tmp_path / "whole", tmp_path / "cut") == set()
     assert result.report["healed"]["steps"] == 8
     assert [entry["step"] for entry in result.report["healed"]["history"]] == list(range(1, 9))
+    assert healed(source, tmp_path / "cut", resume=True, **settings).report == result.report  # done: nothing to do
 
 
 def test_resuming_with_other_settings_is_refused(checkpoint, tmp_path, monkeypatch, healed):

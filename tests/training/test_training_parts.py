@@ -164,6 +164,25 @@ def test_gradients_of_every_format_are_those_of_the_loss(name):
     assert slope == pytest.approx((up - down) / (2 * step), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_every_format_computes_in_bfloat16_around_float32_factors(name):
+    spec, stored, weight, bias = example(name, (24, 40), 5, True)
+    module = restored(spec, stored, torch.bfloat16)
+    trained = [module.get_parameter(key) for key in module.factor_names()]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        with torch.no_grad():
+            again = module(x)
+    torch.testing.assert_close(y.float(), x @ weight.T + bias, rtol=0.05, atol=0.05 * float(weight.norm(dim=1).max()))
+    torch.testing.assert_close(again, y.detach())
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
+
+
 def test_the_learning_rate_rises_then_falls():
     rates = [rate_at(fraction / 100) for fraction in range(101)]
     assert max(rates) == pytest.approx(1.0)
