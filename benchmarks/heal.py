@@ -38,6 +38,12 @@ def before(args: argparse.Namespace, checkpoint: Path) -> list[float]:
     return json.loads(done.read_text())
 
 
+def rate(args: argparse.Namespace, key: str) -> list[str]:
+    """--lr for what is trained, or for the optimiser where that is not adamw."""
+    rates = dict(text.split("=") for text in args.lr)
+    return ["--lr", rates[key]] if key in rates else []
+
+
 def point(args: argparse.Namespace, checkpoint: Path, train: str, optimizer: str, seed: int) -> dict:
     name = f"{checkpoint.name}-{train}-{optimizer}-{seed}"
     done, out = args.work / f"{name}.json", args.work / name
@@ -47,6 +53,7 @@ def point(args: argparse.Namespace, checkpoint: Path, train: str, optimizer: str
             "heal", checkpoint, *data, "-o", out, "--overwrite", "--minutes", args.minutes, "--train", train,
             "--optimizer", optimizer, "--seed", seed, "--seqlen", args.seqlen, "--batch-size", args.batch_size,
             "--samples", args.samples, "--distill", args.distill, *(["--dense", args.dense] if args.dense else []),
+            *rate(args, train if optimizer == "adamw" else optimizer),
         )  # fmt: skip
         report = json.loads((out / "report.json").read_text())
         row = {**report["healed"], "perplexity": perplexities(args, out), "versions": report["versions"]}
@@ -101,6 +108,9 @@ def main() -> None:
     parser.add_argument("--train", nargs="*", default=["lrc", "factors", "all"])
     parser.add_argument("--optimizers", nargs="*", default=["adamw", "lora-pro"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--lr", nargs="*", default=[], help="such as factors=3e-4 lora-pro=1e-4, instead of the defaults"
+    )
     parser.add_argument("--distill", default="none")
     parser.add_argument("--dense")
     parser.add_argument("--samples", type=int, default=1024)

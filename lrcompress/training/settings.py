@@ -9,10 +9,10 @@ from lrcompress.training.trainable import CHOICES
 
 DISTILLATIONS = ("none", "logits", "features")
 
-RATES = {"factors": 1e-4, "lrc": 1e-4, "singular-values": 1e-2, "principal": 1e-4, "norms": 1e-3, "all": 2e-5}
-"""Learning rates of adamw by what is trained."""
+RATES = {"factors": 3e-4, "lrc": 3e-4, "singular-values": 1e-2, "principal": 3e-4, "norms": 3e-3, "all": 1e-4}
+"""Learning rates of adamw by what is trained, for models of about 100 M parameters; larger ones take smaller."""
 
-PAIR_RATES = {"lora-pro": 2e-5, "scaled": 1e-4}
+PAIR_RATES = {"lora-pro": 1e-4, "scaled": 3e-4}
 """Learning rates of the other optimisers: lora-pro's is a step of the weight's entries, not of the factors'."""
 
 
