@@ -19,8 +19,8 @@ from lrcompress.model.skeleton import empty_model, find_blocks, read_config
 from lrcompress.model.surgery import stored_layers
 from lrcompress.training.rows import IGNORED, Rows
 
-CHUNK = 32
-"""Rows that go through the dense model together: every one of its blocks is read once for them."""
+CHUNK = 4096
+"""Tokens, in whole rows, that go through the dense model together: every one of its blocks is read once for them."""
 
 FEATURE_BLOCKS = 4
 """Blocks whose outputs are compared, evenly spaced, the last one among them."""
@@ -45,7 +45,7 @@ def open_teacher(label: str, device: torch.device, *, trust_remote_code: bool = 
 class Teacher:
     """What the dense model makes of `rows`: hidden states, computed for rows when they are first asked for.
 
-    `features` keeps those of several blocks, not of the last one only. Memory holds one block and CHUNK rows.
+    `features` keeps those of several blocks, not of the last one only. Memory holds one block and CHUNK tokens.
     """
 
     def __init__(self, walker: BlockWalker, rows: Rows, batch: int, scratch: Path, *, features: bool) -> None:
@@ -81,7 +81,7 @@ class Teacher:
         world = PartialState().num_processes
         turn = (index // self._batch) % world
         after = (i for i in range(index, len(self._rows)) if (i // self._batch) % world == turn)
-        return [i for i in after if i not in self._known][:CHUNK]
+        return [i for i in after if i not in self._known][: max(1, CHUNK // self._rows.ids.shape[1])]
 
     def _compute(self, indices: Sequence[int]) -> None:
         walker = self._walker

@@ -199,7 +199,7 @@ def rows():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_teacher_says_what_the_whole_dense_model_says(architecture, make_model, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "CHUNK", 2)
+    monkeypatch.setattr(distill, "CHUNK", 2 * rows.ids.shape[1])
     folder = make_model(architecture)
     teacher = Teacher(open_teacher(str(folder), torch.device("cpu")), rows, 2, tmp_path, features=True)
     with torch.no_grad():
