@@ -4,12 +4,13 @@ import heapq
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lrcompress.errors import InputError
+
+if TYPE_CHECKING:  # the command line asks here before it knows whether torch is needed
+    import torch
+    from torch import Tensor
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for the others: shares of the work differ. One that dies is noticed at once all the same."""
@@ -44,11 +45,13 @@ class Processes:
                 mine.append(place)
         return sorted(mine)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def add_up(self, tensors: "Sequence[Tensor]") -> None:
         """Replace every tensor by its sum over all processes; their order and shapes must be the same everywhere."""
         if self.size > 1:
+            from torch.distributed import all_reduce
+
             for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+                all_reduce(tensor)
 
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
@@ -58,8 +61,10 @@ class Processes:
         """Everyone's value, by rank."""
         if self.size == 1:
             return [value]
+        from torch.distributed import all_gather_object
+
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value)
+        all_gather_object(found, value)
         return found
 
     def wait(self) -> None:
@@ -86,7 +91,7 @@ def refuse_several(what: str) -> None:
         raise InputError(f"{what} is the work of one process: run it without torchrun, which is for compress")
 
 
-def join(device: torch.device) -> Processes:
+def join(device: "torch.device") -> Processes:
     """Find the other processes, where there are any; the groups for `device` are made by accelerate."""
     global _current
     if several() and _current.size == 1:

@@ -203,6 +203,6 @@ def test_a_folder_in_use_is_kept_and_the_source_never_replaced(compressed, tmp_p
     export_peft(str(source), used, overwrite=True)
     assert not (used / "mine.txt").exists()
     for output in (source, source.parent):
-        with pytest.raises(InputError, match="holds the checkpoint"):
+        with pytest.raises(InputError, match="which is read"):
             export_peft(str(source), output, overwrite=True)
     assert (source / "model.safetensors").exists()

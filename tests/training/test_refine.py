@@ -111,7 +111,7 @@ def test_an_interruption_while_the_files_change_does_no_harm(recipe, tmp_path, m
 
 
 def test_a_refinement_that_does_not_help_is_undone(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine, "Settings", lambda **kwargs: Settings(**kwargs, lr=50.0))
+    monkeypatch.setattr(refine, "Settings", lambda **kwargs: Settings(**kwargs, lr=1e6))
     compress(make_recipe({**recipe, "output": str(tmp_path / "plain")}))
     result = compress(make_recipe({**recipe, "output": str(tmp_path / "refined"), "refine": MINUTES}))
     assert result.report["refined"]["kept"] is False
