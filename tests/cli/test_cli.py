@@ -344,8 +344,10 @@ def start(model, output, *extra, samples=512):
     command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", "lord", "--ratio", "0.2",
                "-o", str(output), "--samples", str(samples), "--seqlen", "64", *extra]  # fmt: skip
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A suite that runs in the background of a shell has been told to ignore Ctrl-C, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for(condition, process, seconds=120):

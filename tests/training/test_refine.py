@@ -17,6 +17,8 @@ from tests.checkpoint.test_loading import load
 from tests.conftest import compress_tiny
 
 MINUTES = 0.04
+ENOUGH = 0.15
+"""Minutes after which a tiny model is better on a busy machine too."""
 
 
 def tensors(folder):
@@ -65,14 +67,14 @@ def test_a_refined_checkpoint_says_so_and_is_nearer_to_the_dense_model(
     recipe, trained, corpus, tokenizer, tmp_path, fast
 ):
     compress(make_recipe({**recipe, "output": str(tmp_path / "plain")}))
-    result = compress(make_recipe({**recipe, "output": str(tmp_path / "refined"), "refine": MINUTES}))
+    result = compress(make_recipe({**recipe, "output": str(tmp_path / "refined"), "refine": ENOUGH}))
     found = json.loads((tmp_path / "refined" / "report.json").read_text())["refined"]
     assert found == result.report["refined"]
     assert found["held_out"]["after"] < found["held_out"]["before"]
     assert found["steps"] > 0
-    assert found["minutes"] >= MINUTES
+    assert found["minutes"] >= ENOUGH
     assert "refined | factors trained for" in (tmp_path / "refined" / "README.md").read_text()
-    assert "refine: 0.04" in (tmp_path / "refined" / "recipe.yaml").read_text()
+    assert "refine: 0.15" in (tmp_path / "refined" / "recipe.yaml").read_text()
     assert "refined" not in json.loads((tmp_path / "plain" / "report.json").read_text())
     plain, refined = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
     assert {k: (t.shape, t.dtype) for k, t in plain.items()} == {k: (t.shape, t.dtype) for k, t in refined.items()}
@@ -98,7 +100,7 @@ def test_an_interruption_while_the_files_change_does_no_harm(recipe, tmp_path, m
         replace(folder, values)
         raise KeyboardInterrupt
 
-    full = make_recipe({**recipe, "output": str(tmp_path / "out"), "refine": MINUTES})
+    full = make_recipe({**recipe, "output": str(tmp_path / "out"), "refine": ENOUGH})
     with monkeypatch.context() as patch:
         patch.setattr(improve, "replace_tensors", stop)
         with pytest.raises(BaseException, match="interrupted"):
@@ -110,8 +112,9 @@ def test_an_interruption_while_the_files_change_does_no_harm(recipe, tmp_path, m
     assert result.report["refined"]["kept"]
 
 
-def test_a_refinement_that_does_not_help_is_undone(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(refine, "Settings", lambda **kwargs: Settings(**kwargs, lr=1e6))
+def test_a_refinement_that_does_not_help_is_undone(recipe, tmp_path, monkeypatch, fast):
+    """What looked better while it was trained is worse once it is loaded again."""
+    monkeypatch.setattr(improve, "_measured", lambda *_: 1e9)
     compress(make_recipe({**recipe, "output": str(tmp_path / "plain")}))
     result = compress(make_recipe({**recipe, "output": str(tmp_path / "refined"), "refine": MINUTES}))
     assert result.report["refined"]["kept"] is False
