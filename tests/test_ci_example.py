@@ -31,7 +31,7 @@ def test_it_is_a_workflow(workflow):
             assert "uses" not in step or step["uses"].count("@") == 1
 
 
-@pytest.mark.parametrize(("limit", "code"), [("1e9", 0), ("1.0", 1)])
+@pytest.mark.parametrize(("limit", "code"), [pytest.param("1e9", 0, marks=pytest.mark.slow), ("1.0", 1)])
 def test_its_commands_run(workflow, llama, tmp_path, limit, code):
     (job,) = workflow["jobs"].values()
     recipe = tmp_path / "recipe.yaml"

@@ -36,7 +36,16 @@ def test_gguf_is_dequantised_as_transformers_does(monkeypatch, tmp_path):
     assert [p.name for p in (tmp_path / "converted").iterdir()] == [opened.folder.name]
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"sweep"}))
+QUICK = {"quickstart", "cospadi", "eora"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in sorted(set(shipped_recipes()) - {"sweep"})
+    ],
+)
 def test_shipped_recipes_at_reduced_size(name, tmp_path):
     """Every recipe of the package runs; its expectations on quality are replaced, its size reduced."""
     done = run_cli(

@@ -274,7 +274,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", ["lord", "auto"])
+@pytest.mark.parametrize("run", [pytest.param("lord", marks=pytest.mark.slow), "auto"])
 def test_killed_at_random_and_resumed_gives_the_same_files(llama, tmp_path, run):
     kill_and_compare(llama, tmp_path, RUNS[run], seed=1, most=2)
 
