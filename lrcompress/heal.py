@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_mode
 from lrcompress.errors import InputError
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import Result, errors_in_words
+from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report, versions, write_card
@@ -48,9 +48,10 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     """Train and write; the folder appears whole or not at all. Under `accelerate launch` every process calls this."""
     settings = spec.settings
     device = resolve_device(settings.device)
-    state = PartialState(cpu=device.type == "cpu")
+    team = join(device)
+    state = PartialState(cpu=device.type == "cpu")  # the Trainer's device, at one process too
     reporter = reporter or Reporter(quiet=True)
-    if not state.is_main_process:
+    if not team.first:
         reporter = Reporter(quiet=True)
     source = open_compressed(spec.checkpoint)
     sources = [_parsed(text) for text in spec.data]
@@ -64,30 +65,29 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
     workspace = Workspace(output, overwrite=overwrite, resume=resume)
-    with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
-        with _owned(workspace, state):
-            if state.is_main_process:
-                _begin(workspace, source, spec)
-            state.wait_for_everyone()
-            train, held_out = _rows(spec, source, dense, sources)
-            teacher = None
-            if settings.distill != "none":
-                assert dense is not None
-                walker = open_teacher(dense, state.device, trust_remote_code=spec.trust_remote_code)
-                folder = workspace.scratch / f"teacher-{state.process_index}"
-                teacher = Teacher(walker, train, settings.batch, folder, features=settings.distill == "features")
-            start = time.perf_counter()
-            found = improve(
-                workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
-                trust_remote_code=spec.trust_remote_code,
-            )  # fmt: skip
-            found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
-            report = _report(spec, before, found, reporter)
-            if state.is_main_process:
-                write_json(workspace.partial / "report.json", report)
-                if recipe is not None:
-                    write_card(workspace.partial, report, recipe)
-                workspace.publish()
+    with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"), workspace:
+        if team.first:
+            _begin(workspace, source, spec)
+        team.wait()
+        train, held_out = _rows(spec, source, dense, sources)
+        teacher = None
+        if settings.distill != "none":
+            assert dense is not None
+            walker = open_teacher(dense, state.device, trust_remote_code=spec.trust_remote_code)
+            folder = workspace.scratch / f"teacher-{team.rank}"
+            teacher = Teacher(walker, train, settings.batch, folder, features=settings.distill == "features")
+        start = time.perf_counter()
+        found = improve(
+            workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
+            trust_remote_code=spec.trust_remote_code,
+        )  # fmt: skip
+        found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
+        report = _report(spec, before, found, reporter)
+        if team.first:
+            write_json(workspace.partial / "report.json", report)
+            if recipe is not None:
+                write_card(workspace.partial, report, recipe)
+        workspace.publish()
     return Result(output, report)
 
 
@@ -130,16 +130,6 @@ def _dense_model(spec: HealSpec, folder: Path) -> str | None:
         raise InputError(f"{spec.checkpoint} has no report that names its dense model: name it with --dense")
     check_model(dense)
     return str(dense)
-
-
-@contextmanager
-def _owned(workspace: Workspace, state: PartialState) -> Iterator[None]:
-    """The workspace belongs to the first process; the others only read in it."""
-    if not state.is_main_process:
-        yield
-        return
-    with workspace:
-        yield
 
 
 def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:

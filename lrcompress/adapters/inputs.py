@@ -72,9 +72,7 @@ def input_grams(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Iterato
                     yield site.name, statistics[site.group].gram().cpu()
         outside = opened.sites_of(blocks)
         if outside:
-            assert opened.calibration is not None
-            ids, last = opened.calibration.ids, walk.calibration(blocks)
-            statistics = collect_outside(opened.walker, ids, last, outside, walk.weights)
+            statistics = collect_outside(opened.walker, walk.ids, walk.calibration(blocks), outside, walk.weights)
             for site in outside:
                 yield site.name, statistics[site.group].gram().cpu()
 

@@ -4,7 +4,7 @@ Every module has a basis of its own, closed form and without data. Tasks count a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrcompress.adapters.tasks import Task, open_task
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.adapter import CONFIG, STEM, empty_lora, lora_settings, lora_tensors
+from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import short_name
 from lrcompress.checkpoint.reader import CheckpointReader
@@ -87,8 +87,10 @@ def merge(
         for module, names in members.items():
             bases[module] = _basis(module, [(tasks[name], norms[name]) for name in names])
             tick()
-    kept = _kept(tasks, members, bases, room)
-    report = _report(tasks, members, kept, norms, room, output)
+    places = _places(tasks)
+    others = _bytes(_carried(tasks, places))
+    kept = _kept(tasks, members, bases, room, others)
+    report = _report(tasks, members, kept, norms, room, output, others)
     if report["bytes"]["shared"] >= report["bytes"]["separate"]:
         raise InputError(
             f"the basis would have {report['bytes']['shared']} bytes, the adapters' factors have "
@@ -96,7 +98,7 @@ def merge(
         )
     if not dry_run:
         with new_folder([task.folder for task in tasks.values()], output, overwrite=overwrite) as folder:
-            _write(tasks, members, kept, report, folder)
+            _write(tasks, members, kept, places, report, folder)
             write_json(folder / "report.json", report)
             (folder / "README.md").write_text(_card(report), encoding="utf8")
     return report
@@ -133,18 +135,20 @@ def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) ->
 
 def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
     ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
-    kept = {module: int(rank) for module, (rank, _) in entry["kept"].items()}
-    scalings = {module: float(scaling) for module, (_, scaling) in entry["kept"].items()}
-    write_json(folder / CONFIG, {**entry["config"], **lora_settings({**ranks, **kept}, scalings)})
-    planned = [(name, reader.meta(place)) for name, place in entry["tensors"].items()]
-    for module, (left, right) in factors.items():
-        planned += empty_lora(module, (len(left), right.shape[1]), left.shape[1], (right.dtype, left.dtype))
-    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
-    for name, place in entry["tensors"].items():
-        writer.write((name, tensor) for _, tensor in reader.read([place]))
-    for module, (left, right) in factors.items():
-        writer.write(lora_tensors(module, right, left))
-    writer.close()
+    kept = {module: (int(rank), float(scaling)) for module, (rank, scaling) in entry["kept"].items()}
+    write_json(folder / CONFIG, resized_config(entry["config"], ranks, kept))
+    shapes = {
+        module: Shape((len(left), right.shape[1]), ranks[module], (right.dtype, left.dtype))
+        for module, (left, right) in factors.items()
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, place in entry["tensors"].items():
+            yield name, reader.tensor(place)
+        for module, (left, right) in factors.items():
+            yield from lora_tensors(module, right, left)
+
+    write_adapter(folder, {name: reader.meta(place) for name, place in entry["tensors"].items()}, shapes, tensors())
 
 
 def _write_model(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
@@ -164,12 +168,12 @@ def _write_model(entry: dict[str, Any], factors: Factors, reader: CheckpointRead
         planned += [(f"{module}.{key}", meta) for key, meta in stored.items()]
     writer = ShardedWriter(folder, planned, 2**63)
     for name, place in rest.items():
-        writer.write((name, tensor) for _, tensor in reader.read([place]))
+        writer.write([(name, reader.tensor(place))])
     for module, spec in specs.items():
         left, right = factors[module]
         bias = None
         if spec.bias:
-            bias = next(tensor for _, tensor in reader.read([entry["tensors"][f"{module}.bias"]])).float()
+            bias = reader.tensor(entry["tensors"][f"{module}.bias"]).float()
         encoded = FORMATS.get(spec.format).encode(left.float(), right.float(), bias)  # type: ignore[attr-defined]
         for key, meta in stored_tensors(spec, left.dtype).items():
             writer.write(
@@ -237,13 +241,17 @@ def _kept(
     members: Mapping[str, list[str]],
     bases: Mapping[str, tuple[Tensor, list[Spectrum]]],
     room: Room,
+    others: int,
 ) -> dict[str, list[Element]]:
-    """The elements that are kept of every module, in the dtypes that hold all of its tasks' factors."""
+    """The elements that are kept of every module, in the dtypes that hold all of its tasks' factors.
+
+    `others` bytes are kept beside them as they are.
+    """
     energies = {m: [element.energies for element in elements] for m, (_, elements) in bases.items()}
     if room.basis is not None:
         ranks = {m: _basis_ranks(values, room.basis, _largest(tasks, members[m], m)) for m, values in energies.items()}
     else:
-        ranks = _ranks(tasks, members, energies, room)
+        ranks = _ranks(tasks, members, energies, room, others)
     found = {}
     for module, (coefficients, elements) in bases.items():
         dtypes = _dtypes(tasks, members[module], module)
@@ -261,7 +269,11 @@ def _basis_ranks(energies: Sequence[Tensor], count: int, largest: int) -> list[i
 
 
 def _ranks(
-    tasks: Mapping[str, Task], members: Mapping[str, list[str]], energies: Mapping[str, list[Tensor]], room: Room
+    tasks: Mapping[str, Task],
+    members: Mapping[str, list[str]],
+    energies: Mapping[str, list[Tensor]],
+    room: Room,
+    others: int,
 ) -> dict[str, list[int]]:
     """Components of every element by their energies, over all modules."""
     flat, costs = [], []
@@ -270,7 +282,6 @@ def _ranks(
         costs += len(values) * [_component_bytes(tasks, members[module], module)]
     if room.size is not None:
         numbers = sum(4 * len(names) ** 2 for names in members.values())  # coefficients, if all elements are used
-        others = _carried_bytes(tasks)
         budget = parse_size(room.size) - numbers - others
         if budget < min(costs):
             raise InputError(
@@ -346,14 +357,13 @@ def _places(tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _carried(tasks: Mapping[str, Task]) -> dict[str, Tensor]:
+def _carried(tasks: Mapping[str, Task], places: Mapping[str, dict[str, str]]) -> dict[str, Tensor]:
     """Meta tensors of what is kept as it is, by its place."""
-    places = _places(tasks)
     return {places[task][name]: meta for task, held in tasks.items() for name, meta in held.others.items()}
 
 
-def _carried_bytes(tasks: Mapping[str, Task]) -> int:
-    return sum(meta.numel() * meta.itemsize for meta in _carried(tasks).values())
+def _bytes(metas: Mapping[str, Tensor]) -> int:
+    return sum(meta.numel() * meta.itemsize for meta in metas.values())
 
 
 def _report(
@@ -363,6 +373,7 @@ def _report(
     norms: Mapping[str, float],
     room: Room,
     output: Path,
+    carried: int,
 ) -> dict[str, Any]:
     lost = _errors(tasks, members, kept)
     errors = {name: lost[name] ** 0.5 / norms[name] for name in tasks}
@@ -372,7 +383,7 @@ def _report(
         "schema": SCHEMA,
         "output": str(output),
         "asked": {key: getattr(room, key) for key in ("basis", "size", "error")},
-        "bytes": {"separate": sum(separate.values()), "shared": shared, "carried": _carried_bytes(tasks)},
+        "bytes": {"separate": sum(separate.values()), "shared": shared, "carried": carried},
         "ratio": 1 - shared / sum(separate.values()),
         "relative_error": (sum(error**2 for error in errors.values()) / len(errors)) ** 0.5,
         "tasks": [
@@ -392,6 +403,7 @@ def _write(
     tasks: Mapping[str, Task],
     members: Mapping[str, list[str]],
     kept: Mapping[str, list[Element]],
+    places: Mapping[str, dict[str, str]],
     report: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -402,7 +414,7 @@ def _write(
             tensors |= {f"{module}|{j}|left": element.left, f"{module}|{j}|right": element.right}
             tensors[f"{module}|{j}|coefficients"] = element.coefficients
     errors = {task["name"]: task["relative_error"] for task in report["tasks"]}
-    places, carried = _places(tasks), _carried(tasks)
+    carried = _carried(tasks, places)
     writer = ShardedWriter(folder, [*tensors.items(), *carried.items()], 2**63, stem=SHARED)
     writer.write(tensors.items())
     for place in carried:

@@ -3,6 +3,7 @@
 Which update keeps how many components is decided by their energies, over all modules at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from lrcompress.adapters.inputs import Inputs, input_grams
 from lrcompress.budget import check_ratio
 from lrcompress.checkpoint.adapter import (
     CONFIG,
-    STEM,
     Adapter,
-    empty_lora,
-    lora_settings,
+    Shape,
     lora_tensors,
     open_adapter,
-)  # fmt: skip
+    resized_config,
+    write_adapter,
+)
 from lrcompress.checkpoint.opening import short_name
-from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
+from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.ranks import ranks_for_error, ranks_within
@@ -171,23 +172,24 @@ def _ranks(adapter: Adapter, amount: Amount, spectra: dict[str, Spectrum]) -> di
 
 def _write(adapter: Adapter, spectra: dict[str, Spectrum], ranks: dict[str, int], folder: Path) -> None:
     copy_files_beside(adapter.folder, folder, code=False)
-    scalings = {name: lora.scaling for name, lora in adapter.modules.items() if name not in ranks}
-    kept = {name: adapter.modules[name].rank for name in scalings}
-    write_json(folder / CONFIG, {**adapter.config, **lora_settings({**ranks, **kept}, scalings)})
-    planned = [(name, adapter.reader.meta(name)) for name in adapter.others]
-    dtypes = {}
+    write_json(folder / CONFIG, resized_config(adapter.config, ranks, adapter.kept))
+    shapes = {}
     for name, rank in ranks.items():
         lora = adapter.modules[name]
         assert lora.shape is not None
-        dtypes[name] = adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype
-        planned += empty_lora(name, lora.shape, rank, dtypes[name])
-    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
-    writer.write((name, adapter.carried(name)) for name in adapter.others)
-    for name, rank in ranks.items():
-        spectrum, (right_dtype, left_dtype) = spectra[name], dtypes[name]
-        stored = LowRank.encode(spectrum.left[:, :rank], spectrum.right[:rank], None)
-        writer.write(lora_tensors(name, stored["A.weight"].to(right_dtype), stored["B.weight"].to(left_dtype)))
-    writer.close()
+        shapes[name] = Shape(
+            lora.shape, rank, (adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype)
+        )
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in adapter.others:
+            yield name, adapter.carried(name)
+        for name, rank in ranks.items():
+            spectrum, (right, left) = spectra[name], shapes[name].dtypes
+            stored = LowRank.encode(spectrum.left[:, :rank], spectrum.right[:rank], None)
+            yield from lora_tensors(name, stored["A.weight"].to(right), stored["B.weight"].to(left))
+
+    write_adapter(folder, {name: adapter.reader.meta(name) for name in adapter.others}, shapes, tensors())
 
 
 def _report(

@@ -99,9 +99,7 @@ class AdapterTask(Task):
         return str(self.adapter.config.get("base_model_name_or_path"))
 
     def entry(self) -> dict[str, Any]:
-        rest = {name: lora for name, lora in self.adapter.modules.items() if lora.shape is None}
-        kept = {name: [lora.rank, lora.scaling] for name, lora in rest.items()}
-        return {"kind": self.kind, "config": self.adapter.config, "kept": kept}
+        return {"kind": self.kind, "config": self.adapter.config, "kept": self.adapter.kept}
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class ModelTask(Task):
         return {name: self.reader.meta(name) for name in self.reader.names() if name not in factored}
 
     def tensor(self, name: str) -> Tensor:
-        return next(tensor for _, tensor in self.reader.read([name])).to(self.reader.meta(name).dtype)
+        return self.reader.tensor(name).to(self.reader.meta(name).dtype)
 
     @property
     def base(self) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
@@ -53,18 +54,19 @@ class Adapter:
         return {name: lora for name, lora in self.modules.items() if lora.shape is not None}
 
     @property
+    def kept(self) -> dict[str, tuple[int, float]]:
+        """Rank and scaling of the updates of other layers, which stay as they are, by module."""
+        return {name: (lora.rank, lora.scaling) for name, lora in self.modules.items() if lora.shape is None}
+
+    @property
     def others(self) -> list[str]:
         """Tensors that are no factor of a linear layer's update: of convolutions, embeddings, biases, whole modules."""
         factors = {name for lora in self.linear.values() for name in (lora.left, lora.right)}
         return [name for name in self.reader.names() if name not in factors]
 
-    def tensor(self, name: str) -> Tensor:
-        """One stored tensor."""
-        return next(tensor for _, tensor in self.reader.read([name]))
-
     def carried(self, name: str) -> Tensor:
         """A tensor of `others` for an adapter whose linear updates have scaling 1: a bias of a factor B is scaled."""
-        tensor = self.tensor(name)
+        tensor = self.reader.tensor(name)
         for lora in self.linear.values():
             if name == lora.left.removesuffix("weight") + "bias":
                 return (lora.scaling * tensor.double()).to(tensor.dtype)
@@ -73,7 +75,7 @@ class Adapter:
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """left (out, r) and right (r, in), float64: their product is what the adapter adds to a linear weight."""
         lora = self.modules[module]
-        return lora.scaling * self.tensor(lora.left).double(), self.tensor(lora.right).double()
+        return lora.scaling * self.reader.tensor(lora.left).double(), self.reader.tensor(lora.right).double()
 
     def bytes(self, module: str) -> int:
         """Stored bytes of a module's factors."""
@@ -195,6 +197,14 @@ def lora_settings(ranks: Mapping[str, int], scalings: Mapping[str, float] | None
     }
 
 
+def resized_config(
+    config: Mapping[str, Any], ranks: Mapping[str, int], kept: Mapping[str, tuple[int, float]]
+) -> dict[str, Any]:
+    """`config` for new factors of `ranks`, every scaling 1, beside updates that are `kept` with rank and scaling."""
+    whole = {**ranks, **{name: rank for name, (rank, _) in kept.items()}}
+    return {**config, **lora_settings(whole, {name: scaling for name, (_, scaling) in kept.items()})}
+
+
 def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) -> dict[str, Any]:
     """adapter_config.json of an adapter on linear layers, every scaling 1.
 
@@ -219,9 +229,25 @@ def lora_tensors(module: str, right: Tensor, left: Tensor) -> list[tuple[str, Te
     return [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
 
 
-def empty_lora(
-    module: str, shape: tuple[int, int], rank: int, dtypes: tuple[torch.dtype, torch.dtype]
-) -> list[tuple[str, Tensor]]:
-    """`lora_tensors` on the meta device; dtypes of A and of B."""
-    right = torch.empty(rank, shape[1], dtype=dtypes[0], device="meta")
-    return lora_tensors(module, right, torch.empty(shape[0], rank, dtype=dtypes[1], device="meta"))
+@dataclass(frozen=True)
+class Shape:
+    """Of a module's factors: shape (out, in), rank, dtypes of A and of B."""
+
+    shape: tuple[int, int]
+    rank: int
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    def tensors(self, module: str) -> list[tuple[str, Tensor]]:
+        """`lora_tensors` on the meta device."""
+        right = torch.empty(self.rank, self.shape[1], dtype=self.dtypes[0], device="meta")
+        return lora_tensors(module, right, torch.empty(self.shape[0], self.rank, dtype=self.dtypes[1], device="meta"))
+
+
+def write_adapter(
+    folder: Path, others: Mapping[str, Tensor], shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """adapter_model.safetensors: `others`, meta tensors by name, then the factors of `shapes`; so come `tensors`."""
+    planned = [*others.items(), *(entry for module, shape in shapes.items() for entry in shape.tensors(module))]
+    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
+    writer.write(tensors)
+    writer.close()

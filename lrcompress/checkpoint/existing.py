@@ -183,7 +183,7 @@ def _check_rest(folder: Path, reader: CheckpointReader, compressed: Mapping[str,
             if own.keys() & _tied_with(dense.skeleton, name):
                 continue
             raise InputError(f"base {folder} has no tensor {name}: it belongs to another model")
-        first, second = (next(t for _, t in r.read([key])) for r, key in ((dense.reader, source), (reader, own[name])))
+        first, second = (r.tensor(key) for r, key in ((dense.reader, source), (reader, own[name])))
         if first.shape != second.shape:
             raise InputError(
                 f"base {folder} stores {name} as {tuple(second.shape)}, the dense model as {tuple(first.shape)}"

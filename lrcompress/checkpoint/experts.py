@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.model.experts import LinearExperts, experts_of, linear_experts
-from lrcompress.model.skeleton import Renaming
+from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
+from lrcompress.model.skeleton import Renaming, empty_model, read_config
+
+
+def open_skeleton(
+    folder: Path, compressed: Iterable[str] = (), *, trust_remote_code: bool = False
+) -> tuple[nn.Module, "ExpertReader"]:
+    """The model of a folder on the meta device, its experts as linear layers, and its tensors under these names."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    skeleton = empty_model(config, trust_remote_code=trust_remote_code)
+    linearise(skeleton)
+    return skeleton, ExpertReader(folder, skeleton, compressed)
 
 
 @dataclass

@@ -70,7 +70,7 @@ class ForeignWeights(ABC):
     def read(self, name: str, leaf: str) -> Tensor:
         """The tensor itself."""
         self.meta(name, leaf)
-        return next(t for _, t in self.reader.read([f"{self.stems[name]}.{leaf}"]))
+        return self.reader.tensor(f"{self.stems[name]}.{leaf}")
 
     def refuse(self, name: str, reason: str) -> InputError:
         """What to raise where a layer cannot be taken over."""

@@ -81,6 +81,10 @@ class CheckpointReader:
                         tensor = shard.get_tensor(name).clone()
                     yield name, _finite(name, path, tensor)
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, checked as in `read`."""
+        return next(tensor for _, tensor in self.read([name]))
+
     def read_slice(self, name: str, index: int) -> Tensor:
         """Element `index` of the first dimension of a tensor, as (1, ...); checked as in `read`."""
         from safetensors import safe_open

@@ -36,12 +36,8 @@ def compress(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB.", rich_help_panel=o.OUTPUT)] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.", rich_help_panel=o.OUTPUT)
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=o.OUTPUT)
-    ] = False,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the needs, write nothing.", rich_help_panel=o.OUTPUT)
     ] = False,

@@ -71,12 +71,8 @@ def heal(
     ] = "auto",
     seed: o.Seed = 0,
     device: o.Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a non-empty output folder.", rich_help_panel=o.OUTPUT)
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=o.OUTPUT)
-    ] = False,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
     trust_remote_code: o.Trust = False,
     cache: o.Cache = None,
     json_file: o.Json = None,

@@ -8,7 +8,6 @@ import typer
 from lrcompress.cli import options as o
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Output folder.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")]
 
 
 def merge(
@@ -19,7 +18,7 @@ def merge(
     basis: Annotated[int | None, typer.Option(help="Elements of every module's basis, below the tasks.")] = None,
     size: Annotated[str | None, typer.Option(metavar="SIZE", help="Bytes of the whole at most, such as 5MB.")] = None,
     error: Annotated[float | None, typer.Option(help="The smallest basis with at most this relative error.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show bytes and errors, write nothing.")] = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -43,7 +42,7 @@ def extract(
     shared: Annotated[str, typer.Argument(help="A folder that merge wrote.", show_default=False)],
     task: Annotated[str, typer.Option(help="The task's name: that of its adapter's folder.", show_default=False)],
     output: Output,
-    overwrite: Overwrite = False,
+    overwrite: o.Overwrite = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:

@@ -66,7 +66,9 @@ Refine = Annotated[
 ]
 Allocator = Annotated[
     str | None,
-    typer.Option(help="How many bytes for which weight: uniform, welore, marginal_error.", rich_help_panel=MODEL),
+    typer.Option(
+        help="How many bytes for which weight: uniform, welore, marginal_error, sensitivity.", rich_help_panel=MODEL
+    ),
 ]
 Format = Annotated[
     str | None,
@@ -96,8 +98,10 @@ CalibrationOption = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Calibration blocks in all.", rich_help_panel=DATA)]
 Seqlen = Annotated[int, typer.Option(min=8, help="Tokens per calibration block.", rich_help_panel=DATA)]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", rich_help_panel=DATA)]
-
-
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a non-empty output folder.", rich_help_panel=OUTPUT)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
 Memory = Annotated[
     str | None,
     typer.Option(

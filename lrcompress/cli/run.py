@@ -17,8 +17,8 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as ratio=0.3 or method.metric=plain."),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the expectations as JUnit XML for a pipeline.")
     ] = None,

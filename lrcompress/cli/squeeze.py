@@ -30,7 +30,7 @@ def squeeze(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output folder [default: ./ADAPTER-squeezed-AMOUNT].")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a non-empty output folder.")] = False,
+    overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show ranks and errors, write nothing.")] = False,
     device: o.Device = "auto",
     trust_remote_code: o.Trust = False,

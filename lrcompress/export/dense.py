@@ -128,7 +128,7 @@ def write_weights(
                 tensor = fused_tensor(source, holder, experts[holder], key, metas[name].dtype)
                 writer.write([(name, tensor)])
             elif module is None:
-                writer.write([(name, cast(source.tensor(name)))])
+                writer.write([(name, cast(source.reader.tensor(name)))])
             else:
                 writer.write(dense_tensors(source, module, written(name)))
             tick()
@@ -146,7 +146,7 @@ def fused_tensor(source: Source, name: str, experts: LinearExperts, parameter: s
             layer = full.rpartition(".")[0]
             compressed = layer in source.manifest.modules
             parts[key] = (
-                dict(dense_tensors(source, layer, dtype))[full] if compressed else source.tensor(full).to(dtype)
+                dict(dense_tensors(source, layer, dtype))[full] if compressed else source.reader.tensor(full).to(dtype)
             )
         found[index] = experts.join(parameter, parts)
     return found

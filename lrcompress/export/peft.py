@@ -1,5 +1,6 @@
 """The corrections of a checkpoint as a LoRA adapter, and the base alone as a checkpoint beside it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.adapter import CONFIG, STEM, empty_lora, lora_tensors, new_config
+from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, new_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
@@ -50,7 +51,7 @@ def export_peft(
         base = folder / BASE
         base.mkdir()
         write_base(source, bases, base, limit, reporter)
-        write_adapter(source, corrected, folder, reporter)
+        write_corrections(source, corrected, folder, reporter)
         ranks = {name: spec.rank for name, spec in corrected.items()}
         write_json(folder / CONFIG, new_config(ranks, str((output / BASE).resolve()), corrected))
         report = exported_report(source, CheckpointReader(base), bases)
@@ -90,7 +91,7 @@ def write_base(source: Source, bases: dict[str, Spec], folder: Path, limit: int,
     writer = ShardedWriter(folder, [(name, source.reader.meta(stored)) for name, stored in kept], limit)
     with reporter.phase("write base", len(kept)) as tick:
         for name, stored in kept:
-            writer.write([(name, source.tensor(stored))])
+            writer.write([(name, source.reader.tensor(stored))])
             tick()
     writer.close()
 
@@ -106,21 +107,21 @@ def base_name(source: Source, name: str) -> str | None:
     return name if key in ("weight", "bias") else None
 
 
-def write_adapter(source: Source, corrected: dict[str, Spec], folder: Path, reporter: Reporter) -> None:
-    """adapter_model.safetensors, a layer in memory at a time."""
-    planned: list[tuple[str, Tensor]] = []
-    for name, spec in corrected.items():
-        dtype = factor_dtype(source, name)
-        planned += empty_lora(name, spec.shape, spec.rank, (dtype, dtype))
-    writer = ShardedWriter(folder, planned, 2**63, stem=STEM)
-    with reporter.phase("write adapter", len(corrected)) as tick:
-        for name in corrected:
-            layer, dtype = source.layer(name), factor_dtype(source, name)
-            assert isinstance(layer, Sum)
-            left, right = layer.factors()
-            writer.write(lora_tensors(name, right.to(dtype), left.to(dtype)))
-            tick()
-    writer.close()
+def write_corrections(source: Source, corrected: dict[str, Spec], folder: Path, reporter: Reporter) -> None:
+    """Its file, a layer in memory at a time."""
+    dtypes = {name: factor_dtype(source, name) for name in corrected}
+    shapes = {name: Shape(spec.shape, spec.rank, (dtypes[name],) * 2) for name, spec in corrected.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        with reporter.phase("write adapter", len(corrected)) as tick:
+            for name, dtype in dtypes.items():
+                layer = source.layer(name)
+                assert isinstance(layer, Sum)
+                left, right = layer.factors()
+                yield from lora_tensors(name, right.to(dtype), left.to(dtype))
+                tick()
+
+    write_adapter(folder, {}, shapes, tensors())
 
 
 def factor_dtype(source: Source, name: str) -> torch.dtype:

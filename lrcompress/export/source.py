@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrcompress.budget import Ratio
 from lrcompress.checkpoint.manifest import Manifest, check_stored, read_manifest, read_weight, site_bytes, site_numbers
@@ -27,10 +26,6 @@ class Source:
     manifest: Manifest
     reader: CheckpointReader
     report: dict[str, Any] | None
-
-    def tensor(self, name: str) -> Tensor:
-        """One stored tensor."""
-        return next(tensor for _, tensor in self.reader.read([name]))
 
     def owner(self, name: str) -> str | None:
         """The compressed module that tensor `name` belongs to, None for a tensor of the dense rest."""

@@ -78,11 +78,3 @@ def _damped(gram: Tensor) -> Tensor:
     mean = gram.diagonal().mean()
     shift = DAMPING * torch.where(mean > 0, mean, torch.ones_like(mean))
     return gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-
-
-def factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), s (r,) and Vᵀ (r, n) of left (m, r) @ right (r, n), float64, without forming the product."""
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double().T)
-    u, s, vt = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ u, s, vt @ q_right.T

@@ -114,7 +114,8 @@ class BlockWalker:
         """
         first = self.model.get_submodule(self.blocks[0])
         own = {name for name in names if name.startswith(self.blocks[0] + ".")}
-        seen = {name for name in own if experts_of(name, linear_experts(self.model)) is not None}
+        experts = linear_experts(self.model)
+        seen = {name for name in own if experts_of(name, experts) is not None}
         forward = first.forward
 
         def run(*args: Any, **kwargs: Any) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.formats import restored
 from lrcompress.formats.sparse_dictionary import SparseDictionary, product
-from lrcompress.model.experts import linearise
-from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks, read_config
+from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.model.targets import find_sites
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import block_and_kind
@@ -25,10 +24,7 @@ def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool 
     """Every linear layer of the blocks as it is stored; with `spectra`, 16 quantiles of its singular values."""
     opened = open_model(model)
     manifest = read_manifest(opened.folder) or Manifest("dense", {})
-    config = read_config(opened.folder, trust_remote_code=trust_remote_code)
-    skeleton = empty_model(config, trust_remote_code=trust_remote_code)
-    linearise(skeleton)
-    reader = ExpertReader(opened.folder, skeleton, manifest.modules)
+    skeleton, reader = open_skeleton(opened.folder, manifest.modules, trust_remote_code=trust_remote_code)
     named = sorted(manifest.modules)
     sites = find_sites(skeleton, find_blocks(skeleton), named, []) if named else []
     inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
@@ -77,7 +73,7 @@ def stored_weight(site: Site, spec: Spec | None, reader: CheckpointReader, names
     """The weight (out, in) as the stored tensors give it, float32."""
     if spec is None:
         key = names.get(f"{site.name}.weight", f"{site.name}.weight")
-        weight = next(t for _, t in reader.read([key])).float()
+        weight = reader.tensor(key).float()
         return weight.T if site.conv1d else weight
     return restored(spec, read_weight(reader, site.name, spec), torch.float32).dense()
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.opening import open_dense
 from lrcompress.errors import InputError
 from lrcompress.model.device import decomposition_device, resolve_device
-from lrcompress.model.experts import linearise
-from lrcompress.model.skeleton import checkpoint_names, empty_model, read_config
+from lrcompress.model.skeleton import checkpoint_names
 from lrcompress.model.targets import is_conv1d, is_linear
 from lrcompress.protocols import Site
 from lrcompress.report.finished import Target
@@ -42,11 +41,8 @@ def dense_spectra(
     """
     opened = open_dense(model)
     where = decomposition_device(resolve_device(device))
-    config = read_config(opened.folder, trust_remote_code=trust_remote_code)
-    skeleton = empty_model(config, trust_remote_code=trust_remote_code)
-    linearise(skeleton)
+    skeleton, reader = open_skeleton(opened.folder, trust_remote_code=trust_remote_code)
     sites = [_site(model, skeleton, target) for target in targets]
-    reader = ExpertReader(opened.folder, skeleton)
     names = checkpoint_names(skeleton, reader.names())
     found = {}
     for target, site in zip(targets, sites, strict=True):

@@ -65,7 +65,7 @@ def memory_need(opened: Opened) -> int:
     blocks = range(len(opened.blocks) + 1)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
     # The logits of one sample, their log-softmax and its input in float32.
-    logits = 3 * 4 * _length(opened) * _vocabulary(opened)
+    logits = 3 * 4 * _length(opened) * opened.vocabulary
     return max(peak_rss_bytes(), psutil.Process().memory_info().rss + max(largest + _activations(opened), logits))
 
 
@@ -174,7 +174,3 @@ def _tokens(opened: Opened) -> int:
 
 def _length(opened: Opened) -> int:
     return max(seqlen for _, _, seqlen in opened.request.sources)
-
-
-def _vocabulary(opened: Opened) -> int:
-    return int(opened.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]

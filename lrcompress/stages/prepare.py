@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -78,6 +77,11 @@ class Opened:
     def blocks(self) -> list[str]:
         """Module names of the decoder blocks."""
         return self.walker.blocks
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     @property
     def dense_checkpoint_bytes(self) -> int:
@@ -319,10 +323,9 @@ def calibrate_model(opened: Opened) -> None:
     ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
-    vocabulary = _vocabulary(opened.skeleton)
-    if int(ids.max()) >= vocabulary:
+    if int(ids.max()) >= opened.vocabulary:
         raise InputError(
-            f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {vocabulary}: "
+            f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {opened.vocabulary}: "
             "its tokenizer files belong to another model"
         )
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
@@ -359,7 +362,3 @@ def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter
             f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters, {largest} alone "
             f"{others[largest] / total:.0%}: a ratio of the targets says little here, read that of the whole model"
         )
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])

@@ -223,9 +223,9 @@ class HiddenWalk:
 def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
     """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
     found: Found = {}
-    if statistics and opened.experts:
-        statistics = complete(opened.sites_of(block), statistics, opened.experts, _tokens(opened))
     sites = opened.sites_of(block)
+    if statistics and opened.experts:
+        statistics = complete(sites, statistics, opened.experts, _tokens(opened))
     for site in (sites[place] for place in processes().own([decomposition_cost(site) for site in sites])):
         start = time.perf_counter()
         with reporter.timed("decompose"):

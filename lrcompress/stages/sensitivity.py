@@ -1,7 +1,6 @@
 """What cutting one weight costs: the true divergence of the model's predictions, measured weight by weight."""
 
 import math
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,10 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.processes import processes
-from lrcompress.protocols import Curve, Site
+from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import SUMMARY, Artefacts
+from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.store import encode_site, installed
 from lrcompress.stages.workspace import write_json
 
@@ -54,7 +53,7 @@ def measure_sensitivities(opened: Opened, artefacts: Artefacts, reporter: Report
             for block in range(blocks):
                 with walker.block(block) as module:
                     for site in opened.sites_of(block):
-                        with _cut(opened, artefacts, site, errors):
+                        with installed(opened, _cut(opened, artefacts, site, errors)):
                             for sample in range(len(ids)):
                                 _run(opened, block, module, states, sample, cuts[site.name] + sample, site.name)
                     for place in range(live):
@@ -72,18 +71,19 @@ def cut_level(curve: Curve) -> int:
     return int((curve.bytes[:-1] - CUT * curve.dense_bytes).abs().argmin())
 
 
-def _cut(opened: Opened, artefacts: Artefacts, site: Site, errors: dict[str, float]) -> AbstractContextManager[None]:
-    """Context in which `site` alone is stored at its cut; its squared error goes to `errors`."""
+def _cut(
+    opened: Opened, artefacts: Artefacts, site: Site, errors: dict[str, float]
+) -> dict[str, tuple[Spec, dict[str, Tensor]]]:
+    """`site` as it is stored at its cut, for store.installed; its squared error goes to `errors`."""
     method, artefact = opened.request.method, artefacts.load(site)
     curve = method.curve(site, opened.dtype.itemsize)
     if len(curve.ranks) < 2:  # never anything but dense
         errors[site.name] = 0.0
-        return installed(opened, {})
+        return {}
     level = cut_level(curve)
     errors[site.name] = float(artefact["errors"][level])
     spec = method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
-    kept = {key: tensor for key, tensor in artefact.items() if key not in SUMMARY}
-    return installed(opened, {site.name: (spec, encode_site(opened, site, spec, kept))})
+    return {site.name: (spec, encode_site(opened, site, spec, artefact))}
 
 
 def _run(
@@ -106,6 +106,7 @@ def _divergences(
 ) -> dict[str, float]:
     """Mean divergence per site, those outside the blocks cut here."""
     walker = opened.walker
+    outside = {site.name: _cut(opened, artefacts, site, errors) for site in opened.sites_of(len(opened.blocks))}
     total: dict[str, float] = {}
     counted = 0
     for sample, tokens in enumerate(ids):
@@ -120,9 +121,9 @@ def _divergences(
             counted += len(dense)
             for name, first in cuts.items():
                 total[name] = total.get(name, 0.0) + _kl(dense, logs(first + sample))
-            for site in opened.sites_of(len(opened.blocks)):
-                with _cut(opened, artefacts, site, errors):
-                    total[site.name] = total.get(site.name, 0.0) + _kl(dense, logs(sample))
+            for name, cut in outside.items():
+                with installed(opened, cut):
+                    total[name] = total.get(name, 0.0) + _kl(dense, logs(sample))
     return {name: value / counted for name, value in total.items()}
 
 

@@ -88,7 +88,7 @@ def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tens
 def dense_bias(opened: Opened, site: Site) -> Tensor | None:
     """The bias, float32, of the layer that is compressed."""
     key = opened.walker.names.get(site.name + ".bias")
-    return next(t for _, t in opened.reader.read([key])).float() if key else None
+    return opened.reader.tensor(key).float() if key else None
 
 
 def as_stored(opened: Opened, site: Site, raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ class Layout:
         """A tensor of the dense model, or the empty one that stands for experts that are no longer fused."""
         if name in self._empty:
             return torch.empty(0, dtype=self._opened.dtype)
-        tensor = next(tensor for _, tensor in self._opened.reader.read([self._key(name)]))
+        tensor = self._opened.reader.tensor(self._key(name))
         return tensor.to(self._opened.written_dtype(tensor))
 
 

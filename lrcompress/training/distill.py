@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.opening import open_dense
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype
-from lrcompress.model.skeleton import empty_model, find_blocks, read_config
+from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
 from lrcompress.training.rows import IGNORED, Rows
 
@@ -34,11 +35,7 @@ POSITIONS = 256
 
 def open_teacher(label: str, device: torch.device, *, trust_remote_code: bool = False) -> BlockWalker:
     """The dense model `label`, its embeddings and head in memory, its blocks in their files."""
-    opened = open_dense(label)
-    reader = opened.reader()
-    skeleton = empty_model(
-        read_config(opened.folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-    )
+    skeleton, reader = open_skeleton(open_dense(label).folder, trust_remote_code=trust_remote_code)
     return BlockWalker(skeleton, reader, device, compute_dtype(device, reader.dtype))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.errors import InputError, nearest
+from lrcompress.errors import InputError
 from lrcompress.linalg.factor_pairs import (
     closest_pivoted_step,
     closest_step,
@@ -104,8 +104,6 @@ def _as_factors(pair: Pair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def make_optimizer(name: str, trainable: Trainable, lr: float) -> torch.optim.Optimizer:
     """The optimiser of that name; InputError where it needs pairs of factors and none are trained."""
-    if name not in OPTIMIZERS:
-        raise InputError(f"--optimizer {name!r} is unknown: {nearest(name, list(OPTIMIZERS))}")
     kind = OPTIMIZERS[name]
     if kind is None:
         return torch.optim.AdamW(trainable.parameters, lr, BETAS, EPS, weight_decay=0.0)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lrcompress.checkpoint.reader import CheckpointReader
-from lrcompress.errors import InputError, nearest
+from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
+from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.sum import Sum
-from lrcompress.linalg.factor_pairs import factored_svd
+from lrcompress.linalg.truncation import retruncate
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
 
@@ -156,8 +157,6 @@ class Trainable:
 
 def choose(model: nn.Module, what: str, reader: CheckpointReader) -> Trainable:
     """Set up `model`, loaded from the files of `reader`, so that only what `what` names is trained, in float32."""
-    if what not in CHOICES:
-        raise InputError(f"--train {what!r} is unknown: {nearest(what, list(CHOICES))}")
     model.requires_grad_(False)
     found = Trainable(model)
     CHOICES[what](found, reader)
@@ -206,13 +205,14 @@ def _singular_values(found: Trainable, reader: CheckpointReader) -> None:
         names = [f"{stem}.{pair.left}", f"{stem}.{pair.right}"]
         if pair.pivoted:
             unfolded = torch.cat([torch.eye(len(right), dtype=left.dtype, device=left.device), left.detach()])
-            u, s, vt = factored_svd(unfolded, right.detach())
-            made = SingularValues(u[: len(right)].float(), (s[:, None] * vt).float())
+            spectrum = retruncate(unfolded, right.detach())
+            made = SingularValues(spectrum.left[: len(right)].float(), spectrum.right.float())
             names = names[1:]
         else:
-            u, s, vt = factored_svd(left.detach(), right.detach())
-            left.data = (u * s.sqrt()).to(left.device, left.dtype)
-            made = SingularValues(None, (s.sqrt()[:, None] * vt).to(right.dtype))
+            spectrum = retruncate(left.detach(), right.detach())
+            balanced = LowRank.encode(spectrum.left, spectrum.right, None)
+            left.data = balanced["B.weight"].to(left.device, left.dtype)
+            made = SingularValues(None, balanced["A.weight"].to(right.dtype))
         for name in names:
             found.dtypes[name] = reader.meta(name).dtype
         _parametrise(found.model, f"{stem}.{pair.right}", made)

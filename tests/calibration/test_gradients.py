@@ -14,24 +14,25 @@ from lrcompress.stages.profile import HiddenWalk
 from tests.conftest import ARCHITECTURES, compress_tiny
 
 
+def walked(model, folder, **changes):
+    """A model opened for gradients, and the hidden states before and after every block."""
+    data = {"model": str(model), "method": {"name": "lord", "metric": "two_sided"}, "ratio": 0.3, **changes}
+    opened = open_request(check_request(make_recipe(data)), Reporter(quiet=True))
+    walk = HiddenWalk(opened, folder)
+    walk.start(0)
+    for block in range(len(opened.blocks)):
+        with opened.walker.block(block) as module:
+            walk.step(block, module, [], lambda: None)
+    return opened, walk
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("chunk", "gram"), [(7, True), (1000, True), (1000, False)])
 def test_streamed_gradients_equal_autograd(make_model, tmp_path, monkeypatch, architecture, chunk, gram):
     monkeypatch.setattr("lrcompress.calibration.gradients.CHUNK", chunk)
-    recipe = make_recipe(
-        {
-            "model": str(make_model(architecture)),
-            "method": {"name": "lord", "metric": "two_sided"},
-            "ratio": 0.3,
-            "calibration": {"source": "python-docs", "samples": 3, "seqlen": 32},
-        }
-    )
-    opened = open_request(check_request(recipe), Reporter(quiet=True))
-    walk, blocks = HiddenWalk(opened, tmp_path / "hidden"), len(opened.blocks)
-    walk.start(0)
-    for block in range(blocks):
-        with opened.walker.block(block) as module:
-            walk.step(block, module, [], lambda: None)
+    calibration = {"source": "python-docs", "samples": 3, "seqlen": 32}
+    opened, walk = walked(make_model(architecture), tmp_path / "hidden", calibration=calibration)
+    blocks = len(opened.blocks)
     ids = opened.calibration.ids
     last, out = walk.calibration(blocks), walk.gradients(walk.gradient_path(blocks))
     loss_gradients(opened.walker, ids, last, out, [], gram=gram)
@@ -112,13 +113,8 @@ def test_drawn_labels_give_the_fisher_information(make_model, tmp_path):
     """At the logits it is diag(p) - p pᵀ; the text's own labels, never drawn, give something else."""
     data = {"method": {"name": "lord", "metric": "two_sided", "labels": "sampled"}, "target": ["lm_head"]}
     calibration = {"source": "python-docs", "samples": 2, "seqlen": 16}
-    recipe = make_recipe({"model": str(make_model("llama")), "ratio": 0.3, "calibration": calibration, **data})
-    opened = open_request(check_request(recipe), Reporter(quiet=True))
-    walk, blocks = HiddenWalk(opened, tmp_path / "hidden"), len(opened.blocks)
-    walk.start(0)
-    for block in range(blocks):
-        with opened.walker.block(block) as module:
-            walk.step(block, module, [], lambda: None)
+    opened, walk = walked(make_model("llama"), tmp_path / "hidden", calibration=calibration, **data)
+    blocks = len(opened.blocks)
     ids, last = opened.calibration.ids, walk.calibration(blocks)
     out = walk.gradients(walk.gradient_path(blocks))
 

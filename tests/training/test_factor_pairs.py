@@ -7,11 +7,11 @@ from torch import Tensor
 from lrcompress.linalg.factor_pairs import (
     closest_pivoted_step,
     closest_step,
-    factored_svd,
     nearest_gauge,
     scaled_step,
     sylvester,
 )
+from lrcompress.linalg.truncation import retruncate
 
 SHAPES = [(7, 5, 3), (4, 9, 4), (6, 6, 1), (8, 3, 2)]
 
@@ -138,9 +138,11 @@ def test_sylvester_solves_its_equation():
 
 
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_factored_svd_is_that_of_the_product(m, n, r):
+def test_the_decomposition_of_a_pair_is_that_of_its_product(m, n, r):
     left, right, _ = pair(m, n, r)
-    u, s, vt = factored_svd(left, right)
+    spectrum = retruncate(left, right)
+    u, s = spectrum.left, spectrum.energies.sqrt()
+    vt = spectrum.right / s[:, None]
     torch.testing.assert_close((u * s) @ vt, left @ right)
     torch.testing.assert_close(s, torch.linalg.svdvals(left @ right)[:r])
     torch.testing.assert_close(u.T @ u, torch.eye(r, dtype=torch.float64))

@@ -30,14 +30,6 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def corpus(text, tmp_path_factory):
-    """A file of text short enough to be tokenised at once."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text[:30_000])
-    return path
-
-
-@pytest.fixture(scope="module")
 def healed(corpus):
     def run(folder, output, data=None, resume=False, dense=None, **settings):
         settings = {"steps": 6, "lr": 3e-3, "device": "cpu", **settings}

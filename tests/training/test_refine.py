@@ -26,13 +26,6 @@ def tensors(folder):
 
 
 @pytest.fixture(scope="module")
-def corpus(text, tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text[:30_000])
-    return path
-
-
-@pytest.fixture(scope="module")
 def trained(llama, corpus, tokenizer, tmp_path_factory):
     """The tiny Llama, trained until it has something to teach."""
     rows = gather([Source(str(corpus))], 1000, 64, tokenizer, 0, corpus)[0].ids

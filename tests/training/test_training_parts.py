@@ -210,6 +210,15 @@ def test_the_teacher_says_what_the_whole_dense_model_says(architecture, make_mod
         torch.testing.assert_close(teacher.outputs(0, index), whole.hidden_states[1][index], rtol=1e-4, atol=1e-4)
 
 
+def test_a_mixture_of_experts_teaches_too(make_model, rows, tmp_path):
+    folder = make_model("mixtral")
+    teacher = Teacher(open_teacher(str(folder), torch.device("cpu")), rows, 2, tmp_path, features=False)
+    with torch.no_grad():
+        whole = load(folder)(input_ids=rows.ids).logits
+    for index in range(len(rows)):
+        torch.testing.assert_close(teacher.logits(index), whole[index], rtol=1e-4, atol=1e-4)
+
+
 def test_distillation_losses_by_hand(llama, rows, tmp_path):
     teacher = Teacher(open_teacher(str(llama), torch.device("cpu")), rows, 2, tmp_path, features=True)
     dense = load(llama)
