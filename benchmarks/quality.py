@@ -44,6 +44,7 @@ def ours(args: argparse.Namespace) -> dict:
         "calibration": [{"source": s, "samples": args.samples, "seqlen": args.seqlen} for s in args.calibration],
         "evaluate": {"tasks": [f"tokens:{text}@{args.seqlen}" for text in args.texts], "limit": args.limit},
         "output": str(args.work / "ours"),
+        "keep": args.keep,
     }
     return sweep(validated(Sweep, data, "quality.py"), reporter=Reporter())
 
@@ -75,26 +76,27 @@ def theirs(args: argparse.Namespace, dense_bytes: float) -> list[dict]:
 
     rows = []
     for name in args.peers:
-        for ratio in args.ratios:
-            path = args.work / "peers" / f"{name}-{ratio:g}.json"
-            if not path.exists():
-                if text is None:
-                    put({})
-                    text = peers.gather(model, layers, ids, gradients="zs_svd" in args.peers)
-                begin = time.perf_counter()
-                extra = {"asvd": (loss, STEPS), "rocket": (STEPS, [1.5, 2.0, 3.0])}.get(name, ())
-                found, numbers = getattr(peers, name)(weights, text, 1 - ratio, *extra)
-                seconds = time.perf_counter() - begin
-                put(found)
-                results = {key: token_perplexity(model, part, lambda: None) for key, part in blocks.items()}
-                row = {
-                    "method": TITLES[name], "ratio": ratio, "seed": 0, "stored_ratio": 1 - numbers / targets,
-                    "bytes": dense_bytes - 2 * (targets - numbers), "seconds": seconds, "results": results,
-                }  # fmt: skip
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(row))
-            rows.append(json.loads(path.read_text()))
-            print(name, ratio, rows[-1]["results"], file=sys.stderr, flush=True)
+        paths = {ratio: args.work / "peers" / f"{name}-{ratio:g}.json" for ratio in args.ratios}
+        missing = [ratio for ratio, path in paths.items() if not path.exists()]
+        if missing and text is None:
+            put({})
+            text = peers.gather(model, layers, ids, gradients="zs_svd" in args.peers)
+        extra = {"asvd": (loss, STEPS), "rocket": (STEPS, [1.5, 2.0, 3.0])}.get(name, ())
+        begin = time.perf_counter()
+        compressed = getattr(peers, name)(weights, text, [1 - ratio for ratio in missing], *extra)
+        for ratio, (found, numbers) in zip(missing, compressed, strict=True):
+            seconds = time.perf_counter() - begin
+            put(found)
+            results = {key: token_perplexity(model, part, lambda: None) for key, part in blocks.items()}
+            row = {
+                "method": TITLES[name], "ratio": ratio, "seed": 0, "stored_ratio": 1 - numbers / targets,
+                "bytes": dense_bytes - 2 * (targets - numbers), "seconds": seconds, "results": results,
+            }  # fmt: skip
+            paths[ratio].parent.mkdir(parents=True, exist_ok=True)
+            paths[ratio].write_text(json.dumps(row))
+            print(name, ratio, results, file=sys.stderr, flush=True)
+            begin = time.perf_counter()
+        rows += [json.loads(path.read_text()) for path in paths.values()]
     return rows
 
 
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="of every source")
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--keep", action="store_true", help="our checkpoints too, in WORK/ours")
     args = parser.parse_args()
     result = ours(args)
     result["points"] += theirs(args, result["dense"]["bytes"])
