@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
 from lrcompress.errors import InputError
+from lrcompress.formats import StoredLinear
 from lrcompress.model.experts import linear_experts, linearise
 from lrcompress.model.surgery import connect, densify, install
 
@@ -61,6 +62,17 @@ class LrcompressQuantizer(HfQuantizer):
             _check_shape(name, replaced, spec.shape, spec.conv1d)
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
         connect(model, manifest.modules)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name in self.quantization_config.manifest().modules:
+            module = model.get_submodule(name)
+            assert isinstance(module, StoredLinear)
+            if any(tensor.is_meta for tensor in module.state_dict().values()):
+                continue  # offloaded
+            try:
+                module.check_indices()
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Without the conversions into fused experts: we store experts as they are here."""

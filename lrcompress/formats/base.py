@@ -96,6 +96,16 @@ class StoredLinear(nn.Module, ABC):
         """The state dict of the same weight with nothing shared."""
         return dict(self.state_dict())
 
+    def check_indices(self) -> None:
+        """Raise InputError where stored indices point where nothing is, as those of a damaged file may."""
+
+    def refuse_index(self, tensor: str, wanted: str) -> InputError:
+        """The error of `check_indices`."""
+        return InputError(
+            f"format {self.name} of shape {self.spec.shape}: {tensor} is not {wanted}: the checkpoint is damaged, "
+            "copy it again or compress again"
+        )
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The weight (out, in) that this layer multiplies by, in the factors' dtype."""
@@ -151,12 +161,13 @@ def restored(
 ) -> StoredLinear:
     """The module of stored tensors, those that it shares among them, computing in `dtype`; nothing requires gradients.
 
-    The empty `weight` may be missing from the tensors.
+    The empty `weight` may be missing from the tensors. InputError where their indices point nowhere.
     """
     with torch.device("meta"):
         module = build(spec.alone(), dtype)
     cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
     module.load_state_dict({"weight": torch.empty(0, dtype=dtype, device=device), **cast}, assign=True)
+    module.check_indices()
     return module.requires_grad_(False)
 
 

@@ -72,6 +72,11 @@ class Pivoted(StoredLinear):
             stored["rest.bias"] = bias[others] - coefficients @ bias[pivots]
         return stored
 
+    def check_indices(self) -> None:
+        places = torch.arange(self.out_features, device=self.order.device)
+        if not torch.equal(self.order.long().sort().values, places):
+            raise self.refuse_index("order", f"a permutation of 0 to {self.out_features - 1}")
+
     def factor_pair(self) -> FactorPair:
         return FactorPair("rest.weight", "pivot.weight", pivoted=True)
 

@@ -59,11 +59,19 @@ class SemiSparse(DecodedLinear):
         }
         return stored if bias is None else {**stored, "bias": bias}
 
+    def check_indices(self) -> None:
+        if not bool((self._places().diff(dim=-1) > 0).all()):
+            raise self.refuse_index("positions", "two ascending places in every four columns")
+
+    def _places(self) -> Tensor:
+        """(out, quads, 2): the columns within their quad."""
+        places = unpack(self.positions, POSITION_BITS, KEPT * self.quads).long()
+        return places.reshape(self.out_features, self.quads, KEPT)
+
     def dense(self) -> Tensor:
-        positions = unpack(self.positions, POSITION_BITS, KEPT * self.quads).long()
         quads = self.values.new_zeros(self.out_features, self.quads, WIDTH)
-        shape = (self.out_features, self.quads, KEPT)
-        filled = quads.scatter(-1, positions.reshape(shape), self.values.reshape(shape))
+        positions = self._places()
+        filled = quads.scatter(-1, positions, self.values.reshape(positions.shape))
         return filled.flatten(1)[:, : self.in_features]
 
     def dense_bias(self) -> Tensor | None:

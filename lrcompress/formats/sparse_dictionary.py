@@ -98,6 +98,18 @@ class SparseDictionary(StoredLinear):
             stored |= _named("dictionary", quantised(dictionary, _bits(spec, "dictionary_bits")))
         return stored if bias is None else {**stored, "bias": bias}
 
+    def check_indices(self) -> None:
+        atoms, nonzeros = _sizes(self.spec)
+        if _masked(self.spec):
+            sound = bool((self._support().sum(1) == nonzeros).all())
+            wanted = f"a mask of {nonzeros} of {atoms} atoms in every row"
+        else:
+            index = self.positions.long()
+            sound = bool((index[:, 0] >= 0).all() and (index[:, -1] < atoms).all() and (index.diff(dim=1) > 0).all())
+            wanted = f"{nonzeros} ascending numbers from 0 to {atoms - 1} in every row"
+        if not sound:
+            raise self.refuse_index("positions", wanted)
+
     def follow(self, owner: StoredLinear) -> None:
         """In a tuple, so that the owner is no submodule, is copied with the model, and may be moved and trained."""
         if not isinstance(owner, SparseDictionary) or not _same_dictionary(self.spec, owner.spec):

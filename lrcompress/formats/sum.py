@@ -91,6 +91,9 @@ class Sum(StoredLinear):
             stored |= {"A_codes": pack(a + half, bits), "B_codes": pack(b + half, bits), "scale": scale.float()}
         return stored if bias is None else {**stored, "bias": bias}
 
+    def check_indices(self) -> None:
+        self.base.check_indices()
+
     def factor_pair(self) -> FactorPair | None:
         return FactorPair("B.weight", "A.weight") if self.bits == 16 else None
 

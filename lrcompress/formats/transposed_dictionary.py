@@ -48,6 +48,9 @@ class TransposedDictionary(StoredLinear):
         named = {f"inner.{key}": tensor for key, tensor in stored.items()}
         return named if bias is None else {**named, "bias": bias}
 
+    def check_indices(self) -> None:
+        self.inner.check_indices()
+
     def dense(self) -> Tensor:
         return self.inner.dense().T
 

@@ -11,16 +11,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import OpenedModel, load_tokenizer, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, LrcompressError
+from lrcompress.export.dense import export_dense
 from lrcompress.formats import stored_tensors
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites
+from tests.conftest import compress_tiny
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 FUZZ = settings(deadline=None, max_examples=40, derandomize=True,
@@ -148,6 +151,31 @@ def test_any_manifest_is_read_or_refused(data, case):
         entry |= data.draw(st.dictionaries(st.sampled_from(sorted(entry)), junk | st.integers(-2, 60), max_size=2))
     manifest |= data.draw(st.dictionaries(st.sampled_from(sorted(manifest)), junk, max_size=1))
     refused_or_fine(build, manifest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor"),
+    [
+        ({"method": "lord"}, "order"),
+        ({"method": "cospadi"}, "positions"),
+        ({"method": {"name": "cospadi", "k_over_s": 16.0}}, "positions"),
+        ({"method": {"name": "cospadi", "side": "input"}}, "inner.positions"),
+        ({"method": "eora", "base": "wanda:2:4", "rank": 2, "ratio": None}, "base.positions"),
+    ],
+)
+def test_an_index_that_points_nowhere_is_refused(llama, tmp_path, changes, tensor):
+    output = tmp_path / "out"
+    compress_tiny(llama, output, **changes)
+    (shard,) = output.glob("*.safetensors")
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("." + tensor))
+    tensors[name].view(torch.uint8).flatten()[0] ^= 0x7F
+    save_file(tensors, shard, metadata={"format": "pt"})
+    module = name.removesuffix("." + tensor)
+    with pytest.raises(InputError, match=f"{module}.*damaged"):
+        AutoModelForCausalLM.from_pretrained(output)
+    with pytest.raises(InputError, match="damaged"):
+        export_dense(str(output), tmp_path / "dense")
 
 
 def refused_or_fine(read, subject):
