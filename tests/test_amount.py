@@ -14,7 +14,8 @@ from lrcompress.pipeline import compress, make_plan, output_folder
 from lrcompress.protocols import Spec
 from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from lrcompress.report.ci import markdown_summary
-from tests.conftest import ARCHITECTURES, compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import ARCHITECTURES, compress_tiny
 from tests.test_pipeline import header_bytes
 
 

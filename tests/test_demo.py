@@ -14,7 +14,8 @@ from lrcompress.checkpoint.opening import demo_file, open_dense
 from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts
 from lrcompress.recipe import shipped_recipes
-from tests.conftest import compress_tiny, needs_demo, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny, needs_demo
 
 pytestmark = [needs_demo, pytest.mark.demo]
 

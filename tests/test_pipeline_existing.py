@@ -15,7 +15,8 @@ from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.pipeline import compress, make_plan, output_folder
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 from tests.test_pipeline import header_bytes, recipe
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 320

@@ -11,7 +11,8 @@ from lrcompress.errors import InputError, Interrupted
 from lrcompress.recipe import Sweep, make_recipe, validated
 from lrcompress.report.pareto import curves
 from lrcompress.sweep import sweep
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 TEXT = "tokens:python-docs@64"
 

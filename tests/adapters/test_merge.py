@@ -10,7 +10,8 @@ from lrcompress.adapters.merge import Room, extract, merge
 from lrcompress.errors import InputError
 from lrcompress.linalg.common_basis import common_basis, gram
 from tests.adapters.conftest import deltas, logits
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 
 def factors(seed, count=4, shape=(20, 5, 14)):

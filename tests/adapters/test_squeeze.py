@@ -13,7 +13,7 @@ from lrcompress.errors import InputError
 from lrcompress.linalg.truncation import decompose
 from lrcompress.recipe import CalibrationSpec
 from tests.adapters.conftest import deltas, logits
-from tests.conftest import run_cli
+from tests.commands import run_cli
 
 
 def best(matrix, rank):

@@ -15,7 +15,8 @@ from lrcompress.evaluation import footprint as footprints
 from lrcompress.evaluation.bench import BenchSpec, bench, spread
 from lrcompress.evaluation.bounds import counted
 from lrcompress.evaluation.footprint import Footprint, footprint
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 SMALL = BenchSpec(batches=(1, 3), contexts=(8,), new_tokens=4, repeats=2)
 OPTIONS = {"device": "cpu", "dtype": "auto", "trust_remote_code": False}

@@ -12,7 +12,7 @@ from lrcompress.checkpoint.cache import content_digest, note, recall
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.pipeline import run_recipe
 from lrcompress.recipe import EvaluateSpec, make_recipe
-from tests.conftest import run_cli
+from tests.commands import run_cli
 
 
 @pytest.fixture(autouse=True)

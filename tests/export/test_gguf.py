@@ -7,7 +7,7 @@ import pytest
 from lrcompress.errors import InputError
 from lrcompress.export.gguf import CONVERTERS, export_gguf
 from tests.checkpoint.test_loading import IDS, load, logits
-from tests.conftest import run_cli
+from tests.commands import run_cli
 
 STAND_IN = """
 import argparse, pathlib, shutil, sys

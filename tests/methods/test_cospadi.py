@@ -12,7 +12,8 @@ from lrcompress.linalg.whitening import damped
 from lrcompress.methods import make_method
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.inspection import inspect_model
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 SHAPES = [(48, 24), (24, 48)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from lrcompress.cli.options import write_text
 from lrcompress.errors import InputError
-from tests.conftest import run_cli
+from tests.commands import run_cli
 
 
 def test_report_writes_one_page(measured, llama, tmp_path):

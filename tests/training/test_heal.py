@@ -16,7 +16,8 @@ from lrcompress.training.loop import Healer
 from lrcompress.training.rows import IGNORED, gather
 from lrcompress.training.settings import Settings
 from tests.checkpoint.test_loading import load
-from tests.conftest import compress_tiny, run_cli
+from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 SEQLEN = 32
 KINDS = {
