@@ -201,6 +201,10 @@ class TensorSource(Protocol):
         """The named tensors, copied out of the files, each file opened once."""
         ...
 
+    def will_read(self, names: Sequence[str]) -> None:
+        """A hint that these tensors are the next."""
+        ...
+
 
 class Allocator(Protocol):
     """How many bytes for which weight."""

@@ -53,6 +53,10 @@ class Adapted:
                 update = left @ right
                 yield name, (tensor.double() + (update.T if site.conv1d else update)).to(tensor.dtype)
 
+    def will_read(self, names: Sequence[str]) -> None:
+        """See TensorSource."""
+        self._source.will_read(names)
+
 
 def input_grams(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Iterator[tuple[str, Tensor]]:
     """(module, Gram (in, in) of its inputs, float64), a block of the model after the other."""

@@ -85,6 +85,12 @@ class ExpertReader(CheckpointReader):
             for name in parts:
                 yield name, found[name.removeprefix(stem)]
 
+    def will_read(self, names: Sequence[str]) -> None:
+        """As CheckpointReader.will_read."""
+        fused = {self._parts[name][0] for name in names if name in self._parts} | {n for n in names if n in self._fused}
+        stored = [source for name in fused for sources in self._fused[name].sources.values() for source in sources]
+        super().will_read([*(name for name in names if name not in self._shapes), *stored])
+
     def _find(self) -> None:
         renaming = Renaming(self._model)
         targets = {f"{n}.{p}": (n, p) for n, module in self._modules.items() for p in module.fused_shapes()}

@@ -69,6 +69,12 @@ class Multiplied(CheckpointReader):
                 else:
                     yield name, weight.T.contiguous() if self.specs[module].conv1d else weight
 
+    def will_read(self, names: Sequence[str]) -> None:
+        """See CheckpointReader."""
+        stems = tuple(f"{self._dense[name][0]}." for name in names if name in self._dense)
+        kept = [name for name in names if name not in self._dense]
+        self._source.will_read([*kept, *(name for name in self._source.names() if name.startswith(stems))])
+
     def stored(self, module: str) -> dict[str, Tensor]:
         """The tensors that are stored for a weight."""
         return read_weight(self._source, module, self._stored[module])

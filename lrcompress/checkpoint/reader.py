@@ -1,6 +1,7 @@
 """Reading a folder of safetensors a tensor at a time; nothing in it is trusted."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ class CheckpointReader:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._meta: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         for path in _shards(folder) if only is None else [folder / only]:
             for name, meta in _header(path).items():
                 if name in self._files:
@@ -33,6 +35,11 @@ class CheckpointReader:
                         "remove the shards that do not belong to this checkpoint"
                     )
                 self._files[name], self._meta[name] = path, meta
+            entries, start = read_header(path)
+            for name, entry in entries.items():
+                if name in self._files:
+                    begin, end = entry["data_offsets"]
+                    self._places[name] = start + begin, end - begin
         if not self._files:
             raise InputError(f"{folder} holds no tensors")
 
@@ -80,6 +87,18 @@ class CheckpointReader:
                     with _reading(path):
                         tensor = shard.get_tensor(name).clone()
                     yield name, _finite(name, path, tensor)
+
+    def will_read(self, names: Sequence[str]) -> None:
+        """Have the operating system fetch the named tensors from the disk while something else is done."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for path, wanted in by_file.items():
+            with _reading(path), path.open("rb") as file:
+                for name in wanted:
+                    os.posix_fadvise(file.fileno(), *self._places[name], os.POSIX_FADV_WILLNEED)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, checked as in `read`."""
@@ -139,6 +158,14 @@ def _header(path: Path) -> dict[str, Tensor]:
                 raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
             found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
     return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries by tensor of a file that the library has checked, and where the tensors begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(size))
+    return entries, 8 + size
 
 
 @contextmanager

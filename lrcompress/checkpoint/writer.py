@@ -7,15 +7,15 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.reader import DTYPE_NAMES
+from lrcompress.checkpoint.reader import DTYPE_NAMES, read_header
 from lrcompress.errors import ResourceError
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
@@ -25,8 +25,8 @@ MODEL = "model"
 class ShardedWriter:
     """Shards `stem`... of at most `shard_bytes` in `folder`; every name, shape and dtype is known beforehand.
 
-    `done` is how many tensors are safely on disk after `commit`; pass it to continue an interrupted write. Of `size`
-    writers the one of this `rank` writes every `size`-th shard, the first one the index too.
+    `done` is how many tensors are written, and safely on disk after `commit`; pass it to continue an interrupted write.
+    Of `size` writers the one of this `rank` writes every `size`-th shard, the first one the index too.
     """
 
     def __init__(
@@ -82,10 +82,27 @@ class ShardedWriter:
 
     def commit(self) -> None:
         """Make everything written so far durable."""
-        if self._file is not None:
-            with disk_errors(self.folder):
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        self.flush()()
+
+    def flush(self) -> Callable[[], None]:
+        """Hand everything written so far to the operating system; what is returned waits until it is on the disk.
+
+        That may be called in another thread while more is written.
+        """
+        if self._file is None:
+            return lambda: None
+        with disk_errors(self.folder):
+            self._file.flush()
+            descriptor = os.dup(self._file.fileno())
+
+        def wait() -> None:
+            try:
+                with disk_errors(self.folder):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        return wait
 
     def close(self) -> None:
         """Finish: every planned tensor must have been written; writes the index of several shards."""
@@ -140,7 +157,7 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Every file is replaced whole or not at all; ValueError, before anything is written, where a tensor does not fit.
     """
-    headers = {path: _places(path) for path in sorted(folder.glob("*.safetensors"))}
+    headers = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
     where = {name: path for path, (places, _) in headers.items() for name in places}
     for name, tensor in tensors.items():
         entry = headers[where[name]][0][name] if name in where else {}
@@ -158,13 +175,6 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-
-
-def _places(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's entries by tensor, and where the tensors begin."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
 
 
 def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:

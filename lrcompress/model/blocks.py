@@ -43,6 +43,7 @@ class BlockWalker:
         self.names = checkpoint_names(model, source.names())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
+        self._last = 0
         self._load_resident()
 
     def _load_resident(self) -> None:
@@ -66,11 +67,14 @@ class BlockWalker:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights, which are dropped again at the end."""
+        """Block `index` with its weights, which are dropped again at the end; the next one is fetched meanwhile."""
         name = self.blocks[index]
         module = self.model.get_submodule(name)
-        own = {k: v for k, v in self.names.items() if k.startswith(name + ".")}
-        tensors = {k[len(name) + 1 :]: v for k, v in self._read(own).items()}
+        tensors = {k[len(name) + 1 :]: v for k, v in self._read(self._names_in(index)).items()}
+        following = index + (1 if index >= self._last else -1)
+        self._last = index
+        if 0 <= following < len(self.blocks):
+            self.source.will_read(list(self._names_in(following).values()))
         module.load_state_dict(tensors, assign=True)
         module.requires_grad_(False)
         try:
@@ -80,6 +84,10 @@ class BlockWalker:
             module.load_state_dict(empty, assign=True)
             del tensors
             release_freed()
+
+    def _names_in(self, index: int) -> dict[str, str]:
+        """Model name to stored name of block `index`'s tensors."""
+        return {k: v for k, v in self.names.items() if k.startswith(self.blocks[index] + ".")}
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Hidden states (1, length, width) after block `index`, called as the model calls it."""

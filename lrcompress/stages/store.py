@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,21 +43,30 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
     if team.size > 1:
         _encode_apart(opened, plan, artefacts, scratch, reporter)
     check = HeldOutCheck(opened, scratch) if team.first else None
-    with reporter.phase("write", len(opened.blocks)) as tick:
+    with ThreadPoolExecutor(1) as disk, reporter.phase("write", len(opened.blocks)) as tick:
+        journalled = disk.submit(lambda: None)
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, scratch)
             if writer.done < layout.ends[block]:
                 writer.write(layout.tensors(block, tensors, writer.wanted))
                 writer.leave_others(layout.ends[block])
-                writer.commit()
-                write_json(journal, {"done": writer.done})
+                durable = writer.flush()
+                journalled.result()
+                journalled = disk.submit(_journal, journal, durable, writer.done)
             if block < len(opened.blocks):
                 if check is not None:
                     check.step(block, tensors, plan)
                 tick()
+        journalled.result()
     writer.close()
     if check is not None:
         check.judge(reporter)
+
+
+def _journal(path: Path, durable: Callable[[], None], done: int) -> None:
+    """Note, once they are on the disk, that `done` tensors are; meanwhile the next block is encoded."""
+    durable()
+    write_json(path, {"done": done})
 
 
 def _encode_apart(opened: Opened, plan: Plan, artefacts: Artefacts, scratch: Path, reporter: Reporter) -> None:
