@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --folder /tmp/deep                      # hidden 2048, MLP 8192, 24 and 48 blocks
     python benchmarks/memory.py --folder /tmp/deep --hidden 512 --mlp 2048 --depths 6 24 --methods lord auto eora cospadi
+    python benchmarks/memory.py --folder /tmp/deep --every 6            # compress every sixth block's weights only
 
 Checkpoints are random, bfloat16, in shards of 1 GB, and written a tensor at a time; they stay in the folder for the next run.
 """
@@ -67,11 +68,12 @@ def generate(folder: Path, hidden: int, mlp: int, blocks: int, vocabulary: int, 
     return folder
 
 
-def peak(model: Path, output: Path, run: str, samples: int, seqlen: int) -> tuple[int, dict]:
-    """Bytes that one compression had resident at most, counted by the system, and its report."""
+def peak(model: Path, output: Path, run: str, samples: int, seqlen: int, blocks: range) -> tuple[int, dict]:
+    """Bytes that one compression of `blocks` had resident at most, counted by the system, and its report."""
     command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", run.split("-")[0], *RUNS[run],
                "--ratio", "0.6" if run == "eora" else "0.2", "-o", str(output), "--overwrite", "--quiet",
-               "--calibration", "python-docs", "--samples", str(samples), "--seqlen", str(seqlen)]  # fmt: skip
+               "--calibration", "python-docs", "--samples", str(samples), "--seqlen", str(seqlen),
+               "--target", rf"re:layers\.({'|'.join(map(str, blocks))})\."]  # fmt: skip
     code = "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); " \
            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *command], stdout=subprocess.PIPE, text=True, check=True)
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs=2, default=[24, 48])
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--every", type=int, default=1, help="only the weights of every so many blocks are compressed")
     parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
     given = parser.parse_args()
     few, many = given.depths
@@ -96,7 +99,16 @@ def main() -> None:
         for depth in (few, many):
             name = f"random-{given.hidden}-{given.mlp}-{depth}"
             model = generate(given.folder / name, given.hidden, given.mlp, depth, given.vocabulary)
-            found.append(peak(model, given.folder / f"{name}-{run}", run, given.samples, given.seqlen))
+            found.append(
+                peak(
+                    model,
+                    given.folder / f"{name}-{run}",
+                    run,
+                    given.samples,
+                    given.seqlen,
+                    range(0, depth, given.every),
+                )
+            )
         (first, _), (second, report) = found
         predicted = report.get("needs", {}).get("memory_bytes", 0)
         print(
