@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from lrcompress.errors import InputError
@@ -55,13 +56,13 @@ def check_ratio(ratio: float) -> float:
 
 
 def removed(stored: int, dense: int) -> float:
-    """Fraction removed when `dense` bytes became `stored` bytes."""
-    return 1.0 - stored / dense
+    """Fraction removed when `dense` bytes became `stored` bytes, the float nearest to it."""
+    return (dense - stored) / dense
 
 
 def kept_bytes(dense_bytes: Iterable[int], ratio: float) -> int:
     """Bytes that may be stored for weights of `dense_bytes` after removing `ratio` of them (rounded down)."""
-    return int((1.0 - ratio) * sum(dense_bytes))
+    return int((1 - Fraction(repr(ratio))) * sum(dense_bytes))
 
 
 def parse_size(text: str) -> int:

@@ -13,6 +13,10 @@ class InputError(LrcompressError):
     exit_code = 2
 
 
+class NumericalError(InputError):
+    """Numbers that are not finite, or that no compression can be made from."""
+
+
 class ResourceError(LrcompressError):
     """Ran out of disk or memory: nothing half-written, resumable (exit code 3)."""
 

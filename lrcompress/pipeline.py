@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lrcompress.bases import is_computed
+from lrcompress.budget import removed
 from lrcompress.checkpoint.opening import check_model, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, evaluate
@@ -29,7 +30,7 @@ from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
-from lrcompress.stages.search import reachable, search
+from lrcompress.stages.search import reachable, search, windows
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, folder_identity, write_json
@@ -99,8 +100,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     workspace.check_room(needed.disk_bytes)
     check_memory(opened, needed, reporter)
     processes().wait()  # until the first one has made room for all
-    if request.recipe.max_loss is not None:
-        reachable(opened)
+    check_judges(opened)
     artefacts = profile_model(opened, scratch, reporter)
     more: dict[str, Any] = {"needs": needed.as_json()}
     if request.recipe.max_loss is not None:
@@ -118,6 +118,16 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
         refine_checkpoint(opened, report, workspace.partial, scratch, reporter, start)
     finish_checkpoint(opened, report, workspace.partial)
     return report
+
+
+def check_judges(opened: Opened) -> None:
+    """InputError, before the long work, where a search or a refinement would have nothing to go by."""
+    recipe = opened.request.recipe
+    if recipe.max_loss is not None:
+        reachable(opened)
+        windows(opened)
+    if recipe.refine is not None and (opened.calibration is None or not len(opened.calibration.held_out)):
+        raise InputError("the calibration text has no held-out window to judge a refinement by: use more text")
 
 
 def refine_checkpoint(
@@ -270,7 +280,7 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "base": opened.request.method.base,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "ratio": {"asked": opened.request.recipe.ratio, "of": opened.request.recipe.ratio_of, "counted": plan.removed,
-                  "planned": 1 - stored / dense, "whole_model": (dense - stored) / whole},
+                  "planned": removed(stored, dense), "whole_model": (dense - stored) / whole},
         "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "size", "rank", "max_loss"}),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),

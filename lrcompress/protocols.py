@@ -26,6 +26,12 @@ class Site:
     """Name inside the block, such as self_attn.q_proj: the row of the final table."""
     stored: "Spec | None" = None
     """How a weight lies that is compressed already and compressed further; its last level keeps it so."""
+    itemsize: int | None = None
+    """Bytes of a number of the weight where it stays dense, if not of the checkpoint's dtype."""
+
+    def dense_bytes(self, element_size: int) -> int:
+        """Bytes of the dense weight in a checkpoint of `element_size` bytes a number."""
+        return self.shape[0] * self.shape[1] * (self.itemsize or element_size)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Sequential propagation: a block's statistics are of what the compressed blocks before it give."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.calibration.collect import InputCollector, token_weights
@@ -11,6 +14,7 @@ from lrcompress.model.surgery import dense_parts
 from lrcompress.pipeline import compress
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter
+from lrcompress.stages import propagate
 from lrcompress.stages.prepare import check_request, open_request
 from lrcompress.stages.profile import Artefacts
 from tests.conftest import compress_tiny
@@ -118,3 +122,42 @@ def test_the_output_head_is_propagated_to_as_well(make_model, tmp_path):
     method = {"name": "auto", "propagation": "sequential", "toward_dense": 1.0}
     result = compress_tiny(make_model("llama"), tmp_path / "out", method=method, **changes)
     assert {t["format"] for t in result.report["targets"]} <= {"sparse_dictionary", "dense"}
+
+
+@pytest.mark.parametrize("toward_dense", [0.0, 0.5])
+def test_finished_blocks_are_not_decomposed_again(llama, tmp_path, monkeypatch, toward_dense):
+    changes = {"method": {"name": "lord", "propagation": "sequential", "toward_dense": toward_dense}, "ratio": 0.2}
+    whole = compress_tiny(llama, tmp_path / "whole", **changes)
+    done, real = [], propagate.decompose_block
+
+    def decompose(opened, block, statistics, reporter):
+        if block == 2 and len(done) == 2:
+            raise KeyError("interrupted")
+        done.append(block)
+        return real(opened, block, statistics, reporter)
+
+    monkeypatch.setattr(propagate, "decompose_block", decompose)
+    with pytest.raises(KeyError):
+        compress_tiny(llama, tmp_path / "out", **changes)
+    done.append(-1)
+    made = recipe(llama, output=str(tmp_path / "out"), **changes)
+    compress(made, resume=True)
+    assert done == [0, 1, -1, 2]
+    for path in whole.folder.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_weights_that_the_loss_does_not_feel_cost_nothing(llama, tmp_path):
+    """A block whose two output weights are zero, as LLaMA-Pro puts in: nothing in it is worth a byte."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layers.1." in name and ("o_proj" in name or "down_proj" in name):
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = compress_tiny(folder, tmp_path / "out", method="auto", ratio=0.3).report
+    dead = [
+        t for t in report["targets"] if "layers.1." in t["name"] and not t["name"].endswith(("o_proj", "down_proj"))
+    ]
+    assert sum(t["bytes"] for t in dead) < 0.2 * sum(t["dense_bytes"] for t in dead)

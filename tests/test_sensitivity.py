@@ -83,3 +83,23 @@ def test_it_is_measured_once_and_resumed_to_the_same_bytes(llama, tmp_path, monk
 
 def _dies(*_, **__):
     raise KeyError("the test stops here")
+
+
+def test_weights_whose_cut_says_nothing_get_the_median_of_their_kind(make_model, tmp_path):
+    """Of rank 4 in float32, a cut to half the bytes loses rounding alone; of experts, some see no token."""
+    _, artefacts = profiled(make_model("llama", rank=4), tmp_path / "low", method="lord", allocator="sensitivity")
+    assert set(artefacts.sensitivities.values()) == {1.0}
+    _, artefacts = profiled(make_model("qwen3_moe"), tmp_path / "moe", method="lord", allocator="sensitivity")
+    assert all(value > 0 for value in artefacts.sensitivities.values())
+
+
+def test_the_median_stands_in_for_a_weight_without_effect(llama, tmp_path):
+    opened, artefacts = profiled(llama, tmp_path, method="lord", allocator="sensitivity")
+    known = artefacts.sensitivities
+    errors = dict.fromkeys(known, 1.0)
+    kind = [site.name for site in opened.sites if site.name.endswith("q_proj")]
+    divergences = {name: 2.0 if name in kind[:2] else 5.0 for name in known} | {kind[2]: 0.0}
+    scales = sensitivity._scales(opened, artefacts, divergences, errors)
+    assert scales[kind[2]] == 2.0
+    assert scales[kind[0]] == 2.0
+    assert all(scales[name] == 5.0 for name in known if name not in kind)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import Routes
-from lrcompress.errors import InputError
+from lrcompress.errors import NumericalError
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
@@ -178,7 +178,7 @@ def run_sample(
     hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
     if not bool(torch.isfinite(hidden).all()):
         what, cure = blame
-        raise InputError(
+        raise NumericalError(
             f"{walker.blocks[index]}{what} puts out non-finite numbers on calibration sample {sample}: {cure}"
         )
     after.write(sample, hidden)

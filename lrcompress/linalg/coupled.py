@@ -22,7 +22,8 @@ def coupled_htp(target: Tensor, output_gram: Tensor, start: SparseCode, nonzeros
     their support.
     """
     root = upper_root(output_gram).to(target.dtype)
-    scale = output_gram.diagonal()[:, None]
+    diagonal = output_gram.diagonal()[:, None]
+    scale = torch.where(diagonal > 0, diagonal, 1.0)  # a row that no error is counted of has no step either
 
     def fitted(codes: Tensor, support: Tensor, previous: Tensor) -> SparseCode:
         dictionary = least_squares_dictionary(root @ target, root @ codes, previous)
@@ -53,7 +54,8 @@ def coupled_htp(target: Tensor, output_gram: Tensor, start: SparseCode, nonzeros
 def _refitted(target: Tensor, output_gram: Tensor, code: SparseCode, support: Tensor) -> Tensor:
     """Codes (n, k) on `support` after a few conjugate gradient steps, preconditioned by both Grams' diagonals."""
     gram, mask = code.dictionary @ code.dictionary.mT, support.to(target.dtype)
-    inverse = mask / (output_gram.diagonal()[:, None] * gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny))
+    curvatures = output_gram.diagonal()[:, None] * gram.diagonal()
+    inverse = torch.where(curvatures > 0, mask / curvatures, 0.0)
     codes = code.codes * mask
     residual = (output_gram @ (target - codes @ code.dictionary)) @ code.dictionary.mT * mask
     direction = residual * inverse

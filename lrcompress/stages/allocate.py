@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.budget import removed
 from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.stages.join import Join, find_joins
@@ -107,14 +108,14 @@ def _allocated(
     # Filled group by group, kept in the order of the sites.
     plan = Plan({site.name: Spec(DENSE, site.shape) for site in opened.sites}, {}, {}, {})
     plan.joins = joins
-    plan.removed = 1 - sum(int(c.bytes[asked[c.name]]) for c in priced) / sum(c.dense_bytes for c in priced)
+    plan.removed = removed(sum(int(c.bytes[asked[c.name]]) for c in priced), sum(c.dense_bytes for c in priced))
     for choice, curve in zip(choices, curves, strict=True):
         sites = choice.sites
         level = levels[curve.name]
         for site, spec in zip(sites, level_specs(opened, sites, curve, level), strict=True):
             plan.specs[site.name] = spec
-            plan.bytes[site.name] = spec_bytes(spec, size)
-            plan.dense_bytes[site.name] = site.shape[0] * site.shape[1] * size
+            plan.dense_bytes[site.name] = site.dense_bytes(size)
+            plan.bytes[site.name] = site.dense_bytes(size) if spec.format == DENSE else spec_bytes(spec, size)
             plan.levels[site.name] = level if level < len(curve.ranks) - 1 else -1
     note_errors(plan, known)
     return plan

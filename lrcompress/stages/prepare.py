@@ -17,6 +17,7 @@ from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_model, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.formats import stored_tensors
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
@@ -28,6 +29,9 @@ from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
 from lrcompress.stages.costs import Costs, costs
+
+FILE_HEADER = 64
+"""Bytes of the header of a file beside its tensors' entries, at most."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Opened:
     @property
     def dense_checkpoint_bytes(self) -> int:
         """Bytes of the whole dense checkpoint at the dtype to write."""
-        return self.reader.bytes // self.reader.dtype.itemsize * self.dtype.itemsize
+        added = {f"{site.name}.bias" for site in self.sites if site.stored is not None and site.stored.added_bias}
+        metas = [self.reader.meta(name) for name in self.reader.names() if name not in added]
+        return sum(meta.numel() * self.written_dtype(meta).itemsize for meta in metas)
 
     def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:
         """A checkpoint's own dtypes are kept unless another was asked for or it came from GGUF."""
@@ -119,6 +125,16 @@ def check_request(recipe: Recipe) -> Request:
     if method.options.toward_dense and method.options.propagation != "sequential":
         raise InputError(
             f"toward_dense={method.options.toward_dense:g} aims from compressed inputs: add propagation=sequential"
+        )
+    if method.options.toward_dense and not method.needs_statistics:
+        raise InputError(
+            f"toward_dense={method.options.toward_dense:g} aims at the dense model's outputs on text, of which metric "
+            f"{method.metric} reads none: use metric=input, or leave toward_dense out"
+        )
+    if allocator.needs_sensitivity and not method.needs_statistics:
+        raise InputError(
+            f"allocator {allocator.name} measures on calibration text, of which metric {method.metric} reads none: "
+            "use metric=input or another allocator"
         )
     if method.options.labels != "text" and not method.needs_gradients:
         raise InputError(
@@ -181,8 +197,15 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    sites = _called(sites, walker, reporter)
-    return Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
+    opened = Opened(request, model, reader, skeleton, walker, _called(sites, walker, reporter), dtype, None, experts)
+    opened.sites = [replace(site, itemsize=_dense_itemsize(opened, site)) for site in opened.sites]
+    return opened
+
+
+def _dense_itemsize(opened: Opened, site: Site) -> int | None:
+    """See Site.itemsize: where a checkpoint's dtypes are mixed, a weight that stays dense keeps its own."""
+    own = opened.written_dtype(opened.reader.meta(opened.walker.names[site.name + ".weight"])).itemsize
+    return None if own == opened.dtype.itemsize or site.stored is not None else own
 
 
 def _tensors(request: Request, model: OpenedModel, skeleton: nn.Module) -> CheckpointReader:
@@ -286,21 +309,45 @@ def _budget_of_size(opened: Opened, text: str, least: int) -> int:
 
 
 def other_bytes(opened: Opened) -> int:
-    """Bytes of all that is written beside the targets' weights, and at most so much more where dtypes are mixed."""
+    """Bytes of all that is written beside the targets' weights, at most: a bias may get the dtype of the factors.
+
+    The headers of the files are among them.
+    """
     weights = {site.name + ".weight" for site in opened.sites}
     biases = {site.name + ".bias" for site in opened.sites}
-    total = 0
+    total = header_bytes(opened)
     added = {site.name + ".bias" for site in opened.sites if not site.bias}
     for name, key in opened.walker.names.items():
         if name in added:  # counted with the weight
             continue
         tensor = opened.reader.meta(key)
         size = opened.written_dtype(tensor).itemsize
-        if name in weights:  # a weight that stays dense keeps its own dtype
-            size = max(0, size - opened.dtype.itemsize)
-        elif name in biases:
+        if name in weights:
+            continue
+        if name in biases:
             size = max(size, opened.dtype.itemsize)
         total += tensor.numel() * size
+    return total
+
+
+def header_bytes(opened: Opened) -> int:
+    """Bytes of the names, shapes and places of all tensors in the files, at most."""
+    method, size = opened.request.method, opened.dtype.itemsize
+    sites, most = {site.name for site in opened.sites}, len(str(opened.dense_checkpoint_bytes))
+
+    def entry(name: str, shape: Sequence[int]) -> int:
+        """Of a tensor: name, dtype of at most four letters, shape and two places."""
+        return len(f'"{name}":{{"dtype":"BF16","shape":{list(shape)},"data_offsets":[,]}},') + 2 * most
+
+    total = FILE_HEADER
+    for name, key in opened.walker.names.items():
+        if name.rpartition(".")[0] not in sites:
+            total += entry(name, opened.reader.meta(key).shape)
+    for site in opened.sites:
+        ranks = method.curve(site, size).ranks.tolist()
+        specs = [method.spec(site, rank, size) for rank in (ranks[0], ranks[-2])] if len(ranks) > 1 else []
+        stored = [stored_tensors(spec, opened.dtype) for spec in specs]
+        total += max((sum(entry(f"{site.name}.{k}", t.shape) for k, t in one.items()) for one in stored), default=0)
     return total
 
 

@@ -14,8 +14,9 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import complete
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, NumericalError
 from lrcompress.linalg.whitening import aimed, check_gram
+from lrcompress.methods import Method
 from lrcompress.model.device import decomposition_device, release_freed
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
@@ -131,10 +132,10 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
 class HiddenWalk:
     """The hidden states of the calibration and held-out samples, in a file a block, whose names begin with `stem`.
 
-    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too.
+    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too, if any has.
     """
 
-    def __init__(self, opened: Opened, folder: Path, stem: str = "dense") -> None:
+    def __init__(self, opened: Opened, folder: Path, stem: str = "dense", *, held_out: bool = True) -> None:
         assert opened.calibration is not None
         team, every = processes(), opened.calibration
         folder = folder if team.first else folder.with_name(f"{folder.name}-{team.rank + 1}")
@@ -142,7 +143,7 @@ class HiddenWalk:
         self._opened, self.folder, self._stem = opened, folder, stem
         self.numbers = team.samples(len(every.ids))
         self.ids = every.ids[list(self.numbers)]
-        self._ids = torch.cat([self.ids, every.held_out]) if team.first else self.ids
+        self._ids = torch.cat([self.ids, every.held_out]) if team.first and held_out else self.ids
         self.calibrated = len(self.ids)
         self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
         with torch.no_grad():
@@ -269,7 +270,7 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
         else:
             artefact = method.decompose(site, weight, statistics)
         curve = method.curve(site, opened.dtype.itemsize)
-        share = 1.0 if statistics is None or method.metric == "plain" else statistics.share
+        share = _share(method, statistics)
         artefact["errors"] = share * method.errors(artefact, curve)
         artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
@@ -277,8 +278,20 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:
             artefact["gradients"] = statistics.gradients.float()
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise InputError(f"{site.name}: {error}") from error
+        raise NumericalError(f"{site.name}: {error}") from error
     return artefact
+
+
+def _share(method: Method, statistics: InputStatistics | None) -> float:
+    """What a site's errors count beside those of the block's other sites.
+
+    Those of an expert by its tokens; nothing where the loss has no gradient at all, and so no metric of its own.
+    """
+    if statistics is None or method.metric == "plain":
+        return 1.0
+    if method.needs_gradients and not bool((statistics.gradient_squares() > 0).any()):
+        return 0.0
+    return statistics.share
 
 
 def _check_finite(statistics: InputStatistics) -> None:

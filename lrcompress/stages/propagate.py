@@ -29,7 +29,8 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     artefacts = Artefacts(scratch / "sequential")
     blocks = len(opened.blocks)
     paired = opened.request.method.options.toward_dense > 0
-    dense, own = HiddenWalk(opened, scratch / "hidden"), HiddenWalk(opened, scratch / "hidden", "compressed")
+    dense = HiddenWalk(opened, scratch / "hidden")
+    own = HiddenWalk(opened, scratch / "hidden", "compressed", held_out=False)
     walk_dense = paired or not processes().least(dense.path(blocks).exists())
     walks, finished = [own, dense] if walk_dense else [own], artefacts.leading(blocks)
     if not processes().least(all(walk.path(finished).exists() for walk in walks)):

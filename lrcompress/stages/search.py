@@ -1,5 +1,6 @@
 """The largest ratio that a loss allows: bisection over checkpoints that are written, loaded again and measured."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lrcompress.allocators.base import largest_ratio
 from lrcompress.calibration.corpus import held_out_blocks
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.report.progress import Reporter
@@ -37,7 +38,7 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
     """
     limit, largest = opened.request.recipe.max_loss, reachable(opened)
     assert limit is not None
-    blocks = _windows(opened)
+    blocks = windows(opened)
     journal = scratch / "search.json"
     known = json.loads(journal.read_text()) if journal.exists() else {"dense": None, "candidates": []}
     if known["dense"] is None:
@@ -49,14 +50,15 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
         f"on {len(blocks)} held-out windows, dense {dense:.4g}"
     )
     low, high, tried = 0.0, largest, list[dict[str, Any]]()
-    while high - low > TOLERANCE and len(tried) < MOST:
+    while not tried or (high - low > TOLERANCE and len(tried) < MOST):
         ratio = round((low + high) / 2, 6)
         if len(tried) == len(known["candidates"]):
             known["candidates"].append(_measure(opened, ratio, scratch, blocks, dense, write))
             write_json(journal, known)
         found = known["candidates"][len(tried)]
         tried.append(found)
-        reporter.say(f"  ratio {found['ratio']:.4f}: {found['bytes'] / 1e6:.2f} MB, perplexity {_loss_text(found)}")
+        size = "" if found["bytes"] is None else f"{found['bytes'] / 1e6:.2f} MB, "
+        reporter.say(f"  ratio {found['ratio']:.4f}: {size}perplexity {_loss_text(found)}")
         low, high = (ratio, high) if _within(found, limit) else (low, ratio)
     allowed = [found for found in tried if _within(found, limit)]
     if not allowed:
@@ -95,7 +97,8 @@ def branch(opened: Opened, scratch: Path, own: Path) -> None:
         os.link(last, own / "hidden" / last.name)
 
 
-def _windows(opened: Opened) -> Tensor:
+def windows(opened: Opened) -> Tensor:
+    """(blocks, length) held-out calibration text that candidates are measured on; InputError where there is none."""
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     blocks = held_out_blocks(opened.request.sources, tokenizer, recipe.seed, opened.model.folder, WINDOWS)
@@ -105,7 +108,10 @@ def _windows(opened: Opened) -> Tensor:
 
 
 def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense: float, write: Write) -> dict[str, Any]:
-    """Write, load, measure and remove one candidate; its perplexity is None where its logits are not finite."""
+    """Write, load, measure and remove one candidate.
+
+    Its perplexity is None where its logits are not finite, its bytes too where it cannot be written.
+    """
     own, folder = scratch / "candidate-scratch", scratch / "candidate"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -113,16 +119,15 @@ def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense:
     silent = Reporter(quiet=True)
     silent.console.quiet = True  # a candidate's warnings are no matter of the result's
     asked = replace(opened, request=replace(opened.request, searched=ratio))
-    report = write(asked, folder, own, silent)
-    try:
+    size = perplexity = None
+    with contextlib.suppress(ArithmeticError, NumericalError):
+        size = write(asked, folder, own, silent)["bytes"]["checkpoint"]
         perplexity = _perplexity(asked, folder, blocks)
-    except ArithmeticError:
-        perplexity = None
     shutil.rmtree(own)
     shutil.rmtree(folder)
     return {
         "ratio": ratio,
-        "bytes": report["bytes"]["checkpoint"],
+        "bytes": size,
         "perplexity": perplexity,
         "loss": None if perplexity is None else perplexity / dense - 1,
     }

@@ -1,6 +1,7 @@
 """What cutting one weight costs: the true divergence of the model's predictions, measured weight by weight."""
 
 import math
+import statistics
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ CUT = 0.5
 
 SAMPLES = 2
 """Calibration samples that the divergences are averaged over."""
+
+ROUNDING = 1e-9
+"""Share of a weight's squared size below which its error is rounding."""
 
 SKIPPED = 16
 """First tokens of a sample that do not count: a text that has hardly begun is hard to predict for any model."""
@@ -62,8 +66,31 @@ def measure_sensitivities(opened: Opened, artefacts: Artefacts, reporter: Report
                 tick()
         divergences = _divergences(opened, artefacts, states, ids, cuts, errors)
     states.path.unlink()
-    found = {name: divergences[name] / errors[name] if errors[name] > 0 else 0.0 for name in errors}
-    write_json(artefacts.sensitivity_path, found)
+    write_json(artefacts.sensitivity_path, _scales(opened, artefacts, divergences, errors))
+
+
+def _scales(
+    opened: Opened, artefacts: Artefacts, divergences: dict[str, float], errors: dict[str, float]
+) -> dict[str, float]:
+    """Divergence per unit of squared error by site.
+
+    A cut that did nothing, for its error is rounding alone or no token of the samples came there, says nothing about
+    other cuts: such a weight gets the median of its kind, or of all.
+    """
+    known, kinds = dict[str, float](), dict[str, list[float]]()
+    for site in opened.sites:
+        total = float(artefacts.load(site, ("total",))["total"])
+        if divergences[site.name] > 0 and errors[site.name] > ROUNDING * total:
+            known[site.name] = divergences[site.name] / errors[site.name]
+            kinds.setdefault(_kind(site), []).append(known[site.name])
+    middle = statistics.median(known.values()) if known else 1.0
+    medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+    return {site.name: known.get(site.name, medians.get(_kind(site), middle)) for site in opened.sites}
+
+
+def _kind(site: Site) -> str:
+    """A weight's own name, that of every expert's alike."""
+    return site.name.rpartition(".")[2]
 
 
 def cut_level(curve: Curve) -> int:

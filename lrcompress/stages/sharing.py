@@ -38,11 +38,18 @@ def joint_specs(method: Method, sites: Sequence[Site], rank: int, element_size: 
 
 
 def joint_curve(method: Method, sites: Sequence[Site], element_size: int) -> Curve:
-    """One curve, under the owner's name, for weights that share: their bytes added up."""
+    """One curve, under the owner's name, for weights that share: their bytes added up.
+
+    Levels that cost no less than the weights as they lie are left out.
+    """
     curve = method.curve(sites[0], element_size)
+    dense = sum(site.dense_bytes(element_size) for site in sites)
     if method.group == 1 and len(sites) == 1:
-        return curve
-    dense = sum(site.shape[0] * site.shape[1] for site in sites) * element_size
+        if dense == curve.dense_bytes or sites[0].stored is not None:
+            return curve
+        below = int((curve.bytes[:-1] < dense).sum())
+        ranks, costs = curve.ranks[:below].tolist(), curve.bytes[:below].tolist()
+        return Curve(curve.name, torch.tensor([*ranks, int(curve.ranks[-1])]), torch.tensor([*costs, dense]), dense)
     ranks, costs = [], []
     for rank in curve.ranks[:-1].tolist():
         cost = sum(spec_bytes(spec, element_size) for spec in joint_specs(method, sites, rank, element_size))

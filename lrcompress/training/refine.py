@@ -6,7 +6,6 @@ from typing import Any
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import calibration_blocks
-from lrcompress.errors import InputError
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
 from lrcompress.training.distill import Teacher
@@ -31,8 +30,6 @@ def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> d
     if not len(ids):  # the method itself read no text
         tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
         ids = calibration_blocks(request.sources, tokenizer, recipe.seed, opened.model.folder).ids
-    if not len(calibration.held_out):
-        raise InputError("the calibration text has no held-out window to judge a refinement by: use more text")
     rows, held_out = Rows.of_blocks(ids), Rows.of_blocks(calibration.held_out)
     settings = Settings(
         distill="features",

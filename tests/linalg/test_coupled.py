@@ -79,3 +79,15 @@ def test_an_indefinite_gram_of_few_rows_lowers_the_error_all_the_same():
     code = coupled_htp(target, outputs, begin, 6, 4)
     assert torch.isfinite(code.codes).all()
     assert float(code.objectives[-1]) < 0.5 * weighted(outputs, target, begin)
+
+
+def test_an_output_without_gradient_hinders_no_other():
+    target, outputs = problem()
+    outputs[7], outputs[:, 7] = 0.0, 0.0
+    kept = torch.arange(len(target)) != 7
+    alone = coupled_htp(target[kept], outputs[kept][:, kept], start(target[kept], outputs[kept][:, kept]), 6, 6)
+    begin = start(target, outputs + torch.diag_embed((~kept).float()))
+    code = coupled_htp(target, outputs, begin, 6, 6)
+    assert torch.isfinite(code.codes).all()
+    assert code.objectives[-1] < 0.995 * code.objectives[0]
+    assert float(code.objectives[-1]) == pytest.approx(float(alone.objectives[-1]), rel=0.1)
