@@ -30,7 +30,7 @@ RatioOf = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE", help="The whole checkpoint's bytes at most, such as 200MB, instead of a ratio.",
+        metavar="SIZE", help="Bytes of the weight files at most, such as 200MB, instead of a ratio.",
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
@@ -72,7 +72,9 @@ Allocator = Annotated[
 ]
 Format = Annotated[
     str | None,
-    typer.Option(help="Stored format: auto (smallest), low_rank or pivoted.", rich_help_panel=MODEL),
+    typer.Option(
+        help="Stored format: auto (what the method finds smallest), low_rank or pivoted.", rich_help_panel=MODEL
+    ),
 ]
 Set = Annotated[
     list[str] | None,
