@@ -9,7 +9,7 @@ from torch import Tensor
 from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.methods.base import METHODS, Method, MethodOptions
-from lrcompress.methods.cospadi import COUPLED_ROUNDS, Cospadi, CospadiOptions
+from lrcompress.methods.cospadi import Cospadi, CospadiOptions
 from lrcompress.methods.lord import Lord, LordOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
@@ -51,9 +51,8 @@ class Auto(Method):
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
         shared = self.options.model_dump(exclude={"join"})
-        rounds = COUPLED_ROUNDS if self.metric == "two_sided" else None
         self._low_rank = Lord(LordOptions(**shared, join=self.options.join), self.format)
-        self._by_output = Cospadi(CospadiOptions(**shared, coupled_rounds=rounds))
+        self._by_output = Cospadi(CospadiOptions(**shared))
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
         self.errors_are_exact = self.levels_are_ranks = self.retruncates = self.format != "auto"
 

@@ -58,16 +58,17 @@ class CospadiOptions(MethodOptions):
     side: Literal["output", "input"] = "output"
     """Who chooses its atoms: every output, as published, or every input (W is then Dᵀ Sᵀ, good for wide weights)."""
     coupled_rounds: int | None = pydantic.Field(None, ge=0)
-    """Rounds in a full Gram after those in its diagonal: of the output gradients (metric=two_sided; none by default),
-    or with side=input of the inputs (3 by default)."""
+    """Rounds in a full Gram after those in its diagonal: of the output gradients (metric=two_sided), or with side=input
+    of the inputs. 3 where such a Gram is there; shared dictionaries and those of 8 bits know its diagonal only."""
 
 
 @METHODS.register
 class Cospadi(Method):
     """W ≈ S D with s coefficients per output, the error measured on the calibration inputs.
 
-    Metrics are those of the low-rank methods, but `two_sided` weighs every output by its own squared gradient: the full
-    Gram ties the rows of S together, which only the last `coupled_rounds` take into account.
+    Metrics are those of the low-rank methods. In `two_sided` the Gram of the gradients ties the rows of S together,
+    which only the last `coupled_rounds` take into account; before them every output is weighed by its own squared
+    gradient.
     The levels of a weight are numbers of coefficients s. Errors are not known before the solver has run, so they
     are estimated: see `errors`.
     """
@@ -96,7 +97,8 @@ class Cospadi(Method):
     def coupled_rounds(self) -> int:
         """Rounds in the full Gram of the rows that are coded."""
         if self.options.coupled_rounds is None:
-            return COUPLED_ROUNDS if self._by_input else 0
+            apart = self.group == 1 and not self.keeps_gram and self.options.coefficient_bits == 16
+            return COUPLED_ROUNDS if self._by_input or (self.metric == "two_sided" and apart) else 0
         return self.options.coupled_rounds
 
     @property

@@ -117,12 +117,12 @@ def stored_module(method, site, artefact, rank: int, bias: torch.Tensor | None =
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_sided_weighs_every_output_by_its_squared_gradient(shape):
+def test_two_sided_without_coupled_rounds_weighs_every_output_by_its_squared_gradient(shape):
     site, dense, found = Site("w", shape, 0, "w", False), weight(shape), statistics(shape[1])
     found.gradients = gradients(shape[0])
     weights = found.gradients.diagonal() + 0.1 * found.gradients.diagonal().mean()
     whitened = weights.sqrt()[:, None] * dense.double()
-    method = make_method("cospadi", {"metric": "two_sided", "k_over_s": 2})
+    method = make_method("cospadi", {"metric": "two_sided", "k_over_s": 2, "coupled_rounds": 0})
     assert method.needs_gradients
     artefact = method.decompose(site, dense, found)
     assert method.total(artefact) == pytest.approx(float(((whitened @ found.gram()) * whitened).sum()), rel=1e-6)
