@@ -49,13 +49,14 @@ def ours(args: argparse.Namespace) -> dict:
     return sweep(validated(Sweep, data, "quality.py"), reporter=Reporter())
 
 
-def theirs(args: argparse.Namespace, dense_bytes: float) -> list[dict]:
+def theirs(args: argparse.Namespace) -> list[dict]:
     """The peers' points, each in a file of its own."""
     loaded = load_model(args.model, device="cpu", dtype="float32")
     model = loaded.model
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and ".layers." in f".{n}"}
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     targets = sum(weight.numel() for weight in weights.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
     tasks = parse_tasks([f"tokens:{text}@{args.seqlen}" for text in args.texts])
     blocks = {
         t.key: task_blocks(t, loaded.tokenizer, loaded.folder, held_out_only=False, limit=args.limit) for t in tasks
@@ -90,7 +91,7 @@ def theirs(args: argparse.Namespace, dense_bytes: float) -> list[dict]:
             results = {key: token_perplexity(model, part, lambda: None) for key, part in blocks.items()}
             row = {
                 "method": TITLES[name], "ratio": ratio, "seed": 0, "stored_ratio": 1 - numbers / targets,
-                "bytes": dense_bytes - 2 * (targets - numbers), "seconds": seconds, "results": results,
+                "bytes": 2 * (total - targets + numbers), "seconds": seconds, "results": results,
             }  # fmt: skip
             paths[ratio].parent.mkdir(parents=True, exist_ok=True)
             paths[ratio].write_text(json.dumps(row))
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="our checkpoints too, in WORK/ours")
     args = parser.parse_args()
     result = ours(args)
-    result["points"] += theirs(args, result["dense"]["bytes"])
+    result["points"] += theirs(args)
     print(f"`{' '.join(sys.argv)}`; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     for task, values in result["dense"]["results"].items():
         print(
