@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
-from lrcompress.pipeline import compress, make_plan
+from lrcompress.pipeline import compress, make_plan, run_recipe
+from lrcompress.processes import Processes
 from lrcompress.recipe import make_recipe
+from lrcompress.report import summary
 from lrcompress.stages import profile
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import MARKER, Workspace
@@ -309,3 +311,59 @@ def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, 
     with pytest.raises(InputError, match="model files changed since"):
         compress(make_recipe(data), resume=True)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resuming_with_other_processes_or_versions_is_refused(llama, tmp_path, monkeypatch):
+    made = recipe(llama, tmp_path / "out", "lord")
+    with monkeypatch.context() as patch:
+        failing(patch, Artefacts, "save", 1, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            compress(made)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrcompress.pipeline.processes", lambda: Processes(0, 2))
+        with pytest.raises(InputError, match="number of processes changed since"):
+            compress(made, resume=True)
+    version = summary.version
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "version", lambda name: "0" if name == "transformers" else version(name))
+        with pytest.raises(InputError, match="versions changed since"):
+            compress(made, resume=True)
+    compress(made, resume=True)
+
+
+def test_a_finished_run_knows_what_it_was_made_from(llama, tmp_path):
+    text, model = tmp_path / "text.txt", copied(llama, tmp_path / "model")
+    text.write_text("".join(f"the {i}th sentence of this text is as good as any other, " for i in range(3000)))
+    data = {"model": str(model), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
+            "calibration": {"source": str(text), "samples": 4, "seqlen": 64}}  # fmt: skip
+    compress(make_recipe(data))
+    kept = files(tmp_path / "out")
+    with pytest.raises(InputError, match=r"another recipe \(ratio differ\)"):
+        compress(make_recipe({**data, "ratio": 0.4}), resume=True)
+    whole = text.read_text()
+    text.write_text("another " + whole)
+    with pytest.raises(InputError, match="finished run, and calibration files changed since"):
+        compress(make_recipe(data), resume=True)
+    text.write_text(whole)
+    compress(make_recipe(data), resume=True)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="finished run, and model files changed since"):
+        compress(make_recipe(data), resume=True)
+    assert files(tmp_path / "out") == kept
+
+
+def test_a_finished_run_is_known_by_another_path_and_judged_anew(llama, tmp_path, monkeypatch):
+    data = {"model": str(llama), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
+            "calibration": {"samples": 4, "seqlen": 64}, "expect": ["token_perplexity <= 1"],
+            "evaluate": {"tasks": ["tokens:python-docs@64"], "limit": 2}}  # fmt: skip
+    first = run_recipe(make_recipe(data)).report
+    assert not first["evaluation"]["expectations"][0]["met"]
+    monkeypatch.chdir(tmp_path)
+    other = {**data, "output": "./out", "memory": "90GB", "expect": ["token_perplexity <= 1e9"]}
+    again = run_recipe(make_recipe(other), resume=True).report
+    assert again["evaluation"]["expectations"][0]["met"]
+    assert again["evaluation"]["results"] == first["evaluation"]["results"]
+    assert again["seconds"] == first["seconds"]
+    assert summary.load_report(tmp_path / "out")["recipe"]["expect"] == other["expect"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from lrcompress.checkpoint.cache import READ_BY_MODELS, WRITTEN_ABOUT
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.processes import processes
@@ -166,11 +167,14 @@ def write_json(path: Path, data: Any) -> None:
         temporary.rename(path)
 
 
-def folder_identity(folder: Path) -> str:
-    """A digest of the checkpoint's files by name, size, time of change and beginning."""
+def files_identity(model: Path) -> str:
+    """A digest of a .gguf file, or of a folder's files that a model is read from.
+
+    By name, size, time of change and beginning.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".gguf"):
+    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+        if path.suffix in (*READ_BY_MODELS, ".gguf") and path.name not in WRITTEN_ABOUT:
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
             with path.open("rb") as file:
