@@ -59,12 +59,12 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     before = load_report(source)
     recipe = make_recipe(before["recipe"], "the checkpoint's report") if before is not None else None
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
-    if output.resolve() == source.resolve():
-        raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
     if resume and (finished := _finished(output, spec)):
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
-    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    read = [source, *(data.path for data in sources if data.path is not None)]
+    read += [] if dense is None or (local := check_model(dense)) is None else [local]
+    workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=read)
     with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"), workspace:
         if team.first:
             _begin(workspace, source, spec)

@@ -55,7 +55,7 @@ def compress(
         Workspace(output, overwrite=overwrite, resume=resume).forget()
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
-    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=files_read(request))
     with workspace, errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"):
         written = _finished(workspace.partial, request) if workspace.continued else None
         report = written or _compress(request, workspace, reporter)
@@ -298,6 +298,18 @@ def made_from(request: Request) -> dict[str, Any]:
         "base files": None if base is None else files_identity(base.folder),
         "calibration files": {name: _digest(path) for name, path in sorted(texts.items())},
     }
+
+
+def files_read(request: Request) -> list[Path]:
+    """The files and folders on this machine that a run reads, its evaluation included."""
+    recipe, base = request.recipe, request.method.existing_base
+    models, found = [recipe.model], [source.path for source, _, _ in request.sources]
+    if recipe.evaluate is not None:
+        models += [] if recipe.evaluate.against in (None, "dense") else [recipe.evaluate.against]
+        for task in parse_tasks(recipe.evaluate.tasks):
+            found += [task.path, None if task.source is None else task.source.path]
+    found += [check_model(model) for model in models] + ([] if base is None else [base.folder])
+    return [path for path in found if path is not None]
 
 
 def _digest(path: Path) -> str:

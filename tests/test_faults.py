@@ -194,7 +194,7 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(5))
 def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
     """Before whichever of the last steps it ends, a resumed run gives the whole output and leaves nothing beside it."""
     made = recipe(llama, tmp_path / "out", "lord")
@@ -218,9 +218,11 @@ def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
         patch.setattr(Path, "rename", counted(Path.rename))
         publish(self)
 
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced/mine").write_text("not yours")
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "publish", ended)
-        if step < 5:
+        if step < 4:
             with pytest.raises(Killed):
                 compress(made, overwrite=True)
         else:
@@ -228,7 +230,8 @@ def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
     whole = compress(recipe(llama, tmp_path / "whole", "lord"))
     compress(made, overwrite=True, resume=True)
     assert files(tmp_path / "out") == files(whole.folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced", "whole"]
+    assert (tmp_path / "out.replaced/mine").read_text() == "not yours"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.folder.iterdir()}
 
 
@@ -367,3 +370,24 @@ def test_a_finished_run_is_known_by_another_path_and_judged_anew(llama, tmp_path
     assert again["evaluation"]["results"] == first["evaluation"]["results"]
     assert again["seconds"] == first["seconds"]
     assert summary.load_report(tmp_path / "out")["recipe"]["expect"] == other["expect"]
+
+
+@pytest.mark.parametrize("holds", ["model", "text", "base", "task", "itself"])
+def test_an_output_that_holds_what_is_read_is_refused(llama, tmp_path, holds):
+    where = tmp_path / "project"
+    model = copied(llama, where / "model" if holds in ("model", "itself") else tmp_path / "model")
+    text = where / "text.txt" if holds == "text" else tmp_path / "text.txt"
+    task = where / "task.txt" if holds == "task" else tmp_path / "task.txt"
+    where.mkdir(exist_ok=True)
+    text.write_text("one sentence of a text\n" * 1000)
+    task.write_text("one sentence of a text\n" * 1000)
+    base = compress_tiny(llama, (where if holds == "base" else tmp_path) / "base", method="eora", base="rtn:4:16",
+                         ratio=None, rank=0).folder  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    data = {"model": str(model), "method": "eora", "base": str(base), "rank": 1,
+            "output": str(model if holds == "itself" else where),
+            "calibration": {"source": str(text), "samples": 2, "seqlen": 32},
+            "evaluate": {"tasks": [f"tokens:{task}@32"]}}  # fmt: skip
+    with pytest.raises(InputError, match="holds .*, which is read: choose another -o"):
+        run_recipe(make_recipe(data), overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
