@@ -18,8 +18,8 @@ from lrcompress.pipeline import Result, errors_in_words
 from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import load_report, versions, write_card
-from lrcompress.stages.workspace import Workspace, folder_identity, write_json
+from lrcompress.report.summary import load_report, read_report, versions, write_card
+from lrcompress.stages.workspace import Workspace, files_identity, write_json
 from lrcompress.training.distill import Teacher, open_teacher
 from lrcompress.training.improve import improve
 from lrcompress.training.rows import Rows, gather
@@ -59,12 +59,12 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     before = load_report(source)
     recipe = make_recipe(before["recipe"], "the checkpoint's report") if before is not None else None
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
-    if output.resolve() == source.resolve():
-        raise InputError(f"-o {output} is the checkpoint itself: choose another folder")
     if resume and (finished := _finished(output, spec)):
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
-    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    read = [source, *(data.path for data in sources if data.path is not None)]
+    read += [] if dense is None or (local := check_model(dense)) is None else [local]
+    workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=read)
     with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"), workspace:
         if team.first:
             _begin(workspace, source, spec)
@@ -109,7 +109,7 @@ def _asked(spec: HealSpec) -> dict[str, Any]:
 
 def _finished(output: Path, spec: HealSpec) -> dict[str, Any] | None:
     """The report of a finished run of the same spec, None where there is none."""
-    report = load_report(output) or {}
+    report = read_report(output) or {}
     return report if report.get("healed", {}).get("asked") == _asked(spec) else None
 
 
@@ -125,7 +125,7 @@ def _dense_model(spec: HealSpec, folder: Path) -> str | None:
     needed = spec.settings.distill != "none" or any(split_source(text).name == "self" for text in spec.data)
     if not needed:
         return None
-    dense = spec.dense or (load_report(folder) or {}).get("model")
+    dense = spec.dense or (read_report(folder) or {}).get("model")
     if dense is None:
         raise InputError(f"{spec.checkpoint} has no report that names its dense model: name it with --dense")
     check_model(dense)
@@ -134,7 +134,7 @@ def _dense_model(spec: HealSpec, folder: Path) -> str | None:
 
 def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:
     """Copy the checkpoint, unless an earlier run has, and remember what this one is."""
-    workspace.claim({"asked": _asked(spec), "checkpoint": folder_identity(source), "versions": versions()})
+    workspace.claim({"asked": _asked(spec), "checkpoint": files_identity(source), "versions": versions()})
     workspace.check_room(3 * sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
     copied = workspace.scratch / "copied"
     if not copied.exists():

@@ -1,6 +1,6 @@
 """The way of a checkpoint, from a recipe to a finished folder: reads like the drawing in docs/architecture.md."""
 
-import json
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.budget import removed
-from lrcompress.checkpoint.opening import check_model, short_name
+from lrcompress.checkpoint.opening import check_model, open_model, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, evaluate
 from lrcompress.evaluation.gates import parse_expectation
@@ -22,7 +22,7 @@ from lrcompress.model.device import memory_errors
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import write_card
+from lrcompress.report.summary import computing_versions, load_report, write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
@@ -33,7 +33,7 @@ from lrcompress.stages.propagate import propagate
 from lrcompress.stages.search import reachable, search, windows
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
-from lrcompress.stages.workspace import Workspace, folder_identity, write_json
+from lrcompress.stages.workspace import Workspace, files_identity, write_json
 
 
 @dataclass
@@ -52,13 +52,13 @@ def compress(
     output = output_folder(recipe)
     request = check_request(recipe)
     join_processes(request, reporter)
-    if resume and (finished := _finished(output, recipe)):
+    if resume and (finished := _finished(output, request)):
         Workspace(output, overwrite=overwrite, resume=resume).forget()
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
-    workspace = Workspace(output, overwrite=overwrite, resume=resume)
+    workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=files_read(request))
     with workspace, errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"):
-        written = _finished(workspace.partial, recipe) if workspace.continued else None
+        written = _finished(workspace.partial, request) if workspace.continued else None
         report = written or _compress(request, workspace, reporter)
         workspace.publish()
     return Result(output, report)
@@ -102,7 +102,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     processes().wait()  # until the first one has made room for all
     check_judges(opened)
     artefacts = profile_model(opened, scratch, reporter)
-    more: dict[str, Any] = {"needs": needed.as_json()}
+    more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(request)}
     if request.recipe.max_loss is not None:
 
         def write(candidate: Opened, folder: Path, own: Path, quiet: Reporter) -> dict[str, Any]:
@@ -289,27 +289,64 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
 
 
 def identity(opened: Opened) -> dict[str, Any]:
-    """What resumed work must agree with: recipe, model files, text, versions."""
-    from lrcompress import __version__
-
-    base = opened.request.method.existing_base
+    """What resumed work must agree with: recipe, files, text, number of processes, versions."""
     return {
         "recipe": opened.request.recipe.identity(),
-        "model files": folder_identity(opened.model.folder),
-        "base files": None if base is None else folder_identity(base.folder),
+        **made_from(opened.request),
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
-        "versions": {"lrcompress": __version__, "torch": torch.__version__},
+        "number of processes": processes().size,
+        "versions": computing_versions(),
     }
 
 
-def _finished(output: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The report of a finished run of the same recipe; InputError where the folder holds another one."""
-    path = output / "report.json"
-    if not path.exists():
+def made_from(request: Request) -> dict[str, Any]:
+    """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
+    model, base = request.recipe.model, request.method.existing_base
+    texts = {source.name: source.path for source, _, _ in request.sources if source.path is not None}
+    return {
+        "model files": files_identity(check_model(model) or open_model(model).folder),
+        "base files": None if base is None else files_identity(base.folder),
+        "calibration files": {name: _digest(path) for name, path in sorted(texts.items())},
+    }
+
+
+def files_read(request: Request) -> list[Path]:
+    """The files and folders on this machine that a run reads, its evaluation included."""
+    recipe, base = request.recipe, request.method.existing_base
+    models, found = [recipe.model], [source.path for source, _, _ in request.sources]
+    if recipe.evaluate is not None:
+        models += [] if recipe.evaluate.against in (None, "dense") else [recipe.evaluate.against]
+        for task in parse_tasks(recipe.evaluate.tasks):
+            found += [task.path, None if task.source is None else task.source.path]
+    found += [check_model(model) for model in models] + ([] if base is None else [base.folder])
+    return [path for path in found if path is not None]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finished(folder: Path, request: Request) -> dict[str, Any] | None:
+    """The report of a finished run that this one would repeat; InputError where the folder holds another one.
+
+    Where it lies and what is measured on it may differ.
+    """
+    report = load_report(folder)
+    if report is None:
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report.get("recipe") != json.loads(recipe.model_dump_json()):
-        before, now = report.get("recipe", {}), json.loads(recipe.model_dump_json())
-        changed = ", ".join(sorted(k for k in now if before.get(k) != now[k]))
-        raise InputError(f"{output} holds a finished run of another recipe ({changed} differ): choose another -o")
-    return report
+    before, now = report["recipe"], request.recipe.model_dump(mode="json")
+    changed = sorted(key for key in request.recipe.identity() if before.get(key) != now[key])
+    if changed:
+        raise InputError(
+            f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
+            "pass --overwrite without --resume"
+        )
+    files = report.get("made_from") or {}
+    changed = [key for key, value in made_from(request).items() if files.get(key) != value]
+    if changed:
+        raise InputError(
+            f"{folder} holds a finished run, and {', '.join(changed)} changed since: choose another -o, or pass "
+            "--overwrite without --resume"
+        )
+    return {**report, "recipe": now}

@@ -49,6 +49,9 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     refuse_several("a sweep")
     reporter = reporter or Reporter(quiet=True)
     folder = Path(recipe.output).expanduser()
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"output {folder} cannot be made: {existing} is a file, name a folder")
     points = [Point(m, r, s) for s in recipe.seeds for m in recipe.methods for r in sorted(recipe.ratios)]
     for point in points:
         check_request(recipe.recipe(point.method, point.ratio, point.seed))

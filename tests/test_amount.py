@@ -1,6 +1,8 @@
 """How much: a size of the whole checkpoint, a ratio of multiply-adds or ranks, a loss that is not exceeded."""
 
+import errno
 import json
+import os
 import shutil
 import struct
 
@@ -297,7 +299,11 @@ def test_a_search_goes_on_where_it_was_interrupted(llama, tmp_path, monkeypatch)
         measured.append(folder)
         return real(folder, **rest)
 
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     whole = searched(llama, tmp_path / "whole")
+    monkeypatch.setattr(os, "link", refuse)  # as a file system without links does
     monkeypatch.setattr(module, "load_model", load)
     asked = recipe(llama, max_loss="5%", output=str(tmp_path / "out"))
     with pytest.raises(Interrupted):

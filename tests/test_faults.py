@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
-from lrcompress.pipeline import compress, make_plan
+from lrcompress.pipeline import compress, make_plan, run_recipe
+from lrcompress.processes import Processes
 from lrcompress.recipe import make_recipe
+from lrcompress.report import summary
 from lrcompress.stages import profile
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import MARKER, Workspace
@@ -192,7 +194,7 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(5))
 def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
     """Before whichever of the last steps it ends, a resumed run gives the whole output and leaves nothing beside it."""
     made = recipe(llama, tmp_path / "out", "lord")
@@ -216,9 +218,11 @@ def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
         patch.setattr(Path, "rename", counted(Path.rename))
         publish(self)
 
+    (tmp_path / "out.replaced").mkdir()
+    (tmp_path / "out.replaced/mine").write_text("not yours")
     with monkeypatch.context() as patch:
         patch.setattr(Workspace, "publish", ended)
-        if step < 5:
+        if step < 4:
             with pytest.raises(Killed):
                 compress(made, overwrite=True)
         else:
@@ -226,7 +230,8 @@ def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
     whole = compress(recipe(llama, tmp_path / "whole", "lord"))
     compress(made, overwrite=True, resume=True)
     assert files(tmp_path / "out") == files(whole.folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced", "whole"]
+    assert (tmp_path / "out.replaced/mine").read_text() == "not yours"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.folder.iterdir()}
 
 
@@ -309,3 +314,80 @@ def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, 
     with pytest.raises(InputError, match="model files changed since"):
         compress(make_recipe(data), resume=True)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_resuming_with_other_processes_or_versions_is_refused(llama, tmp_path, monkeypatch):
+    made = recipe(llama, tmp_path / "out", "lord")
+    with monkeypatch.context() as patch:
+        failing(patch, Artefacts, "save", 1, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            compress(made)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrcompress.pipeline.processes", lambda: Processes(0, 2))
+        with pytest.raises(InputError, match="number of processes changed since"):
+            compress(made, resume=True)
+    version = summary.version
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "version", lambda name: "0" if name == "transformers" else version(name))
+        with pytest.raises(InputError, match="versions changed since"):
+            compress(made, resume=True)
+    compress(made, resume=True)
+
+
+def test_a_finished_run_knows_what_it_was_made_from(llama, tmp_path):
+    text, model = tmp_path / "text.txt", copied(llama, tmp_path / "model")
+    text.write_text("".join(f"the {i}th sentence of this text is as good as any other, " for i in range(3000)))
+    data = {"model": str(model), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
+            "calibration": {"source": str(text), "samples": 4, "seqlen": 64}}  # fmt: skip
+    compress(make_recipe(data))
+    kept = files(tmp_path / "out")
+    with pytest.raises(InputError, match=r"another recipe \(ratio differ\)"):
+        compress(make_recipe({**data, "ratio": 0.4}), resume=True)
+    whole = text.read_text()
+    text.write_text("another " + whole)
+    with pytest.raises(InputError, match="finished run, and calibration files changed since"):
+        compress(make_recipe(data), resume=True)
+    text.write_text(whole)
+    compress(make_recipe(data), resume=True)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="finished run, and model files changed since"):
+        compress(make_recipe(data), resume=True)
+    assert files(tmp_path / "out") == kept
+
+
+def test_a_finished_run_is_known_by_another_path_and_judged_anew(llama, tmp_path, monkeypatch):
+    data = {"model": str(llama), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
+            "calibration": {"samples": 4, "seqlen": 64}, "expect": ["token_perplexity <= 1"],
+            "evaluate": {"tasks": ["tokens:python-docs@64"], "limit": 2}}  # fmt: skip
+    first = run_recipe(make_recipe(data)).report
+    assert not first["evaluation"]["expectations"][0]["met"]
+    monkeypatch.chdir(tmp_path)
+    other = {**data, "output": "./out", "memory": "90GB", "expect": ["token_perplexity <= 1e9"]}
+    again = run_recipe(make_recipe(other), resume=True).report
+    assert again["evaluation"]["expectations"][0]["met"]
+    assert again["evaluation"]["results"] == first["evaluation"]["results"]
+    assert again["seconds"] == first["seconds"]
+    assert summary.load_report(tmp_path / "out")["recipe"]["expect"] == other["expect"]
+
+
+@pytest.mark.parametrize("holds", ["model", "text", "base", "task", "itself"])
+def test_an_output_that_holds_what_is_read_is_refused(llama, tmp_path, holds):
+    where = tmp_path / "project"
+    model = copied(llama, where / "model" if holds in ("model", "itself") else tmp_path / "model")
+    text = where / "text.txt" if holds == "text" else tmp_path / "text.txt"
+    task = where / "task.txt" if holds == "task" else tmp_path / "task.txt"
+    where.mkdir(exist_ok=True)
+    text.write_text("one sentence of a text\n" * 1000)
+    task.write_text("one sentence of a text\n" * 1000)
+    base = compress_tiny(llama, (where if holds == "base" else tmp_path) / "base", method="eora", base="rtn:4:16",
+                         ratio=None, rank=0).folder  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    data = {"model": str(model), "method": "eora", "base": str(base), "rank": 1,
+            "output": str(model if holds == "itself" else where),
+            "calibration": {"source": str(text), "samples": 2, "seqlen": 32},
+            "evaluate": {"tasks": [f"tokens:{task}@32"]}}  # fmt: skip
+    with pytest.raises(InputError, match="holds .*, which is read: choose another -o"):
+        run_recipe(make_recipe(data), overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

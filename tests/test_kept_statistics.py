@@ -3,8 +3,14 @@
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from lrcompress.checkpoint.cache import clear, entries
+from lrcompress.errors import Interrupted
+from lrcompress.pipeline import compress
+from lrcompress.recipe import make_recipe
+from lrcompress.report import summary
+from lrcompress.stages.profile import Artefacts
 from tests.conftest import compress_tiny
 
 
@@ -23,10 +29,10 @@ def walks(monkeypatch):
     counts = {"forward": 0, "backward": 0}
     forward, back = collect.walk_block, gradients.backward_block
 
-    def counted_forward(*args, **kwargs):
-        sites, counted, first = args[5], args[7], args[9]
-        counts["forward"] += (counted - first) if sites or first < counted else 0
-        return forward(*args, **kwargs)
+    def counted_forward(*args):
+        before = args[3]
+        counts["forward"] += 0 if "held-out" in before.path.name else len(before)
+        return forward(*args)
 
     def counted_back(*args, **kwargs):
         counts["backward"] += 1
@@ -69,7 +75,7 @@ def test_the_second_run_reads_no_text_and_writes_the_same_bytes(llama, tmp_path,
     assert not entries()
 
 
-def test_methods_and_ratios_share_what_is_equal(llama, tmp_path, cache, walks):
+def test_methods_and_ratios_share_what_is_equal(llama, tmp_path, monkeypatch, cache, walks):
     compress_tiny(llama, tmp_path / "a", method="lord", ratio=0.2)
     walks["forward"] = 0
     compress_tiny(llama, tmp_path / "b", method="welore", ratio=0.5)
@@ -83,9 +89,48 @@ def test_methods_and_ratios_share_what_is_equal(llama, tmp_path, cache, walks):
         compress_tiny(llama, tmp_path / "c", **change)
         assert walks["forward"] > 0
         shutil.rmtree(tmp_path / "c")
+    version = summary.version
+    monkeypatch.setattr(summary, "version", lambda name: "0" if name == "transformers" else version(name))
+    walks["forward"] = 0
+    compress_tiny(llama, tmp_path / "d")
+    assert walks["forward"] > 0
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(llama, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "file" / "cache"))
     assert compress_tiny(llama, tmp_path / "out").report["ratio"]["stored"] >= 0.2
+
+
+@pytest.mark.parametrize("method", ["lord", "auto"])
+@pytest.mark.parametrize("forget", ["folder", "entries"])
+def test_a_run_that_loses_its_statistics_is_resumed_with_the_same_bytes(
+    llama, tmp_path, monkeypatch, cache, method, forget
+):
+    """What a run with known statistics leaves of hidden states holds no calibration sample."""
+    whole = compress_tiny(llama, tmp_path / "whole", method=method)
+    recipe = make_recipe({**whole.report["recipe"], "output": str(tmp_path / "out")})
+    save, calls = Artefacts.save, iter(range(10))
+
+    def interrupted(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artefacts, "save", interrupted)
+        with pytest.raises(Interrupted):
+            compress(recipe)
+    if forget == "folder":
+        monkeypatch.delenv("LRCOMPRESS_CACHE")
+    else:
+        clear()
+    same_weights(whole, compress(recipe, resume=True))
+
+
+def test_a_second_run_without_held_out_text_has_nothing_to_walk(llama, tmp_path, cache):
+    tokenizer, source = AutoTokenizer.from_pretrained(llama), tmp_path / "short.txt"
+    source.write_text(tokenizer.decode(tokenizer("the cat sat on the mat, " * 200).input_ids[:600]))
+    calibration = {"source": str(source), "samples": 4, "seqlen": 64}
+    first = compress_tiny(llama, tmp_path / "first", calibration=calibration)
+    same_weights(first, compress_tiny(llama, tmp_path / "second", calibration=calibration))

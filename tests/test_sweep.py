@@ -104,3 +104,10 @@ def test_the_shipped_sweep_from_the_command_line(llama, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "30%" in run.stdout
     assert len(json.loads((tmp_path / "out.json").read_text())["points"]) == 1
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_is_a_file_is_refused(llama, tmp_path, output):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        sweep(recipe(llama, tmp_path / output))

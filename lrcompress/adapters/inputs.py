@@ -63,7 +63,7 @@ def input_grams(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Iterato
     opened = _open(adapter, inputs, reporter)
     blocks = len(opened.blocks)
     with tempfile.TemporaryDirectory(prefix="lrcompress-squeeze-") as folder:
-        walk = HiddenWalk(opened, Path(folder))
+        walk = HiddenWalk(opened, Path(folder), hold_out=False)
         walk.start(0)
         with reporter.phase("calibrate", blocks * len(walk)) as tick:
             for block in range(blocks):

@@ -49,10 +49,6 @@ class InputCollector:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop counting."""
         self._routes.close()
         for handle in self._handles:
             handle.remove()
@@ -147,19 +143,14 @@ def walk_block(
     after: HiddenStates,
     sites: Sequence[Site],
     tick: Callable[[], None],
-    counted: int,
     weights: Tensor | None,
-    first: int = 0,
 ) -> dict[str, InputStatistics]:
-    """Run the samples from `first` on through block `index`, loaded as `module`, from file to file.
+    """Run every sample through block `index`, loaded as `module`, from file to file.
 
-    Returns the input statistics per group of `sites` over the first `counted` samples, tokens counted by `weights`;
-    the other samples are held out.
+    Returns the input statistics per group of `sites`, tokens counted by `weights`.
     """
     with InputCollector(walker.model, sites, weights) as collector:
-        for sample in range(first, len(before)):
-            if sample == counted:
-                collector.close()
+        for sample in range(len(before)):
             run_sample(walker, index, module, before, after, sample)
             tick()
     return collector.summed(walker.device)

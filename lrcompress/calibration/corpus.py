@@ -61,8 +61,8 @@ def split_source(spec: str) -> Source:
             weight = float(share)
         except ValueError:
             text = spec
-        if not weight > 0:
-            raise InputError(f"calibration {spec!r}: the weight after * must be above zero")
+        if not 0 < weight < math.inf:
+            raise InputError(f"calibration {spec!r}: the weight after * must be a number above zero")
     else:
         text = spec
     name, field = text, "text"

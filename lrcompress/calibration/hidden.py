@@ -1,5 +1,8 @@
 """Hidden states between blocks, in a scratch file rather than in memory."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +27,13 @@ class HiddenStates:
     def whole(self) -> bool:
         """Whether the file is there and has its size."""
         return self.path.is_file() and self.path.stat().st_size == self.bytes
+
+    @contextmanager
+    def replaced(self) -> "Iterator[HiddenStates]":
+        """Hidden states to write all samples of, which become this file whole; where that fails, nothing changes."""
+        new = HiddenStates(self.path.with_suffix(".tmp"), self.shape, self.dtype)
+        yield new
+        os.replace(new.path, self.path)
 
     def write(self, index: int, hidden: Tensor) -> None:
         """Store sample `index`, (1, length, width)."""

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from typing import Any
 
 CONVERTED, EVALUATIONS, STATISTICS = "converted", "evaluations", "statistics"
 KINDS = (CONVERTED, EVALUATIONS, STATISTICS)
+OWN = {
+    CONVERTED: re.compile(r"[0-9a-f]{16}|\.converting-\w+"),
+    EVALUATIONS: re.compile(r"[0-9a-f]{32}\.json|\.\w+\.tmp"),
+    STATISTICS: re.compile(r"[0-9a-f]{32}"),
+}
+"""Names that we give; whatever else lies in a named folder is somebody's."""
 LABEL = "label.json"
 """Of an entry that is a folder, where it is no conversion."""
 
@@ -88,6 +95,8 @@ def entries() -> list[Entry]:
     for kind in KINDS:
         folder = cache_folder() / kind
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if not OWN[kind].fullmatch(path.name):
+                continue
             files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
             found.append(Entry(kind, path, _label(path), sum(p.stat().st_size for p in files)))
     return found
@@ -96,8 +105,14 @@ def entries() -> list[Entry]:
 def clear() -> list[Entry]:
     """Delete what the cache holds, and nothing else in its folder; returns what that was."""
     gone = entries()
+    for entry in gone:
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            entry.path.unlink(missing_ok=True)
     for kind in KINDS:
-        shutil.rmtree(cache_folder() / kind, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody's files are in it, or it is not there
+            (cache_folder() / kind).rmdir()
     return gone
 
 

@@ -1,6 +1,5 @@
 """What config.json says about a compressed checkpoint, and what its files say."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, FORMATS, stored_tensors
@@ -75,11 +75,9 @@ def _check_owner(name: str, owner: object, specs: dict[str, Spec]) -> None:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder, None where it holds no checkpoint of ours."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         return None
-    config = json.loads(path.read_text(encoding="utf8"))
-    data = config.get("quantization_config")
+    data = read_config_file(folder).get("quantization_config")
     return Manifest.from_json(data) if isinstance(data, dict) and data.get("quant_method") == QUANT_METHOD else None
 
 

@@ -33,8 +33,7 @@ def bench(
     from lrcompress.cli.show import quiet_libraries, show_bench
 
     batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
-    if json_file is not None and str(json_file) != "-":
-        o.check_writable(json_file, "--json")
+    o.check_result(json_file)
     from lrcompress.evaluation.bench import BenchSpec
     from lrcompress.evaluation.bench import bench as run_bench
     from lrcompress.report.progress import Reporter

@@ -1,5 +1,6 @@
 """lrcompress compress"""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,15 +63,18 @@ def compress(
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
     from lrcompress.pipeline import compress as run_compress
-    from lrcompress.pipeline import make_plan
+    from lrcompress.pipeline import make_plan, output_folder
     from lrcompress.processes import processes
     from lrcompress.recipe import dump_recipe
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
     reporter = Reporter(quiet=quiet, verbose=verbose)
+    o.check_result(json_file, output_folder(recipe))
     if save_recipe is not None:
-        save_recipe.write_text(dump_recipe(recipe), encoding="utf8")
+        o.check_writable(save_recipe, "--save-recipe")
+        if int(os.environ.get("RANK", "0")) == 0:
+            o.write_text(save_recipe, "--save-recipe", dump_recipe(recipe))
     if dry_run:
         plan = make_plan(recipe, reporter=reporter)
         show_plan(plan, quiet=quiet)

@@ -61,6 +61,7 @@ def evaluate(
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
+    o.check_result(json_file)
     result = run_evaluate(
         model, spec, expect or [], device=device, trust_remote_code=trust_remote_code, reporter=Reporter(quiet=quiet)
     )

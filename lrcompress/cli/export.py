@@ -51,6 +51,7 @@ def export(
     quiet_libraries()
     name = short_name(checkpoint)
     folder = (output or Path(f"{name}.gguf" if to == "gguf" else f"{name}-{to}")).expanduser()
+    o.check_result(json_file, folder)
     reporter = Reporter(quiet=quiet)
     if to == "gguf":
         result = export_gguf(

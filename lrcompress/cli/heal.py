@@ -1,5 +1,6 @@
 """lrcompress heal"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -87,6 +88,7 @@ def heal(
     from lrcompress.training.settings import Settings
 
     quiet_libraries()
+    o.check_result(json_file, Path(output).expanduser() if output else None)
     settings = Settings(
         train=train, optimizer=optimizer, distill=distill, lr=lr, steps=steps, tokens=tokens, minutes=minutes,
         batch=batch_size, accumulate=accumulate, seed=seed, device=device, dtype=compute_dtype, load_4bit=load_4bit,

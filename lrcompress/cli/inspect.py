@@ -19,6 +19,7 @@ def inspect(
     from lrcompress.report.inspection import inspect_model
 
     quiet_libraries()
+    o.check_result(json_file)
     result = inspect_model(model, spectra=spectra, trust_remote_code=trust_remote_code)
     show_inspection(result, quiet=quiet)
     o.write_result(json_file, result)

@@ -30,6 +30,7 @@ def merge(
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
+    o.check_result(json_file, output.expanduser())
     report = run(
         adapters, output.expanduser(), Room(basis, size, error),
         dry_run=dry_run, overwrite=overwrite, reporter=Reporter(quiet=quiet),
@@ -51,6 +52,7 @@ def extract(
     from lrcompress.cli.show import console, quiet_libraries
 
     quiet_libraries()
+    o.check_result(json_file, output.expanduser())
     result = run(shared, task, output.expanduser(), overwrite=overwrite)
     if not quiet:
         first, last = result["ranks"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, ResourceError
 from lrcompress.recipe import Recipe, make_recipe, split_assignment
 
 MODEL = "How"
@@ -186,9 +186,20 @@ def write_result(path: Path | None, data: Any) -> None:
     write_text(path, "--json", text)
 
 
-def check_writable(path: Path, option: str) -> None:
-    """InputError where the file that an option names cannot come to be; said before the work that it is for."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+def check_result(path: Path | None, output: Path | None = None) -> None:
+    """As check_writable, for --json FILE where one is given."""
+    if path is not None and str(path) != "-":
+        check_writable(path, "--json", output)
+
+
+def check_writable(path: Path, option: str, output: Path | None = None) -> None:
+    """InputError where the file that an option names cannot come to be; said before the work that it is for.
+
+    It may lie in the folder `output`, which is still to be made, or in one above it.
+    """
+    parent = path.absolute().parent
+    later = output is not None and parent in (output.absolute(), *output.absolute().parents)
+    if path.is_dir() or not (parent.is_dir() or later):
         reason = "it is a folder" if path.is_dir() else "there is no such folder"
         raise InputError(f"{option} {path} cannot be written: {reason}")
 
@@ -200,15 +211,23 @@ def exit_unless_met(expectations: list[dict[str, Any]]) -> None:
 
 
 def write_text(path: Path, option: str, text: str) -> None:
-    """Write what an option asked for, whole or not at all; InputError where that is not possible."""
+    """Write what an option asked for, whole or not at all; InputError where that is not possible.
+
+    ResourceError where the disk is full.
+    """
+    from lrcompress.checkpoint.writer import disk_errors
+
     regular = path.is_file() or not path.exists()  # a device or a pipe is written straight
     target = path.resolve() if regular else path  # a link stays one
     written = target.with_name(target.name + ".tmp") if regular else target
     try:
-        written.write_text(text, encoding="utf8", errors="replace")
-        if regular:
-            written.replace(target)
-    except OSError as error:
+        with disk_errors(path.absolute().parent):
+            written.write_text(text, encoding="utf8", errors="replace")
+            if regular:
+                written.replace(target)
+    except (OSError, ResourceError) as error:
         if regular:
             written.unlink(missing_ok=True)
+        if isinstance(error, ResourceError):
+            raise
         raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error

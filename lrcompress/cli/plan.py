@@ -42,6 +42,7 @@ def plan(
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
+    o.check_result(json_file)
     result = make_plan(recipe, reporter=Reporter(quiet=quiet, verbose=verbose))
     show_plan(result, quiet=quiet)
     o.write_result(json_file, result)

@@ -51,6 +51,7 @@ def squeeze(
     if base is None and calibration:
         raise InputError("--calibration needs --base MODEL: the text is read by the model that the adapter is for")
     quiet_libraries()
+    o.check_result(json_file, output)
     inputs = None
     if base is not None:
         specs = share_samples(calibration or ["python-docs"], samples, seqlen)

@@ -1,5 +1,6 @@
 """lrcompress sweep"""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,7 @@ def sweep(
     from lrcompress.sweep import sweep as run_sweep
 
     quiet_libraries()
+    o.check_result(json_file, Path(loaded.output).expanduser())
     result = run_sweep(loaded, overwrite=overwrite, reporter=Reporter(quiet=quiet))
     if not quiet:
         for table in sweep_tables(result):

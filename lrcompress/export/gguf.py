@@ -39,8 +39,11 @@ def export_gguf(
     if output.exists() and (output.is_dir() or not overwrite):
         cure = "name a file with -o" if output.is_dir() else "choose another with -o, or pass --overwrite"
         raise InputError(f"output {output} exists: {cure}")
-    with disk_errors(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_errors(output.parent):
+            output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written ({error.strerror}): choose another -o") from error
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         dense, partial = Path(scratch) / "dense", Path(scratch) / "model.gguf"
         found = export_dense(checkpoint, dense, trust_remote_code=trust_remote_code, reporter=reporter)

@@ -8,7 +8,7 @@ import pydantic
 from lrcompress.budget import Measure
 from lrcompress.errors import InputError
 from lrcompress.recipe import validated
-from lrcompress.report.summary import answer, load_report
+from lrcompress.report.summary import answer, read_report
 
 
 class Target(pydantic.BaseModel):
@@ -122,12 +122,7 @@ class Finished(pydantic.BaseModel):
 
 def read_finished(label: str, folder: Path) -> Finished:
     """The report of the checkpoint that the user named `label`; InputError where it has none or a damaged one."""
-    try:
-        data = load_report(folder)
-    except ValueError as error:
-        raise InputError(f"{folder / 'report.json'} is not valid JSON ({error})") from error
+    data = read_report(folder)
     if data is None:
         raise InputError(f"{label} has no report.json: name the folder of a finished compression")
-    if not isinstance(data, dict):
-        raise InputError(f"{folder / 'report.json'} is no JSON object")
     return validated(Finished, data, str(folder / "report.json"))

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lrcompress.budget import FEW_TARGETS
 from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.errors import InputError
 from lrcompress.recipe import Recipe, dump_recipe
 
 
@@ -26,6 +27,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def computing_versions() -> dict[str, str]:
+    """Those of `versions` whose code computes a checkpoint's numbers."""
+    return {name: found for name, found in versions().items() if name in ("lrcompress", "torch", "transformers")}
 
 
 def peak_rss_bytes() -> int:
@@ -286,6 +292,25 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:
-    """report.json of a checkpoint, None where it has none."""
+    """report.json of a compressed checkpoint, None where a folder has none, or another program's."""
+    report = read_report(folder) or {}
+    recipe, ratio = report.get("recipe"), report.get("ratio")
+    if not (isinstance(recipe, dict) and isinstance(ratio, dict) and isinstance(ratio.get("stored"), float)):
+        return None
+    sources = recipe.get("calibration")
+    read = isinstance(sources, list) and all(isinstance(spec, dict) and "source" in spec for spec in sources)
+    return report if read else None
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """Whatever report.json a folder has; InputError where that is no JSON object."""
     path = folder / "report.json"
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): remove it, or write the checkpoint again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no JSON object: remove it, or write the checkpoint again")
+    return found

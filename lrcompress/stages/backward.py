@@ -22,12 +22,12 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     artefacts = Artefacts(scratch / "artefacts")
     if artefacts.complete(opened.sites):
         return artefacts
-    walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
+    kept = KeptStatistics(opened)
     blocks, team = len(opened.blocks), processes()
     known = bool(team.least(kept.complete()))
-    samples = walk.calibrated if known else 0
-    with reporter.phase("forward", blocks * (len(walk) - samples)) as tick, reporter.timed("calibrate"):
-        _forward(opened, walk, tick, samples)
+    walk = HiddenWalk(opened, scratch / "hidden", calibrate=not known)
+    with reporter.phase("forward", blocks * len(walk)) as tick, reporter.timed("calibrate"):
+        _forward(opened, walk, tick)
     if known:
         _decompose_known(opened, kept, artefacts, reporter)
         return artefacts
@@ -77,17 +77,16 @@ def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts,
         artefacts.save(outside, decompose_block(opened, outside, kept.load(outside), reporter))
 
 
-def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None], samples: int) -> None:
-    """Hidden states into every block, from calibration sample `samples` on; files that are there are kept."""
+def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None:
+    """Hidden states into every block; files that are there are kept."""
     blocks = len(opened.blocks)
-    known = [block for block in range(blocks + 1) if walk.path(block).exists()]
-    last = processes().least(max(known, default=0))
+    last = processes().least(max((block for block in range(blocks + 1) if walk.there(block)), default=0))
     if last == blocks:
         return
     first = walk.start(last)
     for block in range(first, blocks):
         with opened.walker.block(block) as module:
-            walk.step(block, module, [], tick, samples)
+            walk.step(block, module, [], tick)
 
 
 def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:

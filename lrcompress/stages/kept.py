@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lrcompress import __version__
 from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.cache import LABEL, STATISTICS, content_digest, named_cache_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics
+from lrcompress.report.summary import computing_versions
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.workspace import write_json
 
@@ -104,5 +103,5 @@ def statistics_key(opened: Opened) -> dict[str, Any]:
         "sink_share": method.options.sink_share,
         "gradients": gradients,
         "compute": [opened.request.device.type, str(opened.walker.dtype)],
-        "versions": {"lrcompress": __version__, "torch": torch.__version__},
+        "versions": computing_versions(),
     }

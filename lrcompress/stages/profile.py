@@ -1,7 +1,6 @@
 """Walking the dense model: statistics and an untruncated decomposition per weight, kept in scratch files."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,18 +100,18 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
     outside = opened.sites_of(blocks)
     if artefacts.complete(opened.sites):
         return artefacts
-    walk, kept = HiddenWalk(opened, scratch / "hidden"), KeptStatistics(opened)
+    kept = KeptStatistics(opened)
     known = bool(processes().least(kept.complete()))
-    samples = walk.calibrated if known else 0
+    walk = HiddenWalk(opened, scratch / "hidden", calibrate=not known)
     first = walk.start(artefacts.leading(blocks))
-    with reporter.phase("calibrate and decompose", blocks * (len(walk) - samples)) as tick:
+    with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
         for block in range(blocks):
             if block < first:
-                skip(tick, len(walk) - samples)
+                skip(tick, len(walk))
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
-                    statistics = walk.step(block, module, [] if known else opened.sites_of(block), tick, samples)
+                    statistics = walk.step(block, module, opened.sites_of(block), tick)
                     if known:
                         statistics = kept.load(block)
                     else:
@@ -130,12 +129,16 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
 
 
 class HiddenWalk:
-    """The hidden states of the calibration and held-out samples, in a file a block, whose names begin with `stem`.
+    """The hidden states of calibration and held-out samples, a file of each a block, whose names begin with `stem`.
 
-    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too, if any has.
+    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too. Without
+    `calibrate` only held-out samples are walked, without `hold_out` only calibration samples: a file that is there
+    holds all samples of its kind.
     """
 
-    def __init__(self, opened: Opened, folder: Path, stem: str = "dense", *, held_out: bool = True) -> None:
+    def __init__(
+        self, opened: Opened, folder: Path, stem: str = "dense", *, calibrate: bool = True, hold_out: bool = True
+    ) -> None:
         assert opened.calibration is not None
         team, every = processes(), opened.calibration
         folder = folder if team.first else folder.with_name(f"{folder.name}-{team.rank + 1}")
@@ -143,54 +146,59 @@ class HiddenWalk:
         self._opened, self.folder, self._stem = opened, folder, stem
         self.numbers = team.samples(len(every.ids))
         self.ids = every.ids[list(self.numbers)]
-        self._ids = torch.cat([self.ids, every.held_out]) if team.first and held_out else self.ids
         self.calibrated = len(self.ids)
-        self.weights = token_weights(self._ids.shape[1], opened.request.method.options.sink_share)
+        self._held_out = every.held_out if team.first else every.held_out[:0]
+        wanted = [(self.ids, self.calibration, calibrate), (self._held_out, self._held, hold_out)]
+        self._walked = [(ids, states) for ids, states, walked in wanted if walked and len(ids)]
+        one = torch.cat([every.ids, every.held_out])[0]
+        self.weights = token_weights(len(one), opened.request.method.options.sink_share)
         with torch.no_grad():
-            self._width = opened.walker.embed(self._ids[0]).shape[-1]
+            self._sample = (len(one), opened.walker.embed(one).shape[-1])
 
     def __len__(self) -> int:
-        return len(self._ids)
+        """Samples that are walked."""
+        return sum(len(ids) for ids, _ in self._walked)
+
+    def there(self, block: int) -> bool:
+        """Whether all of this process's samples that are walked have come to `block`."""
+        return all(states(block).whole() for _, states in self._walked)
 
     def start(self, finished: int) -> int:
         """The block to continue at when `finished` blocks are done; 0, freshly embedded, where its input is gone."""
-        found = finished and self._file(self.path(finished), len(self)).whole()
-        if processes().least(finished if found else 0):
+        if processes().least(finished if self.there(finished) else 0):
             return finished
-        self._embed()
+        with torch.no_grad(), disk_errors(self.folder):
+            for ids, states in self._walked:
+                with states(0).replaced() as new:
+                    for i, sample in enumerate(ids):
+                        new.write(i, self._opened.walker.embed(sample))
         return 0
 
     def calibration(self, block: int) -> HiddenStates:
         """The calibration samples' hidden states that enter `block`."""
-        return self._file(self.path(block), self.calibrated)
+        return self._file(self.folder / f"{self._stem}-{block:05d}.bin", self.calibrated)
 
     def held_out(self, block: int) -> list[Tensor]:
         """The held-out samples' hidden states that enter `block`."""
-        states = self._file(self.path(block), len(self))
-        return [states.read(i) for i in range(self.calibrated, len(self))]
+        return [self._held(block).read(i) for i in range(len(self._held_out))]
+
+    def held_out_path(self, block: int) -> Path:
+        """File of the held-out samples' hidden states that enter `block`."""
+        return self._held(block).path
 
     def step(
-        self, block: int, module: nn.Module, sites: list[Site], tick: Callable[[], None], first: int = 0
+        self, block: int, module: nn.Module, sites: list[Site], tick: Callable[[], None]
     ) -> dict[str, InputStatistics]:
-        """Run `block`, loaded as `module`, on every sample from `first`; statistics of the calibration samples only."""
-        before = self._file(self.path(block), len(self))
-        walker = self._opened.walker
+        """Run `block`, loaded as `module`, on every sample that is walked; statistics of the calibration samples."""
         statistics: dict[str, InputStatistics] = {}
-
-        def write(after: HiddenStates) -> None:
-            counted, weights = self.calibrated, self.weights
-            found = walk_block(walker, block, module, before, after, sites, tick, counted, weights, first)
-            statistics.update(found)
-
         with disk_errors(self.folder):
-            self.replace(block + 1, write)
+            for ids, states in self._walked:
+                counted = sites if ids is self.ids else []
+                with states(block + 1).replaced() as new:
+                    statistics |= walk_block(
+                        self._opened.walker, block, module, states(block), new, counted, tick, self.weights
+                    )
         return statistics
-
-    def replace(self, block: int, write: Callable[[HiddenStates], None]) -> None:
-        """Let `write` fill the hidden states that enter `block`; they appear whole."""
-        temporary = self.path(block).with_suffix(".tmp")
-        write(self._file(temporary, len(self)))
-        os.replace(temporary, self.path(block))
 
     def gradient_path(self, block: int) -> Path:
         """File of the loss's gradients with respect to the hidden states that enter `block`."""
@@ -203,22 +211,14 @@ class HiddenWalk:
     def drop(self, block: int, *, keep_last: bool = False) -> None:
         """Forget the hidden states that enter `block`; with `keep_last`, those that leave the last block stay."""
         if not (keep_last and block == len(self._opened.blocks)):
-            self.path(block).unlink(missing_ok=True)
+            for states in (self.calibration(block), self._held(block)):
+                states.path.unlink(missing_ok=True)
 
-    def _embed(self) -> None:
-        def write(states: HiddenStates) -> None:
-            for i in range(len(self)):
-                states.write(i, self._opened.walker.embed(self._ids[i]))
-
-        with torch.no_grad(), disk_errors(self.folder):
-            self.replace(0, write)
-
-    def path(self, block: int) -> Path:
-        """File of the hidden states that enter `block`."""
-        return self.folder / f"{self._stem}-{block:05d}.bin"
+    def _held(self, block: int) -> HiddenStates:
+        return self._file(self.folder / f"{self._stem}-held-out-{block:05d}.bin", len(self._held_out))
 
     def _file(self, path: Path, samples: int) -> HiddenStates:
-        return HiddenStates(path, (samples, self._ids.shape[1], self._width), self._opened.walker.dtype)
+        return HiddenStates(path, (samples, *self._sample), self._opened.walker.dtype)
 
 
 def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:

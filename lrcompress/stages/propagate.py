@@ -8,7 +8,6 @@ from torch import nn
 
 from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
 from lrcompress.calibration.gradients import with_gradients
-from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.formats import DENSE
 from lrcompress.processes import processes
@@ -29,11 +28,11 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     artefacts = Artefacts(scratch / "sequential")
     blocks = len(opened.blocks)
     paired = opened.request.method.options.toward_dense > 0
-    dense = HiddenWalk(opened, scratch / "hidden")
-    own = HiddenWalk(opened, scratch / "hidden", "compressed", held_out=False)
-    walk_dense = paired or not processes().least(dense.path(blocks).exists())
+    dense = HiddenWalk(opened, scratch / "hidden", calibrate=paired)
+    own = HiddenWalk(opened, scratch / "hidden", "compressed", hold_out=False)
+    walk_dense = paired or not processes().least(dense.there(blocks))
     walks, finished = [own, dense] if walk_dense else [own], artefacts.leading(blocks)
-    if not processes().least(all(walk.path(finished).exists() for walk in walks)):
+    if not processes().least(all(walk.there(finished) for walk in walks)):
         finished = 0
     start = min(walk.start(finished) for walk in walks)
     with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
@@ -45,7 +44,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                 sites, before = opened.sites_of(block), own.calibration(block)
                 with reporter.timed("calibrate"):
                     if walk_dense:
-                        dense.step(block, module, [], lambda: None, first=0 if paired else dense.calibrated)
+                        dense.step(block, module, [], lambda: None)
                     beside = dense.calibration(block) if paired else None
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
                 found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
@@ -95,14 +94,11 @@ def _run_compressed(
     before = walk.calibration(block)
     blame = ", compressed,", "ask for less compression, or propagation=one_pass"
 
-    def write(after: HiddenStates) -> None:
-        for sample in range(len(before)):
-            run_sample(walker, block, module, before, after, sample, blame)
-            tick()
-
     with installed(opened, {name: (plan.specs[name], stored) for name, stored in tensors.items()}):
-        with disk_errors(walk.folder):
-            walk.replace(block + 1, write)
+        with disk_errors(walk.folder), walk.calibration(block + 1).replaced() as after:
+            for sample in range(len(before)):
+                run_sample(walker, block, module, before, after, sample, blame)
+                tick()
 
 
 def _kept(found: Found, encoded: Found) -> Found:

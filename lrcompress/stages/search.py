@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrcompress.allocators.base import largest_ratio
 from lrcompress.calibration.corpus import held_out_blocks
+from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
@@ -91,10 +92,14 @@ def branch(opened: Opened, scratch: Path, own: Path) -> None:
     """An empty scratch folder `own` for one of several checkpoints that share the decompositions in `scratch`."""
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
-    last = HiddenWalk(opened, scratch / "hidden").path(len(opened.blocks))
+    last = HiddenWalk(opened, scratch / "hidden").held_out_path(len(opened.blocks))
     if last.exists():
         (own / "hidden").mkdir()
-        os.link(last, own / "hidden" / last.name)
+        try:
+            os.link(last, own / "hidden" / last.name)
+        except OSError:  # not every file system has links
+            with disk_errors(own):
+                shutil.copyfile(last, own / "hidden" / last.name)
 
 
 def windows(opened: Opened) -> Tensor:

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from lrcompress.checkpoint.cache import READ_BY_MODELS, WRITTEN_ABOUT
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.processes import processes
 
-MARKER = "lrcompress-partial"
+MARKER, REPLACED = "lrcompress-partial", "lrcompress-replaced"
+"""Files of DIR.partial: the lock, and the output folder of before while the new one takes its place."""
 
 
 class Workspace:
@@ -24,10 +26,11 @@ class Workspace:
     Output lies in it, scratch files in its folder `scratch`; DIR appears by rename.
 
     On a bad input everything is removed again; on an interruption or a lack of resources it stays for --resume.
+    `inputs` are the files and folders that are read meanwhile.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool, resume: bool) -> None:
-        self.output = output
+    def __init__(self, output: Path, *, overwrite: bool, resume: bool, inputs: Iterable[Path] = ()) -> None:
+        self.output, self.inputs = output, list(inputs)
         self.partial = output.with_name(output.name + ".partial")
         self.scratch = self.partial / "scratch"
         self.overwrite, self.resume = overwrite, resume
@@ -36,7 +39,11 @@ class Workspace:
         """Whether there is unfinished work of an earlier run, and it was asked for."""
 
     def check(self) -> None:
-        """InputError where the output folder is in use; writes nothing."""
+        """InputError where the output folder is in use, or holds something that is read; writes nothing."""
+        target = self.output.resolve()
+        for source in self.inputs:
+            if target in (source.resolve(), *source.resolve().parents):
+                raise InputError(f"output {self.output} holds {source}, which is read: choose another -o")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file: name a folder with -o")
         if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
@@ -71,7 +78,7 @@ class Workspace:
     def _clear(self) -> None:
         for path in self.partial.iterdir():
             if path.name != MARKER:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -112,7 +119,8 @@ class Workspace:
     def publish(self) -> None:
         """Remove scratch files and let the output folder appear whole, once all processes have come here.
 
-        At any moment a resumed run finds either the marker beside a report, or the output folder itself.
+        At any moment a resumed run finds either the marker beside a report, or the output folder itself. A folder that
+        is replaced moves into the new one first, where nothing is anybody else's.
         """
         processes().wait()
         if processes().first:
@@ -121,18 +129,16 @@ class Workspace:
 
     def _publish(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        old = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
+            self.output.rename(self.partial / REPLACED)
         self.partial.rename(self.output)
-        (self.output / MARKER).unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        self.forget()
 
     def forget(self) -> None:
-        """Remove what a run that ended while it was publishing has left behind."""
-        (self.output / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.output.with_name(self.output.name + ".replaced"), ignore_errors=True)
+        """Remove from the output folder what publishing needs, or a run that ended meanwhile has left behind."""
+        if (self.output / MARKER).exists():
+            _remove(self.output / REPLACED)
+            (self.output / MARKER).unlink()
 
 
 @contextmanager
@@ -141,17 +147,21 @@ def new_folder(inputs: Iterable[Path], output: Path, *, overwrite: bool) -> Iter
 
     InputError where `output` is or holds one of the folders `inputs` that are read meanwhile.
     """
-    target = output.resolve()
-    for source in inputs:
-        if source.resolve() == target or target in source.resolve().parents:
-            raise InputError(f"output {output} holds {source}, which is read: choose another -o")
-    with Workspace(output, overwrite=overwrite, resume=False) as workspace:
+    with Workspace(output, overwrite=overwrite, resume=False, inputs=inputs) as workspace:
         try:
             yield workspace.partial
         except BaseException:
             shutil.rmtree(workspace.partial, ignore_errors=True)
             raise
         workspace.publish()
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a folder, so far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -166,11 +176,14 @@ def write_json(path: Path, data: Any) -> None:
         temporary.rename(path)
 
 
-def folder_identity(folder: Path) -> str:
-    """A digest of the checkpoint's files by name, size, time of change and beginning."""
+def files_identity(model: Path) -> str:
+    """A digest of a .gguf file, or of a folder's files that a model is read from.
+
+    By name, size, time of change and beginning.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".json", ".gguf"):
+    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+        if path.suffix in (*READ_BY_MODELS, ".gguf") and path.name not in WRITTEN_ABOUT:
             stat = path.stat()
             digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
             with path.open("rb") as file:

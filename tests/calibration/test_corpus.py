@@ -22,8 +22,9 @@ def test_parsing(tmp_path):
     assert parse_source(str(starred)) == Source(str(starred))
     with pytest.raises(InputError, match=r"nope\.txt does not exist"):
         parse_source("nope.txt")
-    with pytest.raises(InputError, match="above zero"):
-        parse_source("c4*0")
+    for weight in ("0", "-1", "inf", "nan"):
+        with pytest.raises(InputError, match="above zero"):
+            parse_source(f"c4*{weight}")
 
 
 def test_files_of_every_kind(tmp_path):

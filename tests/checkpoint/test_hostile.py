@@ -18,11 +18,15 @@ from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import OpenedModel, load_tokenizer, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, LrcompressError
+from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.dense import export_dense
 from lrcompress.formats import stored_tensors
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, read_config
 from lrcompress.model.targets import find_sites
+from lrcompress.pipeline import compress
+from lrcompress.recipe import EvaluateSpec, make_recipe
+from lrcompress.report.inspection import inspect_model
 from tests.conftest import compress_tiny
 
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -197,3 +201,28 @@ def changed(folder, text):
         return text
     honest = json.loads((folder / "config.json").read_text())
     return json.dumps({**honest, **change} if isinstance(change, dict) else change)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"text"'])
+def test_a_broken_config_is_named(llama, tmp_path, content):
+    folder = copied(llama, tmp_path / "model")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is (not valid JSON|no JSON object)"):
+        inspect_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ['{"recipe": {"a": 1}, "ratio": 3}', '{"rows": []}', '{"recipe": {}, "ratio": {}}'])
+def test_another_programs_report_beside_a_model_is_let_be(llama, tmp_path, content):
+    folder = copied(llama, tmp_path / "model")
+    (folder / "report.json").write_text(content)
+    spec = EvaluateSpec(tasks=["tokens:python-docs@32"], limit=1)
+    assert evaluate(str(folder), spec)["facts"].keys() == {"bytes"}
+
+
+def test_a_broken_report_is_named(llama, tmp_path):
+    folder = copied(llama, tmp_path / "model")
+    (folder / "report.json").write_text("{")
+    with pytest.raises(InputError, match=r"report\.json is not valid JSON"):
+        evaluate(str(folder), EvaluateSpec(tasks=["tokens:python-docs@32"], limit=1))
+    with pytest.raises(InputError, match=r"report\.json is not valid JSON"):
+        compress(make_recipe({"model": str(llama), "method": "lord", "ratio": 0.2, "output": str(folder)}), resume=True)

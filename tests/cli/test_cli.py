@@ -484,3 +484,35 @@ def test_schema_and_shipped_recipes():
     unknown = run_cli("run", "quickstrat")
     assert unknown.returncode == 2
     assert "quickstart" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("compress", ["--method", "lord", "--ratio", "0.2", "--save-recipe", "no/where.yaml"]),
+        ("compress", ["--method", "lord", "--ratio", "0.2", "--json", "no/where.json"]),
+        ("plan", ["--method", "lord", "--ratio", "0.2", "--json", "no/where.json"]),
+        ("eval", ["--json", "no/where.json"]),
+        ("inspect", ["--json", "no/where.json"]),
+        ("export", ["--to", "dense", "--json", "no/where.json"]),
+        ("squeeze", ["--rank", "2", "--json", "no/where.json"]),
+        ("heal", ["--json", "no/where.json"]),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, command, more):
+    """Before the model is even opened: its folder is empty."""
+    (tmp_path / "model").mkdir()
+    done = run_cli(command, "model", *more, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "no/where" in done.stderr
+    assert "there is no such folder" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["model"]
+
+
+def test_a_full_disk_is_a_lack_of_a_resource(llama, tmp_path):
+    done = compress(llama, tmp_path / "out", "--json", "/dev/full")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("error: the disk of /dev is full")
+    inside = compress(llama, tmp_path / "new/out", "--json", tmp_path / "new/out/result.json")
+    assert inside.returncode == 0
+    assert json.loads((tmp_path / "new/out/result.json").read_text())["method"] == "lord"

@@ -151,10 +151,13 @@ def test_listing_and_clearing(llama, own_cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not own_cache.exists()
     (other / "mine.txt").write_text("keep")
-    (other / "converted" / "x").mkdir(parents=True)
-    (other / "converted" / "x" / "w").write_bytes(bytes(1000))
+    (other / "evaluations" / "mine.csv").write_text("keep")
+    (other / "statistics" / "mine").mkdir(parents=True)
+    converted = other / "converted" / ("0" * 16)
+    converted.mkdir(parents=True)
+    (converted / "w").write_bytes(bytes(1000))
     listed = json.loads(run_cli("cache", "--cache", other, "--json", "-", "--quiet").stdout)
-    file = next((other / "evaluations").iterdir())
+    file = next((other / "evaluations").glob("*.json"))
     assert {(e["kind"], e["bytes"]) for e in listed["entries"]} == {
         ("converted", 1000),
         ("evaluations", file.stat().st_size),
@@ -163,7 +166,8 @@ def test_listing_and_clearing(llama, own_cache, tmp_path):
     cleared = run_cli("cache", "clear", "--cache", other)
     assert cleared.returncode == 0
     assert "2 entries" in cleared.stdout
-    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+    left = sorted(str(path.relative_to(other)) for path in other.rglob("*"))
+    assert left == ["evaluations", "evaluations/mine.csv", "mine.txt", "statistics", "statistics/mine"]
     wrong = run_cli("cache", "--cache", other / "mine.txt")
     assert wrong.returncode == 2
     assert "is no folder" in wrong.stderr

@@ -80,3 +80,8 @@ def test_transformers_reads_what_the_real_converter_wrote(tmp_path):
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-2)
+
+
+def test_an_output_below_a_file_is_refused(compressed, stand_in):
+    with pytest.raises(InputError, match="cannot be written"):
+        export_gguf(str(compressed("llama", method="lord")), stand_in / "model.gguf", converter=stand_in)
