@@ -184,9 +184,14 @@ def write_result(path: Path | None, data: Any) -> None:
     write_text(path, "--json", text)
 
 
-def check_writable(path: Path, option: str) -> None:
-    """InputError where the file that an option names cannot come to be; said before the work that it is for."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+def check_writable(path: Path, option: str, output: Path | None = None) -> None:
+    """InputError where the file that an option names cannot come to be; said before the work that it is for.
+
+    It may lie in the folder `output`, which is still to be made, or in one above it.
+    """
+    parent = path.absolute().parent
+    later = output is not None and parent in (output.absolute(), *output.absolute().parents)
+    if path.is_dir() or not (parent.is_dir() or later):
         reason = "it is a folder" if path.is_dir() else "there is no such folder"
         raise InputError(f"{option} {path} cannot be written: {reason}")
 

@@ -1,8 +1,9 @@
 """Evaluating one model, or two on the same text, and judging expectations."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,13 @@ from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.evaluation.gates import judge, parse_expectation
-from lrcompress.evaluation.harness import Measured, run_lm_eval
+from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
+from lrcompress.evaluation.harness import Measured, measurable, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
-from lrcompress.evaluation.tokens import Divergence, Losses, score, score_both
+from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -40,10 +41,11 @@ def evaluate(
     reporter = reporter or Reporter(quiet=True)
     tasks = parse_tasks(spec.tasks)
     expectations = [parse_expectation(text) for text in expect]
+    check_expectations(expectations, tasks, facts_of(open_model(model).folder), compared=spec.against is not None)
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
     both = _Comparison(model, tasks, spec, options, reporter)
     seconds = {"model": _timed(both.run)}
-    facts = both.facts()
+    facts = facts_of(both.folders[0])
     against: dict[str, Any] | None = None
     if spec.against is not None:
         seconds["against"] = _timed(both.compare)
@@ -104,14 +106,6 @@ class _Comparison:
             self.theirs[task.key] = theirs.results
             for name, items in self.items[task.key].items.items():
                 self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
-
-    def facts(self) -> dict[str, float]:
-        """Of the first model's files."""
-        facts = {"bytes": float(CheckpointReader(self.folders[0]).bytes)}
-        report = load_report(self.folders[0])
-        if report is not None:
-            facts["stored_ratio"] = float(report["ratio"]["stored"])
-        return facts
 
     def _calibrated(self, task: Task) -> bool:
         """Whether a model was calibrated on the task's text, of which only the held-out end counts then, for both."""
@@ -202,6 +196,29 @@ class _Comparison:
                 return run(tick)
         except ArithmeticError as error:
             raise InputError(f"{task.given} on {' or '.join(self.labels)}: {error}") from error
+
+
+def facts_of(folder: Path) -> dict[str, float]:
+    """Of a model's files."""
+    facts = {"bytes": float(CheckpointReader(folder).bytes)}
+    report = load_report(folder)
+    if report is not None:
+        facts["stored_ratio"] = float(report["ratio"]["stored"])
+    return facts
+
+
+def check_expectations(
+    expectations: Sequence[Expectation], tasks: Sequence[Task], facts: Collection[str], *, compared: bool
+) -> None:
+    """InputError for a task that cannot be run, or a metric that will not be measured, before anything is."""
+    found = measurable(tasks, compared=compared)
+    ours = {name: dict.fromkeys(metrics, 1.0) for name, metrics in found.known.items()}
+    theirs = {name: {m: 1.0 for m in metrics if m not in METRICS_OF_TWO} for name, metrics in ours.items()}
+    for expectation in expectations:
+        named = [m for name, m in found.known.items() if expectation.task in (None, name)]
+        if found.open and not any(expectation.metric in metrics for metrics in named):
+            continue  # it may be of a task that does not say before it runs what it measures
+        judge(expectation, ours, dict.fromkeys(facts, 1.0), theirs if compared else None)
 
 
 def check_chat_template(spec: EvaluateSpec, models: Sequence[str], *, trust_remote_code: bool) -> None:
