@@ -90,21 +90,35 @@ def documents(source: Source, split: str = "train") -> list[str]:
 def _file_documents(path: Path, field: str) -> list[str]:
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf8").splitlines()
-            return [_field(json.loads(line), field, path) for line in lines if line.strip()]
+            return [_field(record, field, path) for record in read_records(path)]
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             table = pyarrow.parquet.read_table(path)
             if field not in table.column_names:
                 raise InputError(f"{path} has no column {field!r}: it has {', '.join(table.column_names)}")
-            return [str(value) for value in table.column(field).to_pylist()]
+            return _texts(table.column(field).to_pylist(), field, path)
         with path.open(encoding="utf8", newline="") as file:
             return [file.read()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (json.JSONDecodeError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def read_records(path: Path) -> list[Any]:
+    """The values of a .jsonl, one a line; ValueError and OSError where it is none."""
+    # Lines end where JSON's do: str.splitlines also breaks at characters that a string may hold as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line.strip()]
+
+
+def _texts(values: Sequence[Any], field: str, path: Path) -> list[str]:
+    """Those of a column that are there; what is neither a text nor nothing is an InputError."""
+    found = [value for value in values if value is not None]
+    other = next((value for value in found if not isinstance(value, str)), None)
+    if other is not None:
+        raise InputError(f"{path} has no text in column {field!r} but {type(other).__name__}: write {path}:FIELD")
+    return found
 
 
 def _field(record: Any, field: str, path: Path) -> str:

@@ -1,10 +1,10 @@
 """The standard zero-shot tasks over local files: lm-eval's own definitions, the documents from disk."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lrcompress.calibration.corpus import read_records
 from lrcompress.errors import InputError
 
 Record = dict[str, Any]
@@ -63,8 +63,7 @@ ZERO_SHOT: dict[str, Callable[[Record], Record]] = {
 def read_documents(name: str, path: Path) -> list[Record]:
     """The documents of a .jsonl; PIQA's labels may lie beside it in NAME-labels.lst, as published."""
     try:
-        lines = path.read_text(encoding="utf8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        records = read_records(path)
         labels = path.with_name(f"{path.stem}-labels.lst")
         if labels.exists():
             marks = labels.read_text(encoding="utf8").split()
