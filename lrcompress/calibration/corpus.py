@@ -15,6 +15,8 @@ from lrcompress.errors import InputError
 
 HELD_OUT = 10
 """One part in this many of a source is held out: its end, never calibrated on."""
+JOIN = "\n\n"
+"""Between the texts of a source."""
 BUILT_IN = ("wikitext2", "c4", "python-docs", "self")
 
 
@@ -149,7 +151,7 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """(n,) int64 tokens of the texts joined by blank lines, without special tokens."""
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(JOIN.join(texts), add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -166,6 +168,22 @@ def split_held_out(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The part to calibrate on and the held-out last tenth."""
     cut = len(ids) - len(ids) // HELD_OUT
     return ids[:cut], ids[cut:]
+
+
+def held_out_documents(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """What `split_held_out` holds out of the texts' tokens, as text: all behind the last character to calibrate on."""
+    encoded = tokenizer(
+        JOIN.join(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+    )
+    read, held = split_held_out(torch.tensor(encoded.input_ids, dtype=torch.int64))
+    if not tokenizer.is_fast:  # it does not say where its tokens stand
+        return [tokenizer.decode(held, clean_up_tokenization_spaces=False)] if len(held) else []
+    end = encoded["offset_mapping"][len(read) - 1][1] if len(read) else 0
+    kept = []
+    for text in texts:
+        kept.append(text[max(0, end) :])
+        end -= len(text) + len(JOIN)
+    return [text for text in kept if text]
 
 
 def calibration_blocks(

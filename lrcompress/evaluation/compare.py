@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lrcompress.calibration.corpus import held_out_documents
 from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
@@ -18,7 +19,7 @@ from lrcompress.evaluation.harness import Measured, measurable, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
-from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
+from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
@@ -80,7 +81,7 @@ class _Comparison:
         check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]
-        self.held_out = {task.key: self._calibrated(task) for task in tasks}
+        self.readers = {task.key: self._readers(task) for task in tasks}
         self.loaded: dict[int, LoadedModel] = {}
         self.ours: dict[str, Results] = {}
         self.theirs: dict[str, Results] = {}
@@ -107,14 +108,28 @@ class _Comparison:
             for name, items in self.items[task.key].items.items():
                 self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
 
-    def _calibrated(self, task: Task) -> bool:
-        """Whether a model was calibrated on the task's text, of which only the held-out end counts then, for both."""
-        held = task.source is not None and any(
-            was_calibrated_on(task.source, load_report(folder)) for folder in self.folders
-        )
-        if held:
-            self.reporter.say(f"{task.key}: a model was calibrated on this text: only its held-out last tenth counts")
-        return held
+    def _readers(self, task: Task) -> list[Path]:
+        """The models that have read the task's text; where there is one, only its held-out end counts, for both."""
+        source = task.source
+        found = [f for f in self.folders if source is not None and was_calibrated_on(source, load_report(f))]
+        if found:
+            self.reporter.say(
+                f"{task.key}: a model was calibrated or trained on this text: only its held-out last tenth counts"
+            )
+        return found
+
+    def _texts(self, task: Task) -> list[str]:
+        """The documents of a `text:` task."""
+        if task.kind != "text":
+            return []
+        assert task.source is not None
+        texts = evaluation_documents(task.source)
+        for folder in self.readers[task.key]:
+            tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
+            texts = min(texts, held_out_documents(evaluation_documents(task.source), tokenizer), key=_length)
+        if not texts:
+            raise InputError(f"task {task.given}: nothing of its text is held out: use more text")
+        return texts
 
     def _load(self, which: int) -> LoadedModel:
         if which not in self.loaded:
@@ -124,9 +139,7 @@ class _Comparison:
 
     def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
-        return run_lm_eval(
-            self._load(which), task, self.spec, held_out_only=self.held_out[task.key], warn=self.reporter.warn
-        )
+        return run_lm_eval(self._load(which), task, self.spec, texts=self._texts(task), warn=self.reporter.warn)
 
     def _second(self, task: Task) -> Measured:
         kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)
@@ -149,7 +162,7 @@ class _Comparison:
     def _blocks(self, which: int, task: Task) -> Tensor:
         folder = self.folders[which]
         tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
-        return task_blocks(task, tokenizer, folder, held_out_only=self.held_out[task.key], limit=self.spec.limit)
+        return task_blocks(task, tokenizer, folder, held_out_only=bool(self.readers[task.key]), limit=self.spec.limit)
 
     def _alone(self, which: int, task: Task, blocks: Tensor) -> Results:
         model = self._load(which).model
@@ -226,6 +239,10 @@ def check_chat_template(spec: EvaluateSpec, models: Sequence[str], *, trust_remo
     for model in models if spec.chat_template else []:
         if not load_tokenizer(open_model(model).folder, trust_remote_code=trust_remote_code).chat_template:
             raise InputError(f"model {model} has no chat template: evaluate it without one")
+
+
+def _length(texts: Sequence[str]) -> int:
+    return sum(map(len, texts))
 
 
 def _timed(run: Callable[[], None]) -> float:

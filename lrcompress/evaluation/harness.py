@@ -11,10 +11,11 @@ from typing import Any
 
 from lrcompress.errors import InputError, nearest
 from lrcompress.evaluation.loading import LoadedModel
-from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
+from lrcompress.evaluation.tasks import Task
 from lrcompress.evaluation.tokens import METRICS as TOKEN_METRICS
 from lrcompress.evaluation.tokens import METRICS_OF_TWO
 from lrcompress.evaluation.zero_shot import read_documents, zero_shot_task
+from lrcompress.model.device import out_of_memory
 from lrcompress.recipe import EvaluateSpec
 
 LONGEST = 2048
@@ -44,9 +45,9 @@ class Measured:
 
 
 def run_lm_eval(
-    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out_only: bool, warn: Callable[[str], None]
+    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, texts: Sequence[str], warn: Callable[[str], None]
 ) -> Measured:
-    """Run one task of any kind but `tokens:`."""
+    """Run one task of any kind but `tokens:`; texts: the documents of a `text:` task."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -61,7 +62,7 @@ def run_lm_eval(
     manager = _manager(task)
     names: list[Any]
     if task.kind == "text":
-        names = [text_task(task, held_out_only=held_out_only)]
+        names = [text_task(texts)]
     elif task.kind == "zero_shot":
         assert task.path is not None
         names = [zero_shot_task(_lm_evals_name(task), task.path, manager)]
@@ -72,7 +73,9 @@ def run_lm_eval(
             model=engine, tasks=names, task_manager=manager, limit=spec.limit, bootstrap_iters=BOOTSTRAP,
             num_fewshot=spec.fewshot if asks else None, apply_chat_template=spec.chat_template and asks,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"task {task.given} cannot be run ({reason})") from error
     for name, config in result["configs"].items():
@@ -169,16 +172,13 @@ def _lm_evals_name(task: Task) -> str:
     return task.given.partition(":")[0]
 
 
-def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
-    """An lm-eval task of rolling perplexity over a source's documents."""
+def text_task(texts: Sequence[str]) -> dict[str, Any]:
+    """An lm-eval task of rolling perplexity over documents."""
     import datasets
 
-    assert task.source is not None
-    texts = evaluation_documents(task.source)
-    rows = held_out_documents(texts) if held_out_only else texts
     return {
         "task": "text",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"page": text} for text in rows])},
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"page": text} for text in texts])},
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
