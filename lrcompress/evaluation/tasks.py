@@ -21,7 +21,7 @@ from lrcompress.calibration.corpus import (
     tokenise,
 )
 from lrcompress.errors import InputError
-from lrcompress.evaluation.zero_shot import ZERO_SHOT
+from lrcompress.evaluation.zero_shot import ZERO_SHOT, labels_file
 
 Kind = Literal["tokens", "text", "folder", "zero_shot", "name"]
 
@@ -36,6 +36,12 @@ class Task:
     source: Source | None = None
     seqlen: int = 0
     path: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Where its questions lie on this machine: files, or a folder of definitions."""
+        labels = [] if self.path is None or self.kind != "zero_shot" else [labels_file(self.path)]
+        return [path for path in (self.path, *labels) if path is not None and path.exists()]
 
 
 def parse_tasks(given: Sequence[str]) -> list[Task]:
