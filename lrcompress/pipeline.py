@@ -13,9 +13,9 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.budget import removed
-from lrcompress.checkpoint.opening import check_model, open_model, short_name
+from lrcompress.checkpoint.opening import check_model, open_model, read_config_file, short_name
 from lrcompress.errors import InputError, Interrupted
-from lrcompress.evaluation.compare import check_chat_template, evaluate
+from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.model.device import memory_errors
@@ -178,21 +178,30 @@ def write_checkpoint(
     return report | (more or {})
 
 
+def check_run(recipe: Recipe) -> None:
+    """InputError for what can be seen to be wrong with a recipe before its model is loaded or anything is written."""
+    refuse_several("run")
+    expectations = [parse_expectation(text) for text in recipe.expect]
+    spec = recipe.evaluate
+    check_request(recipe)
+    if spec is None:
+        if expectations:
+            raise InputError("the recipe expects something but evaluates nothing: add evaluate: {tasks: [...]}")
+        return
+    tasks = parse_tasks(spec.tasks)
+    other = recipe.model if spec.against in (None, "dense") else spec.against
+    if other != recipe.model:
+        read_config_file(open_model(other).folder)
+    check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
+    check_expectations(expectations, tasks, ("bytes", "stored_ratio"), compared=spec.against is not None)
+
+
 def run_recipe(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
 ) -> Result:
     """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`."""
-    refuse_several("run")
+    check_run(recipe)
     spec = recipe.evaluate
-    for text in recipe.expect:
-        parse_expectation(text)
-    if spec is not None:
-        parse_tasks(spec.tasks)
-        other = recipe.model if spec.against in (None, "dense") else spec.against
-        check_model(other)
-        check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
-    elif recipe.expect:
-        raise InputError("the recipe expects something but evaluates nothing: add evaluate: {tasks: [...]}")
     result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
     if spec is None:
         return result

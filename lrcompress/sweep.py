@@ -1,6 +1,7 @@
 """Methods x ratios x seeds on one model: the common part once, then every point is written, loaded and measured."""
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -9,16 +10,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.checkpoint.cache import content_digest
+from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.model.device import resolve_device
+from lrcompress.evaluation.harness import measurable
+from lrcompress.evaluation.tasks import Task, parse_tasks
+from lrcompress.model.device import resolve_device, resolve_dtype
 from lrcompress.pipeline import errors_in_words, finish_checkpoint, identity, profile_model, write_checkpoint
 from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened, check_request, open_request
+from lrcompress.report.summary import versions
+from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_amount, check_request, open_parts
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.search import branch
 from lrcompress.stages.workspace import write_json
@@ -37,14 +45,15 @@ class Point:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.method.label}-{self.ratio:g}-seed{self.seed}".replace("/", "-")
+        return f"{self.method.label}-{self.ratio!r}-seed{self.seed}".replace("/", "-")
 
 
 def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None = None) -> dict[str, Any]:
     """Measure every point; points that the output folder has already are not measured again.
 
     Writes points/NAME.json as they come, then sweep.csv and one picture per perplexity. Returns {"dense": results,
-    "points": [...]}. InputError, before anything runs, where the folder holds another sweep.
+    "points": [...]}. A point that cannot be reached, or whose model cannot be measured, has an `error` in place of
+    results. InputError, before anything runs, where the folder holds another sweep; and where no point has results.
     """
     refuse_several("a sweep")
     reporter = reporter or Reporter(quiet=True)
@@ -53,10 +62,11 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     if not existing.is_dir():
         raise InputError(f"output {folder} cannot be made: {existing} is a file, name a folder")
     points = [Point(m, r, s) for s in recipe.seeds for m in recipe.methods for r in sorted(recipe.ratios)]
-    for point in points:
-        check_request(recipe.recipe(point.method, point.ratio, point.seed))
-    parse_tasks(recipe.evaluate.tasks)
-    _claim(folder, recipe, overwrite)
+    _check_names(points)
+    requests = [check_request(recipe.recipe(point.method, point.ratio, point.seed)) for point in points]
+    tasks = parse_tasks(recipe.evaluate.tasks)
+    measurable(tasks, compared=recipe.evaluate.against is not None)
+    _claim(folder, recipe, _inputs(recipe, requests, tasks), overwrite)
     with errors_in_words(resolve_device(recipe.device), f"run the same sweep again to continue in {folder}"):
         dense = _dense(recipe, folder, reporter)
         for seed in recipe.seeds:
@@ -66,6 +76,8 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
                     _measure(recipe, left, folder, reporter)
     rows = [json.loads(_file(folder, point).read_text()) for point in points]
     shutil.rmtree(folder / "scratch", ignore_errors=True)
+    if all("error" in row for row in rows):
+        raise InputError(f"no point of the sweep has results: {rows[0]['error']}")
     result = {"schema": 1, "model": recipe.model, "dense": dense, "points": rows}
     write_json(folder / "results.json", result)
     (folder / "sweep.csv").write_text(as_csv(result), encoding="utf8")
@@ -75,7 +87,7 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
 
 def as_csv(result: dict[str, Any]) -> str:
     """A row per point, a column per metric; the dense model first."""
-    metrics = [(task, key) for task, values in result["dense"]["results"].items() for key in values]
+    metrics = metrics_of(result)
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(["method", "ratio", "seed", "stored_ratio", "bytes", "seconds", *map(":".join, metrics)])
@@ -86,22 +98,86 @@ def as_csv(result: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def _claim(folder: Path, recipe: Sweep, overwrite: bool) -> None:
+def metrics_of(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(task, metric) of all that was measured, the dense model's first."""
+    rows = [result["dense"], *result["points"]]
+    return list(dict.fromkeys((task, key) for r in rows for task, values in r["results"].items() for key in values))
+
+
+def _check_names(points: list[Point]) -> None:
+    names = [point.name for point in points]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"the sweep has two points {twice}: leave one out")
+
+
+def _inputs(recipe: Sweep, requests: list[Request], tasks: list[Task]) -> dict[str, Path]:
+    """What the points are made from and measured with: files and models' folders, by what the recipe calls them."""
+    models = {recipe.model, recipe.evaluate.against or "dense"} - {"dense"}
+    found = {model: open_model(model).folder for model in sorted(models)}
+    for request in requests:
+        if request.method.existing_base is not None:
+            found[request.method.existing_base.text] = request.method.existing_base.folder
+    sources = [parse_source(spec.source) for spec in recipe.calibration] + [t.source for t in tasks if t.source]
+    paths = [source.path for source in sources] + [path for task in tasks for path in task.files]
+    return {**found, **{str(path): path for path in paths if path is not None}}
+
+
+def _digest(path: Path) -> str:
+    if (path / "config.json").is_file():
+        return content_digest(path)
+    digest = hashlib.sha256()
+    for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if part.is_file():
+            with part.open("rb") as file:
+                digest.update(f"{part.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, recipe: Sweep, inputs: dict[str, Path], overwrite: bool) -> None:
+    """Make the folder this sweep's own; InputError where it is another's, and nothing is touched then."""
     path, mine = folder / IDENTITY, json.loads(recipe.model_dump_json(exclude={"output", "keep"}))
+    files = {name: _digest(place) for name, place in inputs.items()}
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output {folder} is a file: name a folder")
     if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder, [*inputs.values(), *(place for place in map(_local, inputs) if place is not None)])
     if path.exists():
         before = json.loads(path.read_text())
         # More methods, ratios and seeds may join a sweep; what its points have in common may not change.
         changed = [key for key in mine if key not in ("methods", "ratios", "seeds") and before.get(key) != mine[key]]
+        known = before.get("files", {})
+        changed += [name for name in files if known.get(name, files[name]) != files[name]]
+        changed += ["versions"] if before.get("versions", versions()) != versions() else []
         if changed:
             raise InputError(
                 f"{folder} has another sweep ({', '.join(changed)} differ): choose another output or pass --overwrite"
             )
+        files = {**known, **files}
     elif folder.exists() and any(folder.iterdir()):
         raise InputError(f"output folder {folder} is not empty: choose another, or pass --overwrite")
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    write_json(path, mine)
+    write_json(path, {**mine, "files": files, "versions": versions()})
+
+
+def _local(name: str) -> Path | None:
+    """The place of a model as its user knows it, which for a GGUF file is not that of its folder."""
+    try:
+        return check_model(name)
+    except InputError:  # it is no model but a text
+        return None
+
+
+def _remove(folder: Path, inputs: list[Path]) -> None:
+    """Remove a sweep's folder; InputError where it is none, or holds what is to be read."""
+    target = folder.resolve()
+    for path in inputs:
+        if target in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"output {folder} holds {path}, which is read: choose another output")
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / IDENTITY).exists():
+            raise InputError(f"output folder {folder} is no sweep's, --overwrite leaves it alone: choose another")
+        shutil.rmtree(folder)
 
 
 def _file(folder: Path, point: Point) -> Path:
@@ -112,14 +188,24 @@ def _dense(recipe: Sweep, folder: Path, reporter: Reporter) -> dict[str, Any]:
     path = folder / "dense.json"
     if not path.exists():
         reporter.say(f"measuring {recipe.model}, dense")
-        found = _evaluate(recipe, recipe.model, reporter)
-        write_json(path, {"method": "dense", "bytes": found["facts"]["bytes"], "results": found["results"]})
+        found = _evaluate(recipe, recipe.model, None, reporter)
+        write_json(path, {"method": "dense", "bytes": _dense_bytes(recipe), "results": found["results"]})
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
 
 
-def _evaluate(recipe: Sweep, model: str, reporter: Reporter) -> dict[str, Any]:
-    spec = recipe.evaluate.model_copy(update={"against": None})
+def _dense_bytes(recipe: Sweep) -> float:
+    """Of the dense checkpoint as the points are written: in their dtype."""
+    model = open_model(recipe.model)
+    reader = model.reader()
+    if recipe.dtype == "auto" and not model.from_gguf:
+        return float(reader.bytes)
+    dtype = resolve_dtype(recipe.dtype, torch.bfloat16)
+    return float(reader.bytes // reader.dtype.itemsize * dtype.itemsize)
+
+
+def _evaluate(recipe: Sweep, model: str, against: str | None, reporter: Reporter) -> dict[str, Any]:
+    spec = recipe.evaluate.model_copy(update={"against": against})
     return evaluate(
         model, spec, device=recipe.device, trust_remote_code=recipe.trust_remote_code, reporter=reporter
     )  # fmt: skip
@@ -131,17 +217,39 @@ def _measure(recipe: Sweep, points: list[Point], folder: Path, reporter: Reporte
     scratch = folder / "scratch" / label
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    first = recipe.recipe(points[0].method, points[0].ratio, points[0].seed)
-    opened = open_request(check_request(first), reporter)
-    _check_scratch(scratch, opened)
-    artefacts = profile_model(opened, scratch, reporter)
-    shared = time.perf_counter() - start
-    for point in points:
+    requests = [check_request(recipe.recipe(point.method, point.ratio, point.seed)) for point in points]
+    opened = open_parts(requests[0], reporter)
+    possible = []
+    for point, request in zip(points, requests, strict=True):
+        try:
+            check_amount(replace(opened, request=request))
+            possible.append((point, request))
+        except InputError as error:
+            _note_error(folder, point, error, reporter)
+    if possible:
+        opened = replace(opened, request=possible[0][1])
+        calibrate_model(opened)
+        _check_scratch(scratch, opened)
+        artefacts = profile_model(opened, scratch, reporter)
+        shared = time.perf_counter() - start
+    for point, request in possible:
         reporter.say(f"{point.method.label} at {point.ratio:g}, seed {point.seed}")
-        request = check_request(recipe.recipe(point.method, point.ratio, point.seed))
-        row = _point(recipe, point, replace(opened, request=request), artefacts, folder, scratch, reporter)
-        write_json(_file(folder, point), {**row, "shared_seconds": shared})
+        try:
+            with errors_in_words(request.device, f"run the same sweep again to continue in {folder}"):
+                row = _point(recipe, point, replace(opened, request=request), artefacts, folder, scratch, reporter)
+            write_json(_file(folder, point), {**row, "shared_seconds": shared})
+        except InputError as error:
+            _note_error(folder, point, error, reporter)
     shutil.rmtree(scratch)
+
+
+def _note_error(folder: Path, point: Point, error: InputError, reporter: Reporter) -> None:
+    """A point without results: the others of the sweep are measured all the same."""
+    for left in (folder / f"{point.name}.partial", folder / point.name):
+        shutil.rmtree(left, ignore_errors=True)
+    reporter.warn(f"{point.method.label} at {point.ratio:g}, seed {point.seed}: {error}")
+    row = {"method": point.method.label, "ratio": point.ratio, "seed": point.seed, "error": str(error), "results": {}}
+    write_json(_file(folder, point), row)
 
 
 def _check_scratch(scratch: Path, opened: Opened) -> None:
@@ -175,7 +283,8 @@ def _point(
     shutil.rmtree(checkpoint, ignore_errors=True)
     partial.rename(checkpoint)
     seconds = time.perf_counter() - start
-    found = _evaluate(recipe, str(checkpoint), quiet)
+    against = recipe.model if recipe.evaluate.against == "dense" else recipe.evaluate.against
+    found = _evaluate(recipe, str(checkpoint), against, quiet)
     if not recipe.keep:
         shutil.rmtree(checkpoint)
     for text, values in found["results"].items():
@@ -189,4 +298,5 @@ def _point(
         "seconds": seconds,
         "warnings": report["warnings"],
         "results": found["results"],
+        **({} if found["against"] is None else {"tests": found["against"]["tests"]}),
     }

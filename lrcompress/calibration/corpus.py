@@ -15,6 +15,8 @@ from lrcompress.errors import InputError
 
 HELD_OUT = 10
 """One part in this many of a source is held out: its end, never calibrated on."""
+JOIN = "\n\n"
+"""Between the texts of a source."""
 BUILT_IN = ("wikitext2", "c4", "python-docs", "self")
 
 
@@ -90,21 +92,35 @@ def documents(source: Source, split: str = "train") -> list[str]:
 def _file_documents(path: Path, field: str) -> list[str]:
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf8").splitlines()
-            return [_field(json.loads(line), field, path) for line in lines if line.strip()]
+            return [_field(record, field, path) for record in read_records(path)]
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             table = pyarrow.parquet.read_table(path)
             if field not in table.column_names:
                 raise InputError(f"{path} has no column {field!r}: it has {', '.join(table.column_names)}")
-            return [str(value) for value in table.column(field).to_pylist()]
+            return _texts(table.column(field).to_pylist(), field, path)
         with path.open(encoding="utf8", newline="") as file:
             return [file.read()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except (json.JSONDecodeError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def read_records(path: Path) -> list[Any]:
+    """The values of a .jsonl, one a line; ValueError and OSError where it is none."""
+    # Lines end where JSON's do: str.splitlines also breaks at characters that a string may hold as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line.strip()]
+
+
+def _texts(values: Sequence[Any], field: str, path: Path) -> list[str]:
+    """Those of a column that are there; what is neither a text nor nothing is an InputError."""
+    found = [value for value in values if value is not None]
+    other = next((value for value in found if not isinstance(value, str)), None)
+    if other is not None:
+        raise InputError(f"{path} has no text in column {field!r} but {type(other).__name__}: write {path}:FIELD")
+    return found
 
 
 def _field(record: Any, field: str, path: Path) -> str:
@@ -135,7 +151,7 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """(n,) int64 tokens of the texts joined by blank lines, without special tokens."""
-    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(JOIN.join(texts), add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -152,6 +168,22 @@ def split_held_out(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The part to calibrate on and the held-out last tenth."""
     cut = len(ids) - len(ids) // HELD_OUT
     return ids[:cut], ids[cut:]
+
+
+def held_out_documents(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """What `split_held_out` holds out of the texts' tokens, as text: all behind the last character to calibrate on."""
+    encoded = tokenizer(
+        JOIN.join(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+    )
+    read, held = split_held_out(torch.tensor(encoded.input_ids, dtype=torch.int64))
+    if not tokenizer.is_fast:  # it does not say where its tokens stand
+        return [tokenizer.decode(held, clean_up_tokenization_spaces=False)] if len(held) else []
+    end = encoded["offset_mapping"][len(read) - 1][1] if len(read) else 0
+    kept = []
+    for text in texts:
+        kept.append(text[max(0, end) :])
+        end -= len(text) + len(JOIN)
+    return [text for text in kept if text]
 
 
 def calibration_blocks(

@@ -7,6 +7,8 @@ import typer
 
 from lrcompress.cli import options as o
 
+COUNTS = ("tokens", "blocks")
+
 
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped one such as sweep.", show_default=False)],
@@ -38,33 +40,41 @@ def sweep(
 
 
 def sweep_tables(result: dict[str, Any]) -> list[Any]:
-    """A table per metric: methods by ratios, times the dense model's where it is a perplexity."""
+    """A table per metric: methods by ratios, times the dense model's where it is a perplexity, and the paired test."""
     from rich.table import Table
 
     from lrcompress.report.summary import is_error
+    from lrcompress.sweep import metrics_of
 
     tables = []
     ratios = sorted({row["ratio"] for row in result["points"]})
     rows = {
         (r["method"], r["seed"]): r["method"] + (f", seed {r['seed']}" if r["seed"] else "") for r in result["points"]
     }
-    for task, metrics in result["dense"]["results"].items():
-        for metric, dense in metrics.items():
-            if isinstance(dense, int) or is_error(metric, metrics):
-                continue
-            table = Table(title=f"{task} {metric}, dense {dense:.4g}")
-            table.add_column("removed")
-            for ratio in ratios:
-                table.add_column(f"{ratio:.0%}", justify="right")
-            for key, label in rows.items():
-                found = {r["ratio"]: r["results"].get(task, {}).get(metric) for r in result["points"]
-                         if (r["method"], r["seed"]) == key}  # fmt: skip
-                table.add_row(label, *(_cell(metric, found.get(ratio), dense) for ratio in ratios))
-            tables.append(table)
+    points = {(r["method"], r["seed"], r["ratio"]): r for r in result["points"]}
+    metrics = metrics_of(result)
+    for task, metric in metrics:
+        dense = result["dense"]["results"].get(task, {}).get(metric)
+        if metric in COUNTS or is_error(metric, [other for t, other in metrics if t == task]):
+            continue
+        table = Table(title=f"{task} {metric}" + ("" if dense is None else f", dense {dense:.4g}"))
+        table.add_column("removed")
+        for ratio in ratios:
+            table.add_column(f"{100 * ratio:.10g}%", justify="right")
+        for (method, seed), label in rows.items():
+            table.add_row(label, *(_cell(task, metric, points.get((method, seed, r)), dense) for r in ratios))
+        tables.append(table)
     return tables
 
 
-def _cell(metric: str, value: float | None, dense: float) -> str:
-    if value is None:
+def _cell(task: str, metric: str, point: dict[str, Any] | None, dense: float | None) -> str:
+    value = None if point is None else point["results"].get(task, {}).get(metric)
+    if point is None or value is None:
         return "-"
-    return f"{value:.4g} (x{value / dense:.2f})" if "perplexity" in metric else f"{value:.4f} ({value - dense:+.4f})"
+    said = []
+    if dense is not None:
+        said.append(f"x{value / dense:.2f}" if "perplexity" in metric else f"{value - dense:+.4f}")
+    if test := point.get("tests", {}).get(task, {}).get(metric):
+        said.append("significant" if test["significant"] else "not significant")
+    shown = f"{value:.4g}" if "perplexity" in metric else f"{value:.4f}"
+    return f"{shown} ({', '.join(said)})" if said else shown

@@ -1,24 +1,26 @@
 """Evaluating one model, or two on the same text, and judging expectations."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lrcompress.calibration.corpus import held_out_documents
 from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.evaluation.gates import judge, parse_expectation
-from lrcompress.evaluation.harness import Measured, run_lm_eval
+from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
+from lrcompress.evaluation.harness import Measured, measurable, run_lm_eval
 from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
-from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
-from lrcompress.evaluation.tokens import Divergence, Losses, score, score_both
+from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
+from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -40,10 +42,11 @@ def evaluate(
     reporter = reporter or Reporter(quiet=True)
     tasks = parse_tasks(spec.tasks)
     expectations = [parse_expectation(text) for text in expect]
+    check_expectations(expectations, tasks, facts_of(open_model(model).folder), compared=spec.against is not None)
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
     both = _Comparison(model, tasks, spec, options, reporter)
     seconds = {"model": _timed(both.run)}
-    facts = both.facts()
+    facts = facts_of(both.folders[0])
     against: dict[str, Any] | None = None
     if spec.against is not None:
         seconds["against"] = _timed(both.compare)
@@ -78,7 +81,7 @@ class _Comparison:
         check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]
-        self.held_out = {task.key: self._calibrated(task) for task in tasks}
+        self.readers = {task.key: self._readers(task) for task in tasks}
         self.loaded: dict[int, LoadedModel] = {}
         self.ours: dict[str, Results] = {}
         self.theirs: dict[str, Results] = {}
@@ -105,22 +108,28 @@ class _Comparison:
             for name, items in self.items[task.key].items.items():
                 self._note(name, mcnemar_tests(items, theirs.items.get(name, {})))
 
-    def facts(self) -> dict[str, float]:
-        """Of the first model's files."""
-        facts = {"bytes": float(CheckpointReader(self.folders[0]).bytes)}
-        report = load_report(self.folders[0])
-        if report is not None:
-            facts["stored_ratio"] = float(report["ratio"]["stored"])
-        return facts
+    def _readers(self, task: Task) -> list[Path]:
+        """The models that have read the task's text; where there is one, only its held-out end counts, for both."""
+        source = task.source
+        found = [f for f in self.folders if source is not None and was_calibrated_on(source, load_report(f))]
+        if found:
+            self.reporter.say(
+                f"{task.key}: a model was calibrated or trained on this text: only its held-out last tenth counts"
+            )
+        return found
 
-    def _calibrated(self, task: Task) -> bool:
-        """Whether a model was calibrated on the task's text, of which only the held-out end counts then, for both."""
-        held = task.source is not None and any(
-            was_calibrated_on(task.source, load_report(folder)) for folder in self.folders
-        )
-        if held:
-            self.reporter.say(f"{task.key}: a model was calibrated on this text: only its held-out last tenth counts")
-        return held
+    def _texts(self, task: Task) -> list[str]:
+        """The documents of a `text:` task."""
+        if task.kind != "text":
+            return []
+        assert task.source is not None
+        texts = evaluation_documents(task.source)
+        for folder in self.readers[task.key]:
+            tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
+            texts = min(texts, held_out_documents(evaluation_documents(task.source), tokenizer), key=_length)
+        if not texts:
+            raise InputError(f"task {task.given}: nothing of its text is held out: use more text")
+        return texts
 
     def _load(self, which: int) -> LoadedModel:
         if which not in self.loaded:
@@ -130,9 +139,7 @@ class _Comparison:
 
     def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
-        return run_lm_eval(
-            self._load(which), task, self.spec, held_out_only=self.held_out[task.key], warn=self.reporter.warn
-        )
+        return run_lm_eval(self._load(which), task, self.spec, texts=self._texts(task), warn=self.reporter.warn)
 
     def _second(self, task: Task) -> Measured:
         kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)
@@ -155,7 +162,7 @@ class _Comparison:
     def _blocks(self, which: int, task: Task) -> Tensor:
         folder = self.folders[which]
         tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
-        return task_blocks(task, tokenizer, folder, held_out_only=self.held_out[task.key], limit=self.spec.limit)
+        return task_blocks(task, tokenizer, folder, held_out_only=bool(self.readers[task.key]), limit=self.spec.limit)
 
     def _alone(self, which: int, task: Task, blocks: Tensor) -> Results:
         model = self._load(which).model
@@ -204,11 +211,38 @@ class _Comparison:
             raise InputError(f"{task.given} on {' or '.join(self.labels)}: {error}") from error
 
 
+def facts_of(folder: Path) -> dict[str, float]:
+    """Of a model's files."""
+    facts = {"bytes": float(CheckpointReader(folder).bytes)}
+    report = load_report(folder)
+    if report is not None:
+        facts["stored_ratio"] = float(report["ratio"]["stored"])
+    return facts
+
+
+def check_expectations(
+    expectations: Sequence[Expectation], tasks: Sequence[Task], facts: Collection[str], *, compared: bool
+) -> None:
+    """InputError for a task that cannot be run, or a metric that will not be measured, before anything is."""
+    found = measurable(tasks, compared=compared)
+    ours = {name: dict.fromkeys(metrics, 1.0) for name, metrics in found.known.items()}
+    theirs = {name: {m: 1.0 for m in metrics if m not in METRICS_OF_TWO} for name, metrics in ours.items()}
+    for expectation in expectations:
+        named = [m for name, m in found.known.items() if expectation.task in (None, name)]
+        if found.open and not any(expectation.metric in metrics for metrics in named):
+            continue  # it may be of a task that does not say before it runs what it measures
+        judge(expectation, ours, dict.fromkeys(facts, 1.0), theirs if compared else None)
+
+
 def check_chat_template(spec: EvaluateSpec, models: Sequence[str], *, trust_remote_code: bool) -> None:
     """InputError where a chat template is asked for and a model's tokenizer has none."""
     for model in models if spec.chat_template else []:
         if not load_tokenizer(open_model(model).folder, trust_remote_code=trust_remote_code).chat_template:
             raise InputError(f"model {model} has no chat template: evaluate it without one")
+
+
+def _length(texts: Sequence[str]) -> int:
+    return sum(map(len, texts))
 
 
 def _timed(run: Callable[[], None]) -> float:

@@ -1,5 +1,6 @@
 """Expectations: `METRIC <= NUMBER`, `TASK:METRIC <= 1.3 * against`, `bytes <= 200MB`."""
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -52,6 +53,8 @@ def parse_expectation(text: str) -> Expectation:
             number = float(right)
     except ValueError as error:
         raise InputError(f"expectation {text!r}: {right!r} is no number") from error
+    if not math.isfinite(number):
+        raise InputError(f"expectation {text!r}: {right!r} is no finite number")
     return Expectation(text, task or None, metric, match["op"], number, bool(factor))
 
 

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lrcompress.errors import InputError, nearest
 from lrcompress.evaluation.loading import LoadedModel
-from lrcompress.evaluation.tasks import Task, evaluation_documents, held_out_documents
-from lrcompress.evaluation.zero_shot import zero_shot_task
+from lrcompress.evaluation.tasks import Task
+from lrcompress.evaluation.tokens import METRICS as TOKEN_METRICS
+from lrcompress.evaluation.tokens import METRICS_OF_TWO
+from lrcompress.evaluation.zero_shot import read_documents, zero_shot_task
+from lrcompress.model.device import out_of_memory
 from lrcompress.recipe import EvaluateSpec
 
 LONGEST = 2048
@@ -41,12 +45,11 @@ class Measured:
 
 
 def run_lm_eval(
-    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, held_out_only: bool, warn: Callable[[str], None]
+    loaded: LoadedModel, task: Task, spec: EvaluateSpec, *, texts: Sequence[str], warn: Callable[[str], None]
 ) -> Measured:
-    """Run one task of any kind but `tokens:`."""
+    """Run one task of any kind but `tokens:`; texts: the documents of a `text:` task."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,30 +59,23 @@ def run_lm_eval(
         max_length=min(context, LONGEST),
     )  # fmt: skip
     asks = task.kind != "text"
+    manager = _manager(task)
     names: list[Any]
     if task.kind == "text":
-        manager = TaskManager(include_defaults=False)
-        names = [text_task(task, held_out_only=held_out_only)]
-    elif task.kind == "folder":
-        assert task.path is not None
-        folder = task.path if task.path.is_dir() else task.path.parent
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        names = _folder_names(manager, task.path)
+        names = [text_task(texts)]
     elif task.kind == "zero_shot":
         assert task.path is not None
-        manager = TaskManager()
-        names = [zero_shot_task(task.given.partition(":")[0], task.path, manager)]
+        names = [zero_shot_task(_lm_evals_name(task), task.path, manager)]
     else:
-        manager = TaskManager()
-        if task.given not in manager.all_tasks:
-            raise InputError(f"unknown task {task.given!r}: {nearest(task.given, sorted(manager.all_tasks))}")
-        names = [task.given]
+        names = _names(task, manager)
     try:
         result = lm_eval.simple_evaluate(
             model=engine, tasks=names, task_manager=manager, limit=spec.limit, bootstrap_iters=BOOTSTRAP,
             num_fewshot=spec.fewshot if asks else None, apply_chat_template=spec.chat_template and asks,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"task {task.given} cannot be run ({reason})") from error
     for name, config in result["configs"].items():
@@ -95,16 +91,94 @@ def run_lm_eval(
     )
 
 
-def text_task(task: Task, *, held_out_only: bool) -> dict[str, Any]:
-    """An lm-eval task of rolling perplexity over a source's documents."""
+@dataclass
+class Measurable:
+    """What tasks will measure: metrics by result name; `open` where what some task measures shows only when it runs."""
+
+    known: dict[str, set[str]] = field(default_factory=dict)
+    open: bool = False
+
+
+def measurable(tasks: Sequence[Task], *, compared: bool) -> Measurable:
+    """What the tasks measure of a model, `compared` with another or alone; nothing is loaded.
+
+    InputError for a name that lm-eval does not know, and for a file that does not hold what its task reads.
+    """
+    found = Measurable()
+    for task in tasks:
+        if task.kind == "tokens":
+            found.known[task.key] = {*TOKEN_METRICS, *(METRICS_OF_TWO if compared else ())}
+        elif task.kind == "text":
+            found.known[task.key] = _with_errors(str(entry["metric"]) for entry in _PERPLEXITIES)
+        else:
+            manager = _manager(task)
+            if task.kind == "zero_shot":
+                assert task.path is not None
+                read_documents(_lm_evals_name(task), task.path)
+            for name in [_lm_evals_name(task)] if task.kind == "zero_shot" else _names(task, manager):
+                metrics = _declared(manager.task_index[name].cfg or {})
+                if metrics is None:
+                    found.open = True
+                else:
+                    found.known[_key(task, name)] = metrics
+    return found
+
+
+def _declared(config: dict[str, Any]) -> set[str] | None:
+    """The metrics that a task's definition lists, None where it lists none: a group, or a task in Python."""
+    listed = config.get("metric_list") or []
+    if "class" in config or not listed or not all(isinstance(entry.get("metric"), str) for entry in listed):
+        return None
+    filters = [str(entry["name"]) for entry in config.get("filter_list") or [{"name": "none"}]]
+    return {_metric(name, f) for f in filters for name in _with_errors(str(entry["metric"]) for entry in listed)}
+
+
+def _with_errors(metrics: Iterable[str]) -> set[str]:
+    return {name for metric in metrics for name in (metric, f"{metric}_stderr")}
+
+
+def _manager(task: Task) -> Any:
+    """Knows the definitions of a task's kind."""
+    from lm_eval.tasks import TaskManager
+
+    if task.kind == "text":
+        return TaskManager(include_defaults=False)
+    if task.kind == "folder":
+        assert task.path is not None
+        folder = task.path if task.path.is_dir() else task.path.parent
+        return TaskManager(include_path=str(folder), include_defaults=False)
+    return _all_of_lm_eval()
+
+
+@cache
+def _all_of_lm_eval() -> Any:
+    """Made once: its index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _names(task: Task, manager: Any) -> list[str]:
+    """What lm-eval is to run for a `tasks:` or a named task; InputError where there is no such thing."""
+    if task.kind == "folder":
+        assert task.path is not None
+        return _folder_names(manager, task.path)
+    if task.given not in manager.all_tasks:
+        raise InputError(f"unknown task {task.given!r}: {nearest(task.given, sorted(manager.all_tasks))}")
+    return [task.given]
+
+
+def _lm_evals_name(task: Task) -> str:
+    return task.given.partition(":")[0]
+
+
+def text_task(texts: Sequence[str]) -> dict[str, Any]:
+    """An lm-eval task of rolling perplexity over documents."""
     import datasets
 
-    assert task.source is not None
-    texts = evaluation_documents(task.source)
-    rows = held_out_documents(texts) if held_out_only else texts
     return {
         "task": "text",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"page": text} for text in rows])},
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list([{"page": text} for text in texts])},
         "test_split": "test",
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",

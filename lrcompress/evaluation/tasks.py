@@ -21,7 +21,7 @@ from lrcompress.calibration.corpus import (
     tokenise,
 )
 from lrcompress.errors import InputError
-from lrcompress.evaluation.zero_shot import ZERO_SHOT
+from lrcompress.evaluation.zero_shot import ZERO_SHOT, labels_file
 
 Kind = Literal["tokens", "text", "folder", "zero_shot", "name"]
 
@@ -36,6 +36,12 @@ class Task:
     source: Source | None = None
     seqlen: int = 0
     path: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Where its questions lie on this machine: files, or a folder of definitions."""
+        labels = [] if self.path is None or self.kind != "zero_shot" else [labels_file(self.path)]
+        return [path for path in (self.path, *labels) if path is not None and path.exists()]
 
 
 def parse_tasks(given: Sequence[str]) -> list[Task]:
@@ -80,10 +86,16 @@ def _short(source: Source) -> str:
     return source.name if source.name in BUILT_IN else Path(source.name).name
 
 
+OTHER_SPLITS = {"wikitext2": "test", "c4": "validation"}
+"""Sources that are evaluated on another split than the one for calibration and training."""
+
+
 def was_calibrated_on(source: Source, report: dict[str, Any] | None) -> bool:
-    """Whether a checkpoint's report says that it was calibrated on this source."""
-    specs = [] if report is None else [str(c["source"]) for c in report["recipe"]["calibration"]]
-    for spec in specs:
+    """Whether a checkpoint's report says that it was calibrated, or trained, on the text that this source evaluates."""
+    if report is None or source.name == "self" or source.name in OTHER_SPLITS:
+        return False
+    specs = [str(c["source"]) for c in report["recipe"]["calibration"]]
+    for spec in [*specs, *report.get("trained_on", [])]:
         name = split_source(spec).name
         same_file = source.path is not None and Path(name).exists() and Path(name).samefile(source.name)
         if name == source.name or same_file:
@@ -111,19 +123,4 @@ def task_blocks(
 
 def evaluation_documents(source: Source) -> list[str]:
     """The documents to evaluate on: for wikitext2 the test split, in the usual joined form."""
-    if source.name == "wikitext2":
-        return documents(source, split="test")
-    if source.name == "c4":
-        return documents(source, split="validation")
-    return documents(source)
-
-
-def held_out_documents(texts: Sequence[str]) -> list[str]:
-    """The last tenth of the characters of the texts."""
-    total = sum(map(len, texts))
-    skip = total - total // 10
-    kept = []
-    for text in texts:
-        kept.append(text[min(skip, len(text)) :])
-        skip = max(0, skip - len(text))
-    return [text for text in kept if text]
+    return documents(source, OTHER_SPLITS.get(source.name, "train"))

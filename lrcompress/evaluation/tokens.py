@@ -14,6 +14,13 @@ ROWS = 128
 """Positions whose probabilities are compared at a time: bounds the float64 copies of the logits."""
 
 
+METRICS = ("token_perplexity", "token_perplexity_stderr", "tokens", "blocks")
+"""Of a `tokens:` task; errors where there are two blocks or more."""
+
+METRICS_OF_TWO = ("kl", "kl_stderr", "top1", "top1_stderr")
+"""Beside them where another model of the same tokens is there."""
+
+
 @dataclass
 class Losses:
     """Mean negative log-likelihood of every block, in nats a token; `scored` tokens a block."""
@@ -39,8 +46,13 @@ class Divergence:
     top1: list[float] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """Means over blocks, which are equally long."""
-        return {"kl": math.fsum(self.kl) / len(self.kl), "top1": math.fsum(self.top1) / len(self.top1)}
+        """Means over blocks, which are equally long, with their standard errors where there are two or more."""
+        found = {}
+        for name, values in (("kl", self.kl), ("top1", self.top1)):
+            found[name] = math.fsum(values) / len(values)
+            if len(values) > 1:
+                found[f"{name}_stderr"] = standard_error(values)
+        return found
 
 
 def standard_error(values: list[float]) -> float:

@@ -1,10 +1,10 @@
 """The standard zero-shot tasks over local files: lm-eval's own definitions, the documents from disk."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lrcompress.calibration.corpus import read_records
 from lrcompress.errors import InputError
 
 Record = dict[str, Any]
@@ -60,12 +60,16 @@ ZERO_SHOT: dict[str, Callable[[Record], Record]] = {
 """Task name of lm-eval to what makes one of its documents of a record on disk."""
 
 
+def labels_file(path: Path) -> Path:
+    """Where the labels of a .jsonl lie that holds none itself."""
+    return path.with_name(f"{path.stem}-labels.lst")
+
+
 def read_documents(name: str, path: Path) -> list[Record]:
     """The documents of a .jsonl; PIQA's labels may lie beside it in NAME-labels.lst, as published."""
     try:
-        lines = path.read_text(encoding="utf8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-        labels = path.with_name(f"{path.stem}-labels.lst")
+        records = read_records(path)
+        labels = labels_file(path)
         if labels.exists():
             marks = labels.read_text(encoding="utf8").split()
             records = [record | {"label": mark} for record, mark in zip(records, marks, strict=True)]

@@ -49,7 +49,7 @@ def _draw(result: dict[str, Any], task: str, metric: str, path: Path) -> None:
     for method, rows in curves(result, task, metric).items():
         axes.plot([b / 1e6 for b, _ in rows], [v for _, v in rows], marker="o", markersize=4, label=method)
     axes.axhline(base, color="0.4", linestyle=":", linewidth=1)
-    axes.annotate(f"dense {base:.4g}", (1.0, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.plot([dense["bytes"] / 1e6], [base], "D", color="0.2", label=f"dense {base:.4g}", gid="dense")
     axes.set_yscale("log")
     axes.set_xlabel("checkpoint, MB")
     axes.set_ylabel(f"{metric.replace('_', ' ')}, {task}")

@@ -229,10 +229,18 @@ def _measured(evaluation: dict[str, Any] | None) -> str:
 def metric_rows(evaluation: dict[str, Any]) -> list[str]:
     """A Markdown table of the metrics, beside those of the model compared with."""
     against = (evaluation.get("against") or {"model": ""})["model"]
-    lines = [f"| task | metric | this | {against or 'dense'} | |", "|---|---|---|---|---|"]
-    for row in measurements(evaluation):
-        lines.append(f"| {row.task} | {row.metric} | {row.shown} | {row.other_shown} | {row.test_shown} |")
-    return lines
+    head = ["task", "metric", "this", against or "dense", "paired test"]
+    rows = [[row.task, row.metric, row.shown, row.other_shown, row.test_shown] for row in measurements(evaluation)]
+    return [_table_row(head), "|---|---|---|---|---|", *map(_table_row, rows)]
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(table_cell, cells))} |"
+
+
+def table_cell(text: str) -> str:
+    """A text that ends no cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True)
@@ -259,10 +267,12 @@ class Measurement:
 
     @property
     def test_shown(self) -> str:
-        """The p-value; empty where there is no test."""
+        """The p-value, and what it says; empty where there is no test."""
         if self.test is None:
             return ""
-        return f"p={self.test['p_value']:.2g}" if self.test["p_value"] >= 1e-4 else "p<0.0001"
+        value = self.test["p_value"]
+        shown = f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
+        return f"{shown}, {'significant' if self.test['significant'] else 'not significant'}"
 
 
 def measurements(evaluation: dict[str, Any]) -> Iterator[Measurement]:

@@ -169,12 +169,18 @@ def share_samples(sources: Sequence[str], samples: int, seqlen: int) -> list[Cal
 
 def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
-    opened = open_targets(request, reporter)
-    warn_few_targets(opened.skeleton, opened.sites, reporter)
-    open_base(opened)
+    opened = open_parts(request, reporter)
     check_amount(opened)
     if calibrate:
         calibrate_model(opened)
+    return opened
+
+
+def open_parts(request: Request, reporter: Reporter) -> Opened:
+    """Open the model and the base, without a look at how much is asked for."""
+    opened = open_targets(request, reporter)
+    warn_few_targets(opened.skeleton, opened.sites, reporter)
+    open_base(opened)
     return opened
 
 

@@ -1,6 +1,5 @@
 """What is trained on: rows of tokens with what each position is to predict."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lrcompress.calibration.corpus import (
     bos_prefix,
     cut_blocks,
     documents,
+    read_records,
     sample_from_model,
     shares,
     split_held_out,
@@ -123,10 +123,8 @@ def _read_pairs(source: Source) -> list[tuple[str, str]]:
         raise InputError(f"data {source.name}:{source.field}: prompts and answers are written FILE.jsonl:PROMPT,ANSWER")
     found = []
     try:
-        for line in path.read_text(encoding="utf8").splitlines():
-            if line.strip():
-                record = json.loads(line)
-                found.append((record[fields[0]], record[fields[1]]))
+        for record in read_records(path):
+            found.append((record[fields[0]], record[fields[1]]))
     except (UnicodeDecodeError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError) as error:

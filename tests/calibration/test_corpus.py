@@ -9,6 +9,8 @@ from transformers import AutoTokenizer
 from lrcompress.calibration import corpus
 from lrcompress.calibration.corpus import Source, calibration_blocks, documents, parse_source, shares
 from lrcompress.errors import InputError
+from lrcompress.evaluation.zero_shot import read_documents
+from lrcompress.training.rows import _read_pairs
 
 
 def test_parsing(tmp_path):
@@ -37,6 +39,36 @@ def test_files_of_every_kind(tmp_path):
     assert documents(parse_source(str(tmp_path / "a.txt"))) == ["é\r\n\nx"]
     assert documents(parse_source(str(tmp_path / "a.jsonl"))) == ["one", "two"]
     assert documents(parse_source(f"{tmp_path / 'a.parquet'}:body")) == ["p", "q"]
+
+
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"
+"""Legal in a JSON string as they are (but for the last two, which JSON escapes), and line ends to str.splitlines."""
+
+
+def test_only_newlines_end_the_lines_of_jsonl(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        json.dumps({"text": SEPARATORS, "answer": "a"}, ensure_ascii=False),
+        json.dumps({"text": "b", "answer": "c"}),
+    ]
+    assert "\u2028" in lines[0]
+    assert "\x85" in lines[0]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert documents(parse_source(str(path))) == [SEPARATORS, "b"]
+    assert _read_pairs(Source(str(path), "text,answer")) == [(SEPARATORS, "a"), ("b", "c")]
+    path.write_text(json.dumps({"goal": SEPARATORS, "sol1": "x", "sol2": "y", "label": 0}, ensure_ascii=False))
+    assert [document["goal"] for document in read_documents("piqa", path)] == [SEPARATORS]
+
+
+def test_parquet_rows_without_text_are_left_out(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["p", None, "None", ""], "n": [1, None, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents(parse_source(str(tmp_path / "a.parquet"))) == ["p", "None", ""]
+    with pytest.raises(InputError, match="no text in column 'n'"):
+        documents(parse_source(f"{tmp_path / 'a.parquet'}:n"))
 
 
 @pytest.mark.parametrize(

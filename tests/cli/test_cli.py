@@ -455,13 +455,48 @@ def test_run_a_recipe(llama, tmp_path):
         ({"evaluate": {"tasks": ["tokens:nope.txt@8"]}}, "nope.txt"),
         ({"evaluate": None}, "evaluates nothing"),
         ({"method": None}, "'method' is missing"),
+        ({"expect": ["token_perplexty <= 9"]}, "'token_perplexity'"),
+        ({"expect": ["tokens:python-docs@64:token_perplexity <= 9"]}, "was not measured"),
+        ({"expect": ["stored_ratio >= nan"]}, "finite"),
+        (
+            {"expect": ["token_perplexity <= 2 * against"], "evaluate": {"tasks": ["tokens:python-docs@32"]}},
+            "--against",
+        ),
+        ({"evaluate": {"tasks": ["arc_eazy"]}}, "'arc_easy'"),
+        ({"evaluate": {"tasks": ["piqa"]}, "expect": ["f1 >= 0.1"]}, "'f1 >= 0.1': f1 was not measured"),
+        ({"evaluate": {"tasks": ["tokens:python-docs@32"], "against": "no/where/at/all"}}, "no/where/at/all"),
+        ({"evaluate": {"tasks": ["tokens:python-docs@32"], "against": "EMPTY"}}, "config.json"),
     ],
 )
 def test_a_bad_recipe_fails_before_anything_loads(llama, tmp_path, changes, hint):
-    done = run_cli("run", recipe(tmp_path, llama, **changes))
+    (tmp_path / "EMPTY").mkdir()
+    before = {**tree(tmp_path), str(recipe(tmp_path, llama, **changes)): (tmp_path / "recipe.yaml").read_bytes()}
+    done = run_cli("run", "recipe.yaml", "--junit", "j.xml", "--summary", "s.md", cwd=tmp_path)
     assert done.returncode == 2
     assert hint in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "nothing was begun"
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--junit", "--summary", "--json"])
+def test_run_refuses_a_file_that_cannot_be_written_before_anything_loads(llama, tmp_path, option):
+    done = run_cli("run", recipe(tmp_path, llama), option, tmp_path / "nowhere/file")
+    assert done.returncode == 2
+    assert f"{option} {tmp_path}/nowhere/file cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_later_says_so_in_its_files(llama, tmp_path):
+    path = recipe(tmp_path, llama, expect=["bytes < 12MB", "kl <= 1"], output=str(tmp_path / "in/out"))
+    done = run_cli("run", path, "--set", "memory=1MB", "--junit", tmp_path / "in/j.xml", "--summary", tmp_path / "s.md")
+    assert done.returncode == 3, done.stderr
+    said = done.stderr.splitlines()[-1].removeprefix("error: ")
+    suite = ElementTree.parse(tmp_path / "in/j.xml").getroot().find("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["3", "0", "1", "2"]
+    assert said == suite.find(".//error").get("message")
+    assert [case.get("name") for case in suite.iter("testcase")] == ["run", "bytes < 12MB", "kl <= 1"]
+    assert said in (tmp_path / "s.md").read_text()
 
 
 def test_save_recipe_writes_the_command_line(llama, tmp_path):

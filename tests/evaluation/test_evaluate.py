@@ -1,14 +1,17 @@
 """Perplexities against independent computations on real files."""
 
+import itertools
 import json
 import math
 import statistics
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from lrcompress.calibration.corpus import held_out_documents, split_held_out, tokenise
 from lrcompress.errors import InputError
+from lrcompress.evaluation import compare
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.recipe import EvaluateSpec
@@ -101,12 +104,62 @@ def test_text_that_was_calibrated_on_is_cut_to_its_held_out_end(llama, text_file
             assert other["tokens"] == found["results"]["tokens:sample.txt@64"]["tokens"]
 
 
+@pytest.mark.parametrize("reader", ["calibration", "training"])
+def test_no_character_that_was_read_is_evaluated(llama, tmp_path, monkeypatch, text, reader):
+    """Digits are a token each, words are not: a tenth of the tokens is far from a tenth of the characters."""
+    path = tmp_path / "a.txt"
+    path.write_text(text[:14000] + " é" + "0123456789 " * 270, encoding="utf8", newline="\n")
+    out = compress_tiny(llama, tmp_path / "out", calibration={"source": str(path), "samples": 4, "seqlen": 64}).folder
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    read, _ = split_held_out(tokenise([path.read_text(encoding="utf8")], tokenizer))
+    if reader == "training":
+        report = json.loads((out / "report.json").read_text())
+        report["recipe"]["calibration"][0]["source"] = "c4"
+        (out / "report.json").write_text(json.dumps({**report, "trained_on": [f"{path}*2"]}))
+    seen, real = [], compare.run_lm_eval
+
+    def run_lm_eval(loaded, task, spec, *, texts, warn):
+        seen.append(texts)
+        return real(loaded, task, spec, texts=texts, warn=warn)
+
+    monkeypatch.setattr(compare, "run_lm_eval", run_lm_eval)
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "cache"))
+    evaluate(str(out), EvaluateSpec(tasks=[f"text:{path}"], against=str(llama)))
+    held = path.read_text(encoding="utf8")[len(tokenizer.decode(read)) :]
+    assert seen == [[held], [held]]
+    assert set(held) <= set("0123456789 ")
+
+
+def test_held_out_documents_of_a_tokenizer_that_says_no_places():
+    found = held_out_documents(["abcdefgh", "ijklmnopqr"], ByT5Tokenizer())
+    assert found == ["qr"]
+
+
+@pytest.mark.parametrize(("lengths", "kept"), [((3000, 100, 900), 1), ((3000, 500, 20), 2), ((9, 9), 1)])
+def test_held_out_documents_leave_out_whole_ones_and_cut_one(tokenizer, text, lengths, kept):
+    ends = list(itertools.accumulate(lengths, initial=0))
+    texts = [text[a:b] for a, b in itertools.pairwise(ends)]
+    read, held = split_held_out(tokenise(texts, tokenizer))
+    found = held_out_documents(texts, tokenizer)
+    assert len(found) == kept
+    assert tokenizer.decode(read) + "\n\n".join(found) == "\n\n".join(texts)
+    assert tokenizer.decode(held) == "\n\n".join(found)
+
+
+def test_other_splits_are_evaluated_whole():
+    report = {"recipe": {"calibration": [{"source": s} for s in ("wikitext2", "c4*2", "self", "python-docs")]}}
+    tasks = parse_tasks([f"tokens:{name}@8" for name in ("wikitext2", "c4", "self", "python-docs")])
+    assert [was_calibrated_on(task.source, report) for task in tasks] == [False, False, False, True]
+
+
 def test_which_sources_were_calibrated_on(text_file, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     report = {"recipe": {"calibration": [{"source": f"{text_file}*2"}, {"source": f"{tmp_path}/a.jsonl:body"}]}}
     tasks = parse_tasks([f"tokens:{text_file}@8", f"tokens:{tmp_path}/a.jsonl:body@8", "tokens:python-docs@8"])
     assert [was_calibrated_on(t.source, report) for t in tasks] == [True, True, False]
     assert not was_calibrated_on(tasks[0].source, None)
+    report = {"recipe": {"calibration": []}, "trained_on": [f"{tmp_path}/a.jsonl:question,body"]}
+    assert [was_calibrated_on(t.source, report) for t in tasks] == [False, True, False]
 
 
 def test_keys_that_collide_are_spelt_out(text_file, tmp_path):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lrcompress.cli.options import write_text
-from lrcompress.errors import InputError
+from lrcompress.errors import ResourceError
 from tests.commands import run_cli
 
 
@@ -71,7 +71,7 @@ def test_what_an_option_asked_for_is_written_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(ResourceError, match="is full"):
         write_text(tmp_path / "real.txt", "--html", "newer")
     monkeypatch.undo()
     assert (tmp_path / "real.txt").read_text() == "new"

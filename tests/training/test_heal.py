@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from lrcompress.calibration.corpus import Source
 from lrcompress.errors import InputError, Interrupted
+from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.heal import HealSpec, heal
+from lrcompress.report.summary import load_report
 from lrcompress.training.loop import Healer
 from lrcompress.training.rows import IGNORED, gather
 from lrcompress.training.settings import Settings
@@ -343,3 +345,16 @@ def test_two_processes_train_one_model(checkpoint, corpus, tmp_path):
     reports = [json.loads((tmp_path / name / "report.json").read_text())["healed"] for name in ("one", "two")]
     assert reports[1]["processes"] == 2
     assert math.isclose(*(r["held_out"]["after"] for r in reports), rel_tol=1e-4)
+
+
+def test_the_report_names_all_text_that_was_trained_on(checkpoint, tmp_path, corpus, healed):
+    source = checkpoint("low_rank")
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.read_text(encoding="utf8")[-30000:], encoding="utf8")
+    healed(source, tmp_path / "one", steps=1)
+    for data in (other, corpus):
+        report = healed(tmp_path / "one", tmp_path / f"two-{data.stem}", f"{data}*2", steps=1).report
+        assert report["trained_on"] == [str(corpus), f"{data}*2"]
+    tasks = parse_tasks([f"text:{other}", f"tokens:{corpus}@8", "tokens:c4@8"])
+    report = {**load_report(tmp_path / "two-other"), "recipe": {"calibration": []}}
+    assert [was_calibrated_on(task.source, report) for task in tasks] == [True, True, False]
