@@ -231,6 +231,7 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         scratch = Path(folder)
         opened = open_request(request, reporter, calibrate=False)
         needed, artefacts = needs(opened), None
+        check_memory(opened, needed, reporter)
         if needs_artefacts(opened):
             calibrate_model(opened)
             artefacts = profile_model(opened, scratch, reporter)

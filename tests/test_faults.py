@@ -21,7 +21,9 @@ from lrcompress.pipeline import compress, make_plan, run_recipe
 from lrcompress.processes import Processes
 from lrcompress.recipe import make_recipe
 from lrcompress.report import summary
-from lrcompress.stages import profile
+from lrcompress.report.progress import Reporter
+from lrcompress.stages import needs, profile
+from lrcompress.stages.prepare import check_request, open_request
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import MARKER, Workspace
 from tests.conftest import compress_tiny
@@ -182,6 +184,8 @@ def test_needs_are_told_before_and_refused_early(llama, tmp_path, monkeypatch):
     assert told["seconds"] > 0
     with pytest.raises(ResourceError, match=r"needs about \d+ MB of memory, --memory allows 50MB"):
         compress(made.model_copy(update={"memory": "50MB"}))
+    with pytest.raises(ResourceError, match=r"needs about \d+ MB of memory, --memory allows 50MB"):
+        make_plan(made.model_copy(update={"memory": "50MB"}))
     report = compress(made.model_copy(update={"memory": "90GB"}), overwrite=True).report
     assert report["needs"].keys() == told.keys()
     monkeypatch.setattr("lrcompress.stages.workspace.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
@@ -391,3 +395,30 @@ def test_an_output_that_holds_what_is_read_is_refused(llama, tmp_path, holds):
     with pytest.raises(InputError, match="holds .*, which is read: choose another -o"):
         run_recipe(make_recipe(data), overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_needs_count_what_is_loaded_whole_and_what_only_some_runs_write(llama, tmp_path, monkeypatch):
+    def opened(**changes):
+        data = {"model": str(llama), "method": "lord", "ratio": 0.3, **changes}
+        data.setdefault("calibration", {"source": "python-docs", "samples": 4, "seqlen": 64})
+        return open_request(check_request(make_recipe(data)), Reporter(quiet=True), calibrate=False)
+
+    numbers = sum(tensor.numel() for tensor in load_file(llama / "model.safetensors").values())
+    monkeypatch.setattr(needs, "peak_rss_bytes", lambda: 0)
+    monkeypatch.setattr(needs.psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 0}))
+    for part in ("_block_weights", "_statistics", "_decomposition"):  # whatever a block needs, the model is more
+        monkeypatch.setattr(needs, part, lambda opened, block: 0)
+    monkeypatch.setattr(needs, "_activations", lambda opened: 0)
+    monkeypatch.setattr(needs, "_length", lambda opened: 0)
+    assert needs.memory_need(opened()) == 0
+    calibration = {"source": "self", "samples": 4, "seqlen": 64}
+    for changes in ({"calibration": calibration}, {"ratio": None, "max_loss": "2%"}, {"refine": 1}):
+        assert needs.memory_need(opened(**changes)) >= 4 * numbers
+    monkeypatch.undo()
+    plain, sensitive = opened(), opened(allocator="sensitivity")
+    layers = [site for site in sensitive.sites if site.block < 3]
+    states = 2 * (1 + len(layers)) * 64 * 32 * 4
+    assert needs.disk_need(sensitive) - needs.disk_need(plain) == states
+    alone = needs.disk_need(plain)
+    monkeypatch.setattr(needs, "processes", lambda: Processes(0, 2))
+    assert needs.disk_need(plain) - alone == plain.dense_checkpoint_bytes

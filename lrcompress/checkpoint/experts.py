@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.checkpoint.opening import read_sound_config
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
-from lrcompress.model.skeleton import Renaming, empty_model, read_config
+from lrcompress.model.skeleton import Renaming, empty_model
 
 
 def open_skeleton(
     folder: Path, compressed: Iterable[str] = (), *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, "ExpertReader"]:
     """The model of a folder on the meta device, its experts as linear layers, and its tensors under these names."""
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config = read_sound_config(folder, trust_remote_code=trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=trust_remote_code)
     linearise(skeleton)
     return skeleton, ExpertReader(folder, skeleton, compressed)

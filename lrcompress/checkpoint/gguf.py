@@ -14,7 +14,7 @@ from torch import Tensor
 from lrcompress.checkpoint.cache import conversion_folder
 from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
 from lrcompress.errors import InputError
-from lrcompress.model.skeleton import empty_model
+from lrcompress.model.skeleton import check_sizes, empty_model
 
 SHARD_BYTES = 5 * 10**9
 
@@ -46,6 +46,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise InputError(f"{path} cannot be read as GGUF ({error}): download it again") from error
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    check_sizes(config, len(reader.tensors), sum(int(tensor.n_elements) for tensor in reader.tensors))
     model: Any = empty_model(config)
     names, processor = _names(model, reader)
     shapes = {k: v for k, v in model.state_dict().items()}

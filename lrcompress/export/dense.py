@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.opening import read_sound_config
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
 from lrcompress.model.device import resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
-from lrcompress.model.skeleton import empty_model, read_config
+from lrcompress.model.skeleton import empty_model
 from lrcompress.model.surgery import dense_parts
 from lrcompress.protocols import Spec
 from lrcompress.report.progress import Reporter
@@ -75,7 +76,7 @@ def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module 
     """The model, empty, with the experts that are stored as linear layers; None where there are none."""
     if not source.manifest.experts:
         return None
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    config = read_sound_config(source.folder, trust_remote_code=trust_remote_code)
     model = empty_model(config, trust_remote_code=trust_remote_code)
     linearise(model, source.manifest.experts)
     return model
@@ -178,7 +179,7 @@ def bias_switches(source: Source, *, trust_remote_code: bool) -> tuple[list[str]
     wanted = {f"{name}.bias": spec.shape[:1] for name, spec in source.manifest.modules.items() if spec.added_bias}
     if not wanted:
         return [], {}
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    config = read_sound_config(source.folder, trust_remote_code=trust_remote_code)
     plain = _shapes(config, [], trust_remote_code)
     switches = []
     for key, value in config.to_dict().items():  # type: ignore[attr-defined]

@@ -38,13 +38,21 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> object:
 def check_sizes(config: object, tensors: int, numbers: int) -> None:
     """InputError where a config asks for more than a checkpoint of so many tensors and numbers can hold.
 
-    Building a billion of blocks would not end, and the constructors of wide layers ask for real memory.
+    Building a billion of blocks or experts would not end, and the constructors of wide layers ask for real memory.
     """
-    limits = {"num_hidden_layers": tensors, "hidden_size": numbers, "intermediate_size": numbers, "vocab_size": numbers}
+    with library_errors("the config makes no sense"):
+        language: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(language, "hidden_size", 1)
+        # Experts have tensors of their own, or are slices of tensors in which each has a number per channel at least.
+        experts = max(tensors, numbers // max(width, 1) if isinstance(width, int) else 0)
+        limits = {"num_hidden_layers": tensors, "hidden_size": numbers, "intermediate_size": numbers}
+        limits |= {"vocab_size": numbers, **{key: experts for key in vars(language) if "experts" in key}}
+        asked = {key: getattr(language, key, 0) for key in limits}
     for key, limit in limits.items():
-        asked = getattr(config, key, 0)
-        if isinstance(asked, int) and asked > limit:
-            raise InputError(f"the config has {key} {asked}, which its checkpoint of {numbers} numbers cannot hold")
+        if isinstance(asked[key], int) and asked[key] > limit:
+            raise InputError(
+                f"the config has {key} {asked[key]}, which its checkpoint of {numbers} numbers cannot hold"
+            )
 
 
 def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:

@@ -9,10 +9,12 @@ import torch
 
 from lrcompress.budget import parse_size
 from lrcompress.errors import ResourceError
+from lrcompress.processes import processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.stages.prepare import Opened
+from lrcompress.stages.sensitivity import SAMPLES
 
 EIGENPROBLEM = 20.0
 """Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
@@ -60,13 +62,30 @@ def check_memory(opened: Opened, needed: Needs, reporter: Reporter) -> None:
 def memory_need(opened: Opened) -> int:
     """Peak resident bytes: so far, or what is resident now and the largest block, its statistics and decompositions.
 
-    Calibration activations are in files, a sample at a time in memory, whatever their number.
+    Calibration activations are in files, a sample at a time in memory, whatever their number. The source `self`,
+    a search for max_loss and refinement load the whole model.
     """
     blocks = range(len(opened.blocks) + 1)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
     # The logits of one sample, their log-softmax and its input in float32.
     logits = 3 * 4 * _length(opened) * opened.vocabulary
-    return max(peak_rss_bytes(), psutil.Process().memory_info().rss + max(largest + _activations(opened), logits))
+    most = max(largest + _activations(opened), logits, _whole_model(opened))
+    return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
+
+
+def _whole_model(opened: Opened) -> int:
+    """Bytes of the largest model that is loaded whole, 0 where none is.
+
+    Refinement trains in float32: the compressed model, and for each of its factors a gradient and two moments.
+    """
+    recipe, numbers = opened.request.recipe, opened.reader.bytes // opened.reader.dtype.itemsize
+    found = 0
+    if any(source.name == "self" for source, _, _ in opened.request.sources) or recipe.max_loss is not None:
+        found = numbers * opened.walker.dtype.itemsize + opened.reader.bytes  # pages of the files are resident too
+    if recipe.refine is not None:
+        targets = sum(s.shape[0] * s.shape[1] for s in opened.sites)
+        found = max(found, 4 * (numbers + 3 * targets) + opened.reader.bytes)
+    return found
 
 
 def disk_need(opened: Opened) -> int:
@@ -87,7 +106,17 @@ def disk_need(opened: Opened) -> int:
     # A backward pass keeps the hidden states of every block until it has been there.
     files = len(opened.blocks) + 4 if method.needs_gradients else 4
     hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
-    return factors + output + hidden + ROUNDING_UP
+    encoded = opened.dense_checkpoint_bytes if processes().size > 1 else 0  # weights, for the other processes
+    return factors + output + hidden + encoded + _cuts(opened) + ROUNDING_UP
+
+
+def _cuts(opened: Opened) -> int:
+    """Bytes of the hidden states that sensitivities are measured on: the dense ones, and those of every cut weight."""
+    if not opened.request.allocator.needs_sensitivity or opened.request.recipe.rank is not None:
+        return 0
+    inside = sum(site.block < len(opened.blocks) for site in opened.sites)
+    embeddings = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
+    return SAMPLES * (1 + inside) * _length(opened) * int(embeddings.shape[1]) * opened.walker.dtype.itemsize
 
 
 def seconds_need(opened: Opened) -> float:

@@ -14,7 +14,14 @@ from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
-from lrcompress.checkpoint.opening import OpenedModel, check_model, is_gguf, open_model, refuse_compressed
+from lrcompress.checkpoint.opening import (
+    OpenedModel,
+    check_model,
+    is_gguf,
+    open_model,
+    read_sound_config,
+    refuse_compressed,
+)
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
@@ -22,7 +29,7 @@ from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, linear_experts, linearise
-from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, library_errors, read_config
+from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
@@ -189,9 +196,7 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_model(recipe.model)
-    config = read_config(model.folder, trust_remote_code=recipe.trust_remote_code)
-    files = model.reader()
-    check_sizes(config, len(files.names()), files.numbers)
+    config = read_sound_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     experts = linearise(skeleton)
     reader = _tensors(request, model, skeleton)

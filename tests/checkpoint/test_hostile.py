@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.checkpoint.opening import OpenedModel, load_tokenizer, refuse_compressed
+from lrcompress.checkpoint.opening import OpenedModel, load_tokenizer, read_sound_config, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.dense import export_dense
 from lrcompress.formats import stored_tensors
 from lrcompress.model.blocks import BlockWalker
-from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks, read_config
+from lrcompress.model.skeleton import empty_model, find_blocks
 from lrcompress.model.targets import find_sites
 from lrcompress.pipeline import compress
 from lrcompress.recipe import EvaluateSpec, make_recipe
@@ -54,9 +54,7 @@ def open_as_compress_does(folder):
     """Everything that a compression reads of a folder before its text."""
     refuse_compressed(OpenedModel(str(folder), folder, "x"))
     reader = CheckpointReader(folder)
-    config = read_config(folder)
-    check_sizes(config, len(reader.names()), reader.numbers)
-    model = empty_model(config)
+    model = empty_model(read_sound_config(folder))
     find_sites(model, find_blocks(model), [], [])
     walker = BlockWalker(model, reader, torch.device("cpu"), torch.float32)
     return walker
@@ -226,3 +224,21 @@ def test_a_broken_report_is_named(llama, tmp_path):
         evaluate(str(folder), EvaluateSpec(tasks=["tokens:python-docs@32"], limit=1))
     with pytest.raises(InputError, match=r"report\.json is not valid JSON"):
         compress(make_recipe({"model": str(llama), "method": "lord", "ratio": 0.2, "output": str(folder)}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"), [("llama", "num_hidden_layers"), ("mixtral", "num_local_experts"), ("gpt2", "n_layer")]
+)
+def test_a_model_that_its_files_cannot_hold_is_never_built(make_model, tmp_path, monkeypatch, architecture, key):
+    folder = copied(make_model(architecture), tmp_path / "model")
+    (folder / "config.json").write_text(changed(folder, json.dumps({key: 3000})))
+    monkeypatch.setattr("accelerate.init_empty_weights", None)  # what would build it
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    spec = EvaluateSpec(tasks=["tokens:python-docs@32"], limit=1)
+    for read in (
+        lambda: inspect_model(str(folder)),
+        lambda: evaluate(str(folder), spec),
+        lambda: compress(make_recipe({"model": str(folder), "method": "lord", "ratio": 0.2})),
+    ):
+        with pytest.raises(InputError, match="the config has .*num_.* 3000, which its checkpoint of .* cannot hold"):
+            read()
