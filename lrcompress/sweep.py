@@ -15,6 +15,7 @@ import torch
 from lrcompress.calibration.corpus import parse_source
 from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import check_model, open_model
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.harness import measurable
@@ -197,7 +198,7 @@ def _dense(recipe: Sweep, folder: Path, reporter: Reporter) -> dict[str, Any]:
 def _dense_bytes(recipe: Sweep) -> float:
     """Of the dense checkpoint as the points are written: in their dtype."""
     model = open_model(recipe.model)
-    reader = model.reader()
+    reader = CheckpointReader(model.folder)
     if recipe.dtype == "auto" and not model.from_gguf:
         return float(reader.bytes)
     dtype = resolve_dtype(recipe.dtype, torch.bfloat16)
