@@ -5,6 +5,9 @@ from typing import Any
 
 from lrcompress.checkpoint.writer import disk_errors
 
+BEYOND = 100
+"""What is worse than this many times the dense model lies outside of a picture, whose lines point there."""
+
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """One SVG in `folder` per perplexity of the dense model; seeds of a method are averaged geometrically."""
@@ -46,11 +49,14 @@ def _draw(result: dict[str, Any], task: str, metric: str, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.0, 4.5), layout="constrained")
     dense = result["dense"]
     base = dense["results"][task][metric]
-    for method, rows in curves(result, task, metric).items():
+    found = curves(result, task, metric)
+    for method, rows in found.items():
         axes.plot([b / 1e6 for b, _ in rows], [v for _, v in rows], marker="o", markersize=4, label=method)
     axes.axhline(base, color="0.4", linestyle=":", linewidth=1)
     axes.plot([dense["bytes"] / 1e6], [base], "D", color="0.2", label=f"dense {base:.4g}", gid="dense")
     axes.set_yscale("log")
+    values = [base, *(value for rows in found.values() for _, value in rows if value <= BEYOND * base)]
+    axes.set_ylim(0.85 * min(values), 1.25 * max(values))
     axes.set_xlabel("checkpoint, MB")
     axes.set_ylabel(f"{metric.replace('_', ' ')}, {task}")
     axes.set_title(str(result["model"]))
