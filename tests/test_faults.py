@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.evaluation.compare import evaluate
 from lrcompress.pipeline import compress, make_plan
-from lrcompress.recipe import make_recipe
+from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.stages import profile
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import MARKER, Workspace
@@ -309,3 +310,24 @@ def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, 
     with pytest.raises(InputError, match="model files changed since"):
         compress(make_recipe(data), resume=True)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def exploding(*arguments, **options):
+    raise real_lack_of_memory()
+
+
+@pytest.mark.parametrize("task", ["tokens:python-docs@64", "text:python-docs"])
+def test_lack_of_memory_while_evaluating(llama, tmp_path, monkeypatch, task):
+    spec = EvaluateSpec(tasks=[task], limit=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "silu", exploding)
+        patch.setattr(torch.nn.SiLU, "forward", exploding)
+        with pytest.raises(ResourceError, match="out of memory while"):
+            evaluate(str(llama), spec)
+
+
+def test_lack_of_memory_in_a_plan(llama, monkeypatch):
+    asked = {"model": str(llama), "method": "auto", "ratio": 0.3, "calibration": {"samples": 2, "seqlen": 64}}
+    monkeypatch.setattr(HiddenStates, "write", exploding)
+    with pytest.raises(ResourceError, match="out of memory"):
+        make_plan(make_recipe(asked))
