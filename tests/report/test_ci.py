@@ -18,7 +18,7 @@ REPORT = {
 
 
 def columns(row):
-    return row.replace("\\\\|", "").count("|") - 1
+    return row.replace("\\|", "").count("|") - 1
 
 
 def test_junit_is_xml():
