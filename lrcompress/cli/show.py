@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,26 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    _hide_bars()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in ("lm_eval", "lm-eval", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
+def _hide_bars() -> None:
+    """Of tqdm, whose TQDM_DISABLE holds only for those that say nothing of their own."""
+    from tqdm import tqdm
+
+    init = tqdm.__init__
+
+    def hidden(bar: Any, *arguments: Any, **options: Any) -> None:
+        init(bar, *arguments, **{**options, "disable": True})
+
+    tqdm.__init__ = hidden
 
 
 def console() -> Console:

@@ -21,6 +21,7 @@ from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
+from lrcompress.model.device import memory_errors
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -45,12 +46,13 @@ def evaluate(
     check_expectations(expectations, tasks, facts_of(open_model(model).folder), compared=spec.against is not None)
     options = {"device": device, "dtype": spec.compute_dtype, "trust_remote_code": trust_remote_code}
     both = _Comparison(model, tasks, spec, options, reporter)
-    seconds = {"model": _timed(both.run)}
     facts = facts_of(both.folders[0])
     against: dict[str, Any] | None = None
-    if spec.against is not None:
-        seconds["against"] = _timed(both.compare)
-        against = {"model": spec.against, "results": _flat(tasks, both.theirs), "tests": both.tests}
+    with memory_errors(f"out of memory while {model} was evaluated: use shorter blocks or a smaller batch size"):
+        seconds = {"model": _timed(both.run)}
+        if spec.against is not None:
+            seconds["against"] = _timed(both.compare)
+            against = {"model": spec.against, "results": _flat(tasks, both.theirs), "tests": both.tests}
     results = _flat(tasks, both.ours)
     judged = [judge(expectation, results, facts, against and against["results"]) for expectation in expectations]
     return {

@@ -49,10 +49,13 @@ def run_lm_eval(
 ) -> Measured:
     """Run one task of any kind but `tokens:`; texts: the documents of a `text:` task."""
     import lm_eval
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It would ask git and a dozen of other programs about this machine, and let them speak.
+    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda storage: None)
     context = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
     engine = HFLM(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=spec.batch_size,

@@ -49,7 +49,7 @@ def load_network(
         wanted = "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
+            folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):

@@ -69,11 +69,24 @@ class Calibration(pydantic.BaseModel):
     general: bool
 
 
+class Test(pydantic.BaseModel):
+    """Of whether two models differ on the same items."""
+
+    p_value: float
+    significant: bool
+
+
 class Measured(pydantic.BaseModel):
     """Metrics by task of one model."""
 
     model: str
     results: dict[str, dict[str, Any]]
+
+
+class Against(Measured):
+    """The model beside it, and paired tests by task and metric."""
+
+    tests: dict[str, dict[str, Test]] = {}
 
 
 class Expectation(pydantic.BaseModel):
@@ -88,7 +101,7 @@ class Expectation(pydantic.BaseModel):
 class Evaluation(Measured):
     """The contract's eval JSON."""
 
-    against: Measured | None = None
+    against: Against | None = None
     expectations: list[Expectation] = []
     seconds: dict[str, pydantic.FiniteFloat] = {}
 

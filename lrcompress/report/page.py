@@ -16,7 +16,7 @@ from lrcompress.recipe import dump_recipe, make_recipe
 from lrcompress.report.finished import Evaluation, Finished, Target
 from lrcompress.report.pictures import bar, spectrum_plot
 from lrcompress.report.spectra import Spectrum
-from lrcompress.report.summary import block_and_kind, caution, change
+from lrcompress.report.summary import block_and_kind, caution, change, measurements
 
 WORST = 20
 
@@ -157,19 +157,15 @@ def spectrum_plots(
     return [(kind, spectrum_plot(lines, f"Singular values of {kind}")) for kind, lines in kinds.items()]
 
 
-def metric_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str, str]]:
-    """Task, metric, value, the other model's, the change."""
-    others = evaluation.against.results if evaluation.against else {}
-    rows = []
-    for task, metrics in evaluation.results.items():
-        for metric, value in metrics.items():
-            if isinstance(value, float):
-                other = others.get(task, {}).get(metric)
-                compared = (
-                    ("–", "–") if not isinstance(other, float) else (f"{other:.4f}", change(metric, value, other))
-                )
-                rows.append((task, metric, f"{value:.4f}", *compared))
-    return rows
+def metric_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Task, metric, value with its error, the other model's, the change, the paired test."""
+    return [
+        (
+            row.task, row.metric, row.shown, row.other_shown or "–",
+            "–" if row.other is None else change(row.metric, row.value, row.other), row.test_shown or "–",
+        )
+        for row in measurements(evaluation.model_dump())
+    ]  # fmt: skip
 
 
 def _worst(targets: Sequence[Target]) -> list[Target]:

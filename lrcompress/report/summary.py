@@ -284,8 +284,14 @@ def measurements(evaluation: dict[str, Any]) -> Iterator[Measurement]:
             if isinstance(value, float) and not is_error(metric, metrics):
                 error = _error_name(metric)
                 yield Measurement(
-                    task, metric, value, metrics.get(error), other.get(metric), other.get(error), tests.get(metric)
-                )
+                    task, metric, value, _number(metrics, error), _number(other, metric), _number(other, error),
+                    tests.get(metric),
+                )  # fmt: skip
+
+
+def _number(metrics: dict[str, Any], name: str) -> float | None:
+    found = metrics.get(name)
+    return found if isinstance(found, float) else None
 
 
 def is_error(metric: str, metrics: Collection[str]) -> bool:

@@ -2,12 +2,14 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 
@@ -83,3 +85,15 @@ def test_any_damage_is_an_input_error_or_harmless(tmp_path, data):
         list(reader.read(reader.names()))
     except InputError:
         pass
+
+
+def test_code_that_comes_with_a_checkpoint_of_the_hub_is_fetched(monkeypatch, tmp_path):
+    """It is run with --trust-remote-code only; without its files that has nothing to run."""
+    wanted = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda _, allow_patterns: wanted.extend(allow_patterns) or str(tmp_path)
+    )
+    open_model("someone/something")
+    files = ["config.json", "modeling_own.py", "own/blocks.py", "model.safetensors", "pytorch_model.bin", "a.pkl"]
+    kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=wanted))
+    assert kept == files[:4]

@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from lrcompress.calibration.corpus import held_out_documents, split_held_out, tokenise
+from lrcompress.calibration.corpus import held_out_documents, sample_from_model, split_held_out, tokenise
 from lrcompress.errors import InputError
 from lrcompress.evaluation import compare
 from lrcompress.evaluation.compare import evaluate
+from lrcompress.evaluation.generation import continuations
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.recipe import EvaluateSpec
+from tests.commands import run_cli
 from tests.conftest import compress_tiny
 
 
@@ -209,6 +211,9 @@ def test_divergence_equals_a_sum_over_the_vocabulary(llama, smaller, text_file):
     assert found["results"][key]["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-5)
     assert found["results"][key]["top1"] == pytest.approx(sum(same) / len(same))
     assert 0 < found["results"][key]["top1"] < 1
+    for name, values in (("kl", kl), ("top1", same)):
+        means = [statistics.fmean(values[i * 159 : i * 159 + 159]) for i in range(4)]
+        assert found["results"][key][f"{name}_stderr"] == pytest.approx(statistics.stdev(means) / 2, rel=1e-5)
     # Both models' losses are those that each has alone.
     for folder, results in ((smaller, found["results"]), (llama, found["against"]["results"])):
         alone = measured(folder, f"tokens:{text_file}@160", limit=4)[key]
@@ -250,3 +255,23 @@ def test_the_error_of_a_perplexity_is_that_of_the_blocks_means(llama, text_file)
     error = statistics.stdev(means) / math.sqrt(5) * math.exp(statistics.fmean(means))
     assert found["token_perplexity_stderr"] == pytest.approx(error, rel=1e-4)
     assert "token_perplexity_stderr" not in measured(llama, f"tokens:{text_file}@64", limit=1)["tokens:sample.txt@64"]
+
+
+def test_no_weights_are_unpickled(llama, tokenizer, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(InputError, match="safetensors"):
+        continuations(str(tmp_path), ["The"])
+    with pytest.raises(InputError, match="safetensors"):
+        measured(tmp_path, "tokens:python-docs@64", limit=1)
+    with pytest.raises(OSError, match="safetensors"):
+        sample_from_model(tmp_path, tokenizer, 1, 8, 0)
+
+
+def test_quiet_is_quiet(llama, text_file, tmp_path):
+    """Outside a repository, where git complains; the libraries' bars go to stderr as well."""
+    done = run_cli("eval", llama, "--tasks", f"text:{text_file}", "--limit", 1, "-q", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -33,7 +33,21 @@ def test_judging(text, limit, met):
     assert entry["met"] is met
 
 
-@pytest.mark.parametrize("text", ["", "acc", "acc = 3", "acc <= many", "bytes <= 3 parsecs", "acc <= * against"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "acc",
+        "acc = 3",
+        "acc <= many",
+        "bytes <= 3 parsecs",
+        "acc <= * against",
+        "acc <= nan",
+        "acc <= 1e999",
+        "acc >= inf * against",
+        "acc > -inf%",
+    ],
+)
 def test_what_is_not_understood(text):
     with pytest.raises(InputError, match="expectation|size"):
         parse_expectation(text)

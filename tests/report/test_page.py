@@ -88,6 +88,25 @@ def test_the_page_says_what_the_report_says(everything, measured, llama):
     assert report.bytes.checkpoint_dense == pytest.approx(whole, rel=0.05)  # the files have headers
 
 
+def test_the_page_shows_errors_and_the_paired_test(measured):
+    data = json.loads((measured / "report.json").read_text())
+    task = "tokens:python-docs@32"
+    tests = data["evaluation"]["against"]["tests"][task]
+    for p_value, significant, words in (
+        (0.03, True, "p = 0.03, significant"),
+        (0.2, False, "p = 0.2, not significant"),
+    ):
+        tests["token_perplexity"] = {"p_value": p_value, "significant": significant, "n": 3}
+        page = make_page(Finished(**data), measured)
+        text = Parsed(page).text
+        assert text.count("paired test") == text.count(words) == 1
+        assert "_stderr" not in text
+        for side in (data["evaluation"], data["evaluation"]["against"]):
+            found = side["results"][task]
+            assert f"{found['token_perplexity']:.4f} ±{found['token_perplexity_stderr']:.4f}" in text
+        assert f"±{data['evaluation']['results'][task]['kl_stderr']:.4f}" in text
+
+
 def test_the_page_stands_alone(everything):
     parsed = Parsed(everything[1])
     assert set(parsed.tags).isdisjoint({"script", "link", "img", "iframe", "object", "embed", "base"})
