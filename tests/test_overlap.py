@@ -94,7 +94,7 @@ def test_the_next_block_is_encoded_while_the_disk_is_waited_for(llama, tmp_path,
         if threading.current_thread() is not threading.main_thread():
             with moved:
                 before = len(blocks)
-                overlapped.append(moved.wait_for(lambda: len(blocks) > before, timeout=2))
+                overlapped.append(moved.wait_for(lambda: len(blocks) > before, timeout=0.5))
         fsync(descriptor)
 
     monkeypatch.setattr(store, "Encoder", encode)
