@@ -1,6 +1,5 @@
 """The way of a checkpoint, from a recipe to a finished folder: reads like the drawing in docs/architecture.md."""
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.budget import removed
+from lrcompress.checkpoint.cache import file_digest
 from lrcompress.checkpoint.opening import check_model, open_model, read_config_file, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
@@ -30,7 +30,7 @@ from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
-from lrcompress.stages.search import reachable, search, windows
+from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import Workspace, files_identity, write_json
@@ -122,12 +122,13 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
 
 def check_judges(opened: Opened) -> None:
     """InputError, before the long work, where a search or a refinement would have nothing to go by."""
-    recipe = opened.request.recipe
+    recipe, calibration = opened.request.recipe, opened.calibration
     if recipe.max_loss is not None:
         reachable(opened)
-        windows(opened)
-    if recipe.refine is not None and (opened.calibration is None or not len(opened.calibration.held_out)):
-        raise InputError("the calibration text has no held-out window to judge a refinement by: use more text")
+    if calibration is None or not len(calibration.held_out):
+        for asked, use in ((recipe.max_loss, "measure a loss on"), (recipe.refine, "judge a refinement by")):
+            if asked is not None:
+                raise InputError(f"the calibration text has no held-out window to {use}: use more text")
 
 
 def refine_checkpoint(
@@ -201,6 +202,13 @@ def run_recipe(
 ) -> Result:
     """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`."""
     check_run(recipe)
+    return run_checked(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
+
+
+def run_checked(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
+) -> Result:
+    """`run_recipe` of a recipe that `check_run` has found nothing wrong with."""
     spec = recipe.evaluate
     result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
     if spec is None:
@@ -317,7 +325,7 @@ def made_from(request: Request) -> dict[str, Any]:
     return {
         "model files": files_identity(check_model(model) or open_model(model).folder),
         "base files": None if base is None else files_identity(base.folder),
-        "calibration files": {name: _digest(path) for name, path in sorted(texts.items())},
+        "calibration files": {name: file_digest(path) for name, path in sorted(texts.items())},
     }
 
 
@@ -328,14 +336,9 @@ def files_read(request: Request) -> list[Path]:
     if recipe.evaluate is not None:
         models += [] if recipe.evaluate.against in (None, "dense") else [recipe.evaluate.against]
         for task in parse_tasks(recipe.evaluate.tasks):
-            found += [task.path, None if task.source is None else task.source.path]
+            found += [*task.files, None if task.source is None else task.source.path]
     found += [check_model(model) for model in models] + ([] if base is None else [base.folder])
     return [path for path in found if path is not None]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finished(folder: Path, request: Request) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Methods x ratios x seeds on one model: the common part once, then every point is written, loaded and measured."""
 
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from lrcompress.calibration.corpus import parse_source
-from lrcompress.checkpoint.cache import content_digest
+from lrcompress.checkpoint.cache import content_digest, files_digest
 from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
@@ -30,7 +29,7 @@ from lrcompress.report.summary import versions
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_amount, check_request, open_parts
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.search import branch
-from lrcompress.stages.workspace import write_json
+from lrcompress.stages.workspace import held_input, write_json
 
 IDENTITY = "sweep.json"
 
@@ -127,20 +126,13 @@ def _inputs(recipe: Sweep, requests: list[Request], tasks: list[Task]) -> dict[s
 def _digest(path: Path) -> str:
     if (path / "config.json").is_file():
         return content_digest(path)
-    digest = hashlib.sha256()
-    for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if part.is_file():
-            with part.open("rb") as file:
-                digest.update(f"{part.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return files_digest(part for part in (sorted(path.rglob("*")) if path.is_dir() else [path]) if part.is_file())
 
 
 def _claim(folder: Path, recipe: Sweep, inputs: dict[str, Path], overwrite: bool) -> None:
     """Make the folder this sweep's own; InputError where it is another's, and nothing is touched then."""
     path, mine = folder / IDENTITY, json.loads(recipe.model_dump_json(exclude={"output", "keep"}))
     files = {name: _digest(place) for name, place in inputs.items()}
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder} is a file: name a folder")
     if overwrite:
         _remove(folder, [*inputs.values(), *(place for place in map(_local, inputs) if place is not None)])
     if path.exists():
@@ -171,10 +163,9 @@ def _local(name: str) -> Path | None:
 
 def _remove(folder: Path, inputs: list[Path]) -> None:
     """Remove a sweep's folder; InputError where it is none, or holds what is to be read."""
-    target = folder.resolve()
-    for path in inputs:
-        if target in (path.resolve(), *path.resolve().parents):
-            raise InputError(f"output {folder} holds {path}, which is read: choose another output")
+    held = held_input(folder, inputs)
+    if held is not None:
+        raise InputError(f"output {folder} holds {held}, which is read: choose another output")
     if folder.exists():
         if any(folder.iterdir()) and not (folder / IDENTITY).exists():
             raise InputError(f"output folder {folder} is no sweep's, --overwrite leaves it alone: choose another")

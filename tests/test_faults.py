@@ -296,11 +296,23 @@ def test_killed_many_times_at_random_and_resumed_gives_the_same_files(llama, tmp
     assert kills >= 20
 
 
-def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, monkeypatch):
+def of_own_files(llama, tmp_path):
+    """A text and a model that a test may change, and the recipe that names them."""
     text, model = tmp_path / "text.txt", copied(llama, tmp_path / "model")
     text.write_text("".join(f"the {i}th sentence of this text is as good as any other, " for i in range(3000)))
     data = {"model": str(model), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
             "calibration": {"source": str(text), "samples": 4, "seqlen": 64}}  # fmt: skip
+    return text, model, data
+
+
+def change_a_weight(model):
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, monkeypatch):
+    text, model, data = of_own_files(llama, tmp_path)
     with monkeypatch.context() as patch:
         failing(patch, Artefacts, "save", 1, KeyboardInterrupt())
         with pytest.raises(Interrupted):
@@ -313,9 +325,7 @@ def test_resuming_with_another_recipe_model_or_text_is_refused(llama, tmp_path, 
     with pytest.raises(InputError, match="calibration text changed since"):
         compress(make_recipe(data), resume=True)
     text.write_text(whole)
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    change_a_weight(model)
     with pytest.raises(InputError, match="model files changed since"):
         compress(make_recipe(data), resume=True)
     assert {path: path.read_bytes() for path in before} == before
@@ -340,10 +350,7 @@ def test_resuming_with_other_processes_or_versions_is_refused(llama, tmp_path, m
 
 
 def test_a_finished_run_knows_what_it_was_made_from(llama, tmp_path):
-    text, model = tmp_path / "text.txt", copied(llama, tmp_path / "model")
-    text.write_text("".join(f"the {i}th sentence of this text is as good as any other, " for i in range(3000)))
-    data = {"model": str(model), "method": "lord", "ratio": 0.3, "output": str(tmp_path / "out"),
-            "calibration": {"source": str(text), "samples": 4, "seqlen": 64}}  # fmt: skip
+    text, model, data = of_own_files(llama, tmp_path)
     compress(make_recipe(data))
     kept = files(tmp_path / "out")
     with pytest.raises(InputError, match=r"another recipe \(ratio differ\)"):
@@ -354,9 +361,7 @@ def test_a_finished_run_knows_what_it_was_made_from(llama, tmp_path):
         compress(make_recipe(data), resume=True)
     text.write_text(whole)
     compress(make_recipe(data), resume=True)
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    change_a_weight(model)
     with pytest.raises(InputError, match="finished run, and model files changed since"):
         compress(make_recipe(data), resume=True)
     assert files(tmp_path / "out") == kept

@@ -3,7 +3,6 @@
 Every module has a basis of its own, closed form and without data. Tasks count alike, however large their updates are.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from lrcompress.budget import parse_size
 from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import short_name
-from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.reader import CheckpointReader, read_json
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError, nearest
 from lrcompress.formats import FORMATS, stored_tensors
@@ -436,10 +435,7 @@ def _read_index(folder: Path, label: str) -> dict[str, Any]:
     path = folder / f"{SHARED}.json"
     if not path.is_file():
         raise InputError(f"{label} has no {path.name}: give a folder that merge wrote")
-    try:
-        index = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+    index: Any = read_json(path)
     if not isinstance(index, dict) or index.get("schema") != SCHEMA:
         raise InputError(f"{path} has another layout than this lrcompress reads ({SCHEMA}): upgrade it, or merge again")
     return index

@@ -1,6 +1,5 @@
 """LoRA adapters as PEFT saves them, read, checked and written without it; names and matching are those of peft 0.21."""
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.reader import CheckpointReader, read_json
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError
 
@@ -109,10 +108,7 @@ def _read_config(folder: Path, label: str) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{label} has no {CONFIG}: give the folder of an adapter that PEFT saved")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+    config = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise InputError(f"adapter {label} is of the kind {kind!r}: only LORA is two factors a weight")

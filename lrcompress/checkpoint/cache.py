@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,22 @@ def conversion_folder(path: Path) -> Path:
 
 def content_digest(folder: Path) -> str:
     """Of everything that a model and its tokenizer are read from; equal for equal bytes, wherever they lie."""
+    paths = sorted(folder.iterdir())
+    return files_digest(path for path in paths if path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT)
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Of files by name and content."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT:
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path in paths:
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of what is in a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recall(key: dict[str, Any]) -> Any:

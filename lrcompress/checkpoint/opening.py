@@ -1,13 +1,12 @@
 """Opening a MODEL: a hub id, a folder, a .gguf file, or `demo`, all of which become a folder of safetensors."""
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
@@ -89,13 +88,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json: is it a checkpoint's folder?")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object")
-    return config
+    return read_json_object(path)
 
 
 def refuse_compressed(opened: OpenedModel) -> None:

@@ -26,7 +26,7 @@ class CheckpointReader:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._meta: dict[str, Tensor] = {}
-        self._places: dict[str, tuple[int, int]] = {}
+        self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
         for path in _shards(folder) if only is None else [folder / only]:
             for name, meta in _header(path).items():
                 if name in self._files:
@@ -35,11 +35,6 @@ class CheckpointReader:
                         "remove the shards that do not belong to this checkpoint"
                     )
                 self._files[name], self._meta[name] = path, meta
-            entries, start = read_header(path)
-            for name, entry in entries.items():
-                if name in self._files:
-                    begin, end = entry["data_offsets"]
-                    self._places[name] = start + begin, end - begin
         if not self._files:
             raise InputError(f"{folder} holds no tensors")
 
@@ -97,8 +92,12 @@ class CheckpointReader:
             by_file.setdefault(self._files[name], []).append(name)
         for path, wanted in by_file.items():
             with _reading(path), path.open("rb") as file:
+                if path not in self._headers:
+                    self._headers[path] = read_header(path)
+                entries, start = self._headers[path]
                 for name in wanted:
-                    os.posix_fadvise(file.fileno(), *self._places[name], os.POSIX_FADV_WILLNEED)
+                    begin, end = entries[name]["data_offsets"]
+                    os.posix_fadvise(file.fileno(), start + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, checked as in `read`."""
@@ -157,6 +156,22 @@ def _header(path: Path) -> dict[str, Tensor]:
             if kind not in DTYPE_NAMES:
                 raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
             found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
+    return found
+
+
+def read_json(path: Path, cure: str = "") -> Any:
+    """The value in a file; InputError, which ends in `cure`, where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({type(error).__name__}: {error}){cure}") from error
+
+
+def read_json_object(path: Path, cure: str = "") -> dict[str, Any]:
+    """As read_json, for a mapping."""
+    found = read_json(path, cure)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no JSON object{cure}")
     return found
 
 

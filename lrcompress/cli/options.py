@@ -186,10 +186,10 @@ def write_result(path: Path | None, data: Any) -> None:
     write_text(path, "--json", text)
 
 
-def check_result(path: Path | None, output: Path | None = None) -> None:
-    """As check_writable, for --json FILE where one is given."""
+def check_result(path: Path | None, output: Path | None = None, option: str = "--json") -> None:
+    """As check_writable, for an option such as --json FILE where one is given."""
     if path is not None and str(path) != "-":
-        check_writable(path, "--json", output)
+        check_writable(path, option, output)
 
 
 def check_writable(path: Path, option: str, output: Path | None = None) -> None:

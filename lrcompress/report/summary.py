@@ -1,6 +1,5 @@
 """report.json, the final table, and the model card of a finished checkpoint."""
 
-import json
 import platform
 import resource
 import sys
@@ -13,8 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from lrcompress.budget import FEW_TARGETS
+from lrcompress.checkpoint.reader import read_json_object
 from lrcompress.checkpoint.writer import disk_errors
-from lrcompress.errors import InputError
 from lrcompress.recipe import Recipe, dump_recipe
 
 
@@ -321,12 +320,4 @@ def load_report(folder: Path) -> dict[str, Any] | None:
 def read_report(folder: Path) -> dict[str, Any] | None:
     """Whatever report.json a folder has; InputError where that is no JSON object."""
     path = folder / "report.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): remove it, or write the checkpoint again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no JSON object: remove it, or write the checkpoint again")
-    return found
+    return read_json_object(path, ": remove it, or write the checkpoint again") if path.is_file() else None

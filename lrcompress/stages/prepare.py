@@ -329,12 +329,10 @@ def other_bytes(opened: Opened) -> int:
     total = header_bytes(opened)
     added = {site.name + ".bias" for site in opened.sites if not site.bias}
     for name, key in opened.walker.names.items():
-        if name in added:  # counted with the weight
+        if name in weights or name in added:  # an added bias is counted with its weight
             continue
         tensor = opened.reader.meta(key)
         size = opened.written_dtype(tensor).itemsize
-        if name in weights:
-            continue
         if name in biases:
             size = max(size, opened.dtype.itemsize)
         total += tensor.numel() * size

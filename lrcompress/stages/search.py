@@ -39,7 +39,7 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
     """
     limit, largest = opened.request.recipe.max_loss, reachable(opened)
     assert limit is not None
-    blocks = windows(opened)
+    blocks = _windows(opened)
     journal = scratch / "search.json"
     known = json.loads(journal.read_text()) if journal.exists() else {"dense": None, "candidates": []}
     if known["dense"] is None:
@@ -102,14 +102,11 @@ def branch(opened: Opened, scratch: Path, own: Path) -> None:
                 shutil.copyfile(last, own / "hidden" / last.name)
 
 
-def windows(opened: Opened) -> Tensor:
-    """(blocks, length) held-out calibration text that candidates are measured on; InputError where there is none."""
+def _windows(opened: Opened) -> Tensor:
+    """(blocks, length) held-out calibration text that candidates are measured on."""
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
-    blocks = held_out_blocks(opened.request.sources, tokenizer, recipe.seed, opened.model.folder, WINDOWS)
-    if not len(blocks):
-        raise InputError("the calibration text has no held-out window to measure a loss on: use more text")
-    return blocks
+    return held_out_blocks(opened.request.sources, tokenizer, recipe.seed, opened.model.folder, WINDOWS)
 
 
 def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense: float, write: Write) -> dict[str, Any]:

@@ -40,10 +40,9 @@ class Workspace:
 
     def check(self) -> None:
         """InputError where the output folder is in use, or holds something that is read; writes nothing."""
-        target = self.output.resolve()
-        for source in self.inputs:
-            if target in (source.resolve(), *source.resolve().parents):
-                raise InputError(f"output {self.output} holds {source}, which is read: choose another -o")
+        held = held_input(self.output, self.inputs)
+        if held is not None:
+            raise InputError(f"output {self.output} holds {held}, which is read: choose another -o")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file: name a folder with -o")
         if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
@@ -154,6 +153,12 @@ def new_folder(inputs: Iterable[Path], output: Path, *, overwrite: bool) -> Iter
             shutil.rmtree(workspace.partial, ignore_errors=True)
             raise
         workspace.publish()
+
+
+def held_input(output: Path, inputs: Iterable[Path]) -> Path | None:
+    """The first of `inputs` that is `output` or lies in it."""
+    target = output.resolve()
+    return next((path for path in inputs if target in (path.resolve(), *path.resolve().parents)), None)
 
 
 def _remove(path: Path) -> None:
