@@ -18,7 +18,7 @@ from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.model.device import memory_errors
+from lrcompress.model.device import fast_float32, memory_errors
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
@@ -90,6 +90,7 @@ def errors_in_words(device: torch.device, resume: str) -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
+@fast_float32()
 def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dict[str, Any]:
     start, scratch = time.perf_counter(), workspace.scratch
     with reporter.timed("load"):
@@ -225,6 +226,7 @@ def run_checked(
     return result
 
 
+@fast_float32()
 def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
     """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
     refuse_several("a plan")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.linalg.grams import add_gram, symmetric
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Curve:
 class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
-    count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ.
+    count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ,
+    in its upper triangle: what is below means nothing.
     gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
     where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
@@ -157,12 +159,12 @@ class InputStatistics:
         self.rows += rows.shape[0]
         if weights is None:
             self.count += rows.shape[0]
-            self.total += rows.sum(0, dtype=torch.float64)
+            self.total += rows.sum(0)
         else:
             self.count += float(weights.sum())
-            self.total += weights.double() @ rows.double()
+            self.total += weights @ rows
             rows = rows * weights.sqrt()[:, None]
-        self.second += (rows.T @ rows).double()
+        add_gram(self.second, rows)
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another batch or process."""
@@ -185,7 +187,7 @@ class InputStatistics:
 
     def gram(self, *, centred: bool = False) -> Tensor:
         """(in, in) second moment per row, or the covariance."""
-        gram = self.second / self.count
+        gram = symmetric(self.second) / self.count
         if centred:
             gram -= torch.outer(self.mean(), self.mean())
             gram.diagonal().clamp_(min=0)  # rounding, where an input is always the same

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import InputCollector
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.errors import InputError
+from lrcompress.linalg.grams import add_gram, symmetric
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
@@ -43,19 +44,26 @@ class GradientCollector:
         """Site name to the second moment per row, or its diagonal, float64; over the rows of all processes."""
         found = {}
         for site in self._sites:
-            shape = (site.shape[0], site.shape[0]) if self._gram else (site.shape[0],)
-            total = self._sums.get(site.name, torch.zeros(shape, dtype=torch.float64, device=device))
+            total = self._sums.get(site.name)
+            total = self._zeros(site, device) if total is None else symmetric(total) if self._gram else total
             count = total.new_tensor(float(self._counts.get(site.name, 0)))
             processes().add_up([total, count])
             if count > 0:
                 found[site.name] = total / count
         return found
 
+    def _zeros(self, site: Site, device: torch.device) -> Tensor:
+        return torch.zeros([site.shape[0]] * (2 if self._gram else 1), dtype=torch.float64, device=device)
+
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(gradient: Tensor) -> None:
             rows = gradient.detach().flatten(0, -2).float()
-            found = (rows.T @ rows if self._gram else rows.square().sum(0)).double()
-            self._sums[site.name] = self._sums.get(site.name, 0.0) + found
+            if site.name not in self._sums:
+                self._sums[site.name] = self._zeros(site, rows.device)
+            if self._gram:
+                add_gram(self._sums[site.name], rows)
+            else:
+                self._sums[site.name] += rows.square().sum(0)
             self._counts[site.name] = self._counts.get(site.name, 0) + len(rows)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.model.device import decomposition_device
+from lrcompress.model.device import decomposition_device, fast_float32
 
 ROWS = 128
 """Positions whose probabilities are compared at a time: bounds the float64 copies of the logits."""
@@ -65,6 +65,7 @@ def token_perplexity(model: Any, blocks: Tensor, tick: Callable[[], None]) -> di
     return score(model, blocks, tick).metrics()
 
 
+@fast_float32()
 @torch.no_grad()
 def score(model: Any, blocks: Tensor, tick: Callable[[], None]) -> Losses:
     """A non-finite logit is an ArithmeticError; it is never dropped."""
@@ -75,6 +76,7 @@ def score(model: Any, blocks: Tensor, tick: Callable[[], None]) -> Losses:
     return found
 
 
+@fast_float32()
 @torch.no_grad()
 def score_both(
     model: Any, reference: Any, blocks: Tensor, tick: Callable[[], None]

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.whitening import symmetric_root, symmetric_root_and_inverse
+from lrcompress.linalg.whitening import symmetric_root_and_inverse, upper_root
 
 OVERSAMPLING, POWER_STEPS = 8, 2
+
+WELL_APART = 1e-9
+"""Squared singular values above this fraction of the largest have vectors that rounding leaves orthogonal to 1e-7."""
 
 
 @dataclass
@@ -63,12 +66,15 @@ def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
         covariance = matrix @ (matrix if gram is None else matrix @ gram.double()).T
         values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
         return vectors.flip(1), values.flip(0).clamp_min(0)
-    whitened = matrix if gram is None else matrix @ symmetric_root(gram)
+    whitened = matrix if gram is None else matrix @ upper_root(gram).T
     values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-    # The images of the right singular vectors are the left ones up to scale; Householder QR makes them orthonormal
-    # also where a singular value is zero, and keeps the spans nested.
-    basis = torch.linalg.qr(whitened @ vectors.flip(1)).Q
-    return basis, values.flip(0).clamp_min(0)
+    values = values.flip(0).clamp_min(0)
+    # The images of the right singular vectors are the left ones, a singular value long. Where one of those is nearly
+    # zero Householder QR makes them orthonormal all the same, and keeps the spans nested.
+    images = whitened @ vectors.flip(1)
+    if values[-1] > WELL_APART * values[0]:
+        return images.div_(values.sqrt()), values
+    return torch.linalg.qr(images).Q, values
 
 
 def retruncate(

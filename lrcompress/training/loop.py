@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from lrcompress.checkpoint.writer import write_tensors
-from lrcompress.model.device import resolve_device
+from lrcompress.model.device import fast_float32, resolve_device
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.workspace import write_json
 from lrcompress.training.distill import Bound, Teacher, captured_outputs, divergence, feature_error
@@ -143,6 +143,7 @@ class Healer(Trainer):
         loss = loss * self.accelerator.num_processes / counted
         return (loss, logits) if return_outputs else loss
 
+    @fast_float32()
     def run(self) -> None:
         """Train to the end of the budget or of the patience, from the last checkpoint where there is one."""
         last = get_last_checkpoint(str(self.folder))
