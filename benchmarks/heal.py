@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Heal checkpoints in several ways for equal times, and evaluate every result in and out of the training's domain.
+"""Heal checkpoints in several ways for equal times or steps, and evaluate every result in and out of the training's domain.
 
 Every run is a process of its own (`lrcompress heal`), so that its peak memory and its speed are its own; run it alone
 on the machine. What is trained is compared at one seed, optimisers (`--optimizers`, on factors) over `--seeds`. Each
@@ -44,13 +44,17 @@ def rate(args: argparse.Namespace, key: str) -> list[str]:
     return ["--lr", rates[key]] if key in rates else []
 
 
+def budget(args: argparse.Namespace) -> list[object]:
+    return ["--minutes", args.minutes] if args.steps is None else ["--steps", args.steps]
+
+
 def point(args: argparse.Namespace, checkpoint: Path, train: str, optimizer: str, seed: int) -> dict:
     name = f"{checkpoint.name}-{train}-{optimizer}-{seed}"
     done, out = args.work / f"{name}.json", args.work / name
     if not done.exists():
         data = [x for spec in args.data for x in ("--data", spec)]
         cli(
-            "heal", checkpoint, *data, "-o", out, "--overwrite", "--minutes", args.minutes, "--train", train,
+            "heal", checkpoint, *data, "-o", out, "--overwrite", *budget(args), "--train", train,
             "--optimizer", optimizer, "--seed", seed, "--seqlen", args.seqlen, "--batch-size", args.batch_size,
             "--samples", args.samples, "--distill", args.distill, *(["--dense", args.dense] if args.dense else []),
             *rate(args, train if optimizer == "adamw" else optimizer),
@@ -63,13 +67,17 @@ def point(args: argparse.Namespace, checkpoint: Path, train: str, optimizer: str
     return json.loads(done.read_text())
 
 
+def shown_budget(args: argparse.Namespace) -> str:
+    return f"{args.minutes:g} minutes" if args.steps is None else f"{args.steps} steps"
+
+
 def shown(values: list[float]) -> str:
     return " | ".join(f"{value:.2f}" for value in values)
 
 
 def compare_trained(args: argparse.Namespace, checkpoint: Path) -> None:
     names = [Path(text.split(":")[0]).name for text in args.texts]
-    print(f"\n### {checkpoint.name}: what is trained, {args.minutes:g} minutes each\n")
+    print(f"\n### {checkpoint.name}: what is trained, {shown_budget(args)} each\n")
     print(f"| trained | {' | '.join(names)} | trained M | optimiser MB | tokens/s | peak MB | steps |")
     print("|---" * (6 + len(names)) + "|")
     print(f"| nothing | {shown(before(args, checkpoint))} | | | | | |", flush=True)
@@ -84,7 +92,9 @@ def compare_trained(args: argparse.Namespace, checkpoint: Path) -> None:
 
 def compare_optimizers(args: argparse.Namespace, checkpoint: Path) -> None:
     names = [Path(text.split(":")[0]).name for text in args.texts]
-    print(f"\n### {checkpoint.name}: optimisers of factors, mean and deviation over seeds {args.seeds}\n")
+    print(
+        f"\n### {checkpoint.name}: optimisers of factors, {shown_budget(args)} each, mean and deviation over seeds {args.seeds}\n"
+    )
     print(f"| optimiser | {' | '.join(names)} | held-out loss | optimiser MB | tokens/s | steps |")
     print("|---" * (5 + len(names)) + "|")
     for optimizer in args.optimizers:
@@ -105,6 +115,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True, help="evaluated: in and out of the domain of --data")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--steps", type=int, help="instead of minutes: optimisers at equal steps")
     parser.add_argument("--train", nargs="*", default=["lrc", "factors", "all"])
     parser.add_argument("--optimizers", nargs="*", default=["adamw", "lora-pro"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -29,6 +29,8 @@ class Site:
     """How a weight lies that is compressed already and compressed further; its last level keeps it so."""
     itemsize: int | None = None
     """Bytes of a number of the weight where it stays dense, if not of the checkpoint's dtype."""
+    by_outputs: bool = False
+    """Statistics are of its outputs W x (without bias): fewer than its inputs, and all that the method asks for."""
 
     def dense_bytes(self, element_size: int) -> int:
         """Bytes of the dense weight in a checkpoint of `element_size` bytes a number."""
@@ -121,7 +123,7 @@ class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
     count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ,
-    in its upper triangle: what is below means nothing.
+    in its upper triangle: what is below means nothing. With `of_outputs` it is the (out, out) sum of w y yᵀ, y = W x.
     gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
     where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
@@ -136,20 +138,35 @@ class InputStatistics:
     drift: Tensor | None = None
     rows: int = 0
     share: float = 1.0
+    of_outputs: bool = False
 
     @classmethod
-    def zeros(cls, features: int, device: torch.device | str = "cpu") -> "InputStatistics":
-        """No rows seen yet."""
+    def zeros(cls, features: int, device: torch.device | str = "cpu", outputs: int | None = None) -> "InputStatistics":
+        """No rows seen yet; of `outputs` outputs where that is given."""
+        size = features if outputs is None else outputs
         return cls(
             0.0,
             torch.zeros(features, dtype=torch.float64, device=device),
-            torch.zeros(features, features, dtype=torch.float64, device=device),
+            torch.zeros(size, size, dtype=torch.float64, device=device),
+            of_outputs=outputs is not None,
         )
 
-    def update(self, rows: Tensor, weights: Tensor | None = None, dense: Tensor | None = None) -> None:
+    @classmethod
+    def of(cls, site: Site, device: torch.device | str = "cpu") -> "InputStatistics":
+        """No rows seen yet, of what is gathered for `site`."""
+        return cls.zeros(site.shape[1], device, site.shape[0] if site.by_outputs else None)
+
+    def update(
+        self,
+        rows: Tensor,
+        weights: Tensor | None = None,
+        dense: Tensor | None = None,
+        outputs: Tensor | None = None,
+    ) -> None:
         """Add `rows` (..., in), each counted `weights` (rows,) times (once if None); dense: their counterparts.
 
-        Products are summed in float32 within a call and in float64 across calls.
+        outputs: (..., out) W x of every row, for statistics of outputs. Products are summed in float32 within a call,
+        in float64 across them.
         """
         rows = rows.detach().flatten(0, -2).float()
         if dense is not None:
@@ -163,8 +180,9 @@ class InputStatistics:
         else:
             self.count += float(weights.sum())
             self.total += weights @ rows
-            rows = rows * weights.sqrt()[:, None]
-        add_gram(self.second, rows)
+        if outputs is not None:
+            rows = outputs.detach().flatten(0, -2).float()
+        add_gram(self.second, rows if weights is None else rows * weights.sqrt()[:, None])
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another batch or process."""
@@ -186,12 +204,22 @@ class InputStatistics:
         return self.total / self.count
 
     def gram(self, *, centred: bool = False) -> Tensor:
-        """(in, in) second moment per row, or the covariance."""
-        gram = symmetric(self.second) / self.count
-        if centred:
-            gram -= torch.outer(self.mean(), self.mean())
-            gram.diagonal().clamp_(min=0)  # rounding, where an input is always the same
-        return gram
+        """(in, in) second moment per row, or the covariance; ValueError where there are only those of outputs."""
+        if self.of_outputs:
+            raise ValueError("only the second moment of outputs was gathered")
+        return self._moment(self.mean() if centred else None)
+
+    def output_gram(self, weight: Tensor, *, centred: bool = False) -> Tensor:
+        """(out, out) second moment per row of W x, or the covariance, for the weight W (out, in) that gave them."""
+        assert self.of_outputs
+        return self._moment(weight.double() @ self.mean() if centred else None)
+
+    def _moment(self, mean: Tensor | None) -> Tensor:
+        moment = symmetric(self.second) / self.count
+        if mean is not None:
+            moment -= torch.outer(mean, mean)
+            moment.diagonal().clamp_(min=0)  # rounding, where a number is always the same
+        return moment
 
 
 class TensorSource(Protocol):

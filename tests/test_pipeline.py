@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrcompress.calibration.collect import InputCollector, token_weights
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.export.source import open_compressed
+from lrcompress.methods.spectral import SpectralMethod
 from lrcompress.pipeline import make_plan
 from lrcompress.protocols import InputStatistics
 from lrcompress.recipe import make_recipe
@@ -213,3 +215,24 @@ def test_blocks_begin_with_bos_where_the_tokenizer_adds_one(llama, tmp_path):
     assert (with_bos.ids[:, 0] == 0).all()
     assert not (without.ids == 0).any()
     assert (with_bos.held_out[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize(("architecture", "wide"), [("llama", "down_proj"), ("gpt2", "c_proj")])
+@pytest.mark.parametrize("method", ["lord", "welore"])
+def test_outputs_of_wide_weights_give_what_their_inputs_do(
+    make_model, tmp_path, monkeypatch, architecture, wide, method
+):
+    model = make_model(architecture)
+    opened = open_request(check_request(recipe(model, method=method)), Reporter(quiet=True))
+    marked = [site for site in opened.sites if site.by_outputs]
+    assert {site.name.rpartition(".")[2] for site in marked} == {wide}
+    assert all(site.shape[0] < site.shape[1] for site in marked)
+    outputs = compress_tiny(model, tmp_path / "outputs", method=method)
+    monkeypatch.setattr(SpectralMethod, "outputs_suffice", lambda self, site: False)
+    inputs = compress_tiny(model, tmp_path / "inputs", method=method)
+    ours, theirs = (open_compressed(str(result.folder)) for result in (outputs, inputs))
+    for site in marked:
+        one, other = (source.layer(site.name).dense() for source in (ours, theirs))
+        assert float((one - other).norm() / other.norm()) < 1e-3
+    for one, other in zip(outputs.report["targets"], inputs.report["targets"], strict=True):
+        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=1e-3)

@@ -28,7 +28,7 @@ def token_weights(length: int, sink_share: float) -> Tensor | None:
 
 
 class InputCollector:
-    """Context manager: while open, every call of a site's layer adds its input rows, once per group.
+    """Context manager: while open, every call of a site's layer adds its input rows, once per group, or its outputs.
 
     `dense` may hold, by group, the rows that the dense model gives for the next call; see InputStatistics.drift.
     """
@@ -45,7 +45,10 @@ class InputCollector:
         for site in self._sites:
             if site.group == site.name:
                 layer = self._model.get_submodule(site.name)
-                self._handles.append(layer.register_forward_pre_hook(self._hook(site)))
+                if site.by_outputs:
+                    self._handles.append(layer.register_forward_hook(self._output_hook(site)))
+                else:
+                    self._handles.append(layer.register_forward_pre_hook(self._hook(site)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +67,7 @@ class InputCollector:
         for site in self._sites:
             if site.group != site.name:
                 continue
-            one = self.statistics.get(site.group) or InputStatistics.zeros(site.shape[1], device)
+            one = self.statistics.get(site.group) or InputStatistics.of(site, device)
             counts = one.total.new_tensor([one.count, one.rows])
             drift = one.drift if one.drift is not None else torch.zeros_like(one.second) if drifts else None
             team.add_up([counts, one.total, one.second, *([] if drift is None else [drift])])
@@ -74,17 +77,31 @@ class InputCollector:
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if site.group not in self.statistics:
-                self.statistics[site.group] = InputStatistics.zeros(site.shape[1], args[0].device)
             rows, tokens = args[0].detach().flatten(0, -2), self._routes.tokens(site.name)
-            weights = None if self._weights is None else self._weights.to(rows.device)
+            weights = self._weights_on(rows.device)
             if weights is not None:
                 weights = weights if tokens is None else weights[tokens]
             dense = self.dense.pop(site.group, None)
             counterparts = None if dense is None else dense.beside(rows, tokens)
-            self.statistics[site.group].update(rows, weights, counterparts)
+            self._of(site, rows.device).update(rows, weights, counterparts)
 
         return hook
+
+    def _output_hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            bias = getattr(module, "bias", None)
+            outputs = output.detach() if bias is None else output.detach() - bias.detach()
+            self._of(site, output.device).update(args[0], self._weights_on(output.device), outputs=outputs)
+
+        return hook
+
+    def _of(self, site: Site, device: torch.device) -> InputStatistics:
+        if site.group not in self.statistics:
+            self.statistics[site.group] = InputStatistics.of(site, device)
+        return self.statistics[site.group]
+
+    def _weights_on(self, device: torch.device) -> Tensor | None:
+        return None if self._weights is None else self._weights.to(device)
 
 
 @dataclass

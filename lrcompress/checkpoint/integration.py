@@ -73,6 +73,7 @@ class LrcompressQuantizer(HfQuantizer):
                 module.check_indices()
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
+            module.lay_out()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Without the conversions into fused experts: we store experts as they are here."""

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, FactorPair, StoredLinear, added_bias_bytes, check_rank, held
+from lrcompress.formats.base import (
+    FORMATS,
+    FactorPair,
+    StoredLinear,
+    added_bias_bytes,
+    check_rank,
+    held,
+    lay_out_by_columns,
+)
 from lrcompress.protocols import Spec
 
 
@@ -93,6 +101,9 @@ class LowRank(StoredLinear):
         latent = self.A(x) if self.spec.owner is None else nn.functional.linear(x, self.right(x))
         y: Tensor = self.B(latent)
         return y
+
+    def lay_out(self) -> None:
+        lay_out_by_columns(self.B)
 
     def touched_bytes(self, rows: int) -> int:
         shared = () if self.spec.owner is None else (self.right(self.B.weight),)

@@ -17,6 +17,7 @@ from lrcompress.formats.base import (
     check_rank,
     held,
     index_dtype,
+    lay_out_by_columns,
 )
 from lrcompress.linalg.pivoting import pivot_rows
 from lrcompress.protocols import Spec
@@ -121,6 +122,9 @@ class Pivoted(StoredLinear):
             moves = not torch.equal(index, torch.arange(len(index), device=index.device))
             self._index = order, version, index if moves else None
         return self._index[2]
+
+    def lay_out(self) -> None:
+        lay_out_by_columns(self.rest)
 
     def touched_bytes(self, rows: int) -> int:
         index = self._places()

@@ -36,14 +36,20 @@ def tail_energies(energies: Tensor) -> Tensor:
     return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
 
 
-def decompose(weight: Tensor, input_gram: Tensor | None = None, output_gram: Tensor | None = None) -> Spectrum:
+def decompose(
+    weight: Tensor,
+    input_gram: Tensor | None = None,
+    output_gram: Tensor | None = None,
+    *,
+    output_moment: Tensor | None = None,
+) -> Spectrum:
     """Best approximations of W (m, n) under ‖Bᐟ² (W - W') Gᐟ²‖_F, for every rank at once, in float64.
 
     input_gram G (n, n) is the second moment of the inputs (identity if None), output_gram B (m, m) that of the
     output gradients (identity if None; damp it first where it may be singular). With P the leading left singular
     vectors of Bᐟ² W Gᐟ², the rank-r optimum is B⁻ᐟ² P_r P_rᵀ Bᐟ² W: the input side is never inverted, so a
     singular G does no harm. One-sided this is the output PCA of AFM and LoRD (arXiv 2309.14021) and equals
-    SVD-LLM's whitened SVD; two-sided it is KFAC-SVD.
+    SVD-LLM's whitened SVD; two-sided it is KFAC-SVD. Where m <= n, output_moment W G Wᵀ (m, m) serves instead of G.
     """
     weight = weight.double()
     if not bool(torch.isfinite(weight).all()):
@@ -53,7 +59,11 @@ def decompose(weight: Tensor, input_gram: Tensor | None = None, output_gram: Ten
     else:
         root, unscale = symmetric_root_and_inverse(output_gram)
         scaled = root @ weight
-    basis, energies = _left_singular(scaled, input_gram)
+    if output_moment is None:
+        basis, energies = _left_singular(scaled, input_gram)
+    else:
+        moment = output_moment.double()
+        basis, energies = _leading(moment if output_gram is None else root @ moment @ root)
     right = basis.T @ scaled
     left = basis if unscale is None else unscale @ basis
     return Spectrum(left, right, energies)
@@ -63,9 +73,7 @@ def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
     """Left singular vectors (m, k) of matrix @ gram^½ and squared singular values (k,), descending."""
     m, n = matrix.shape
     if m <= n:
-        covariance = matrix @ (matrix if gram is None else matrix @ gram.double()).T
-        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-        return vectors.flip(1), values.flip(0).clamp_min(0)
+        return _leading(matrix @ (matrix if gram is None else matrix @ gram.double()).T)
     whitened = matrix if gram is None else matrix @ upper_root(gram).T
     values, vectors = torch.linalg.eigh(whitened.T @ whitened)
     values = values.flip(0).clamp_min(0)
@@ -75,6 +83,12 @@ def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
     if values[-1] > WELL_APART * values[0]:
         return images.div_(values.sqrt()), values
     return torch.linalg.qr(images).Q, values
+
+
+def _leading(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (m, m) and eigenvalues (m,) of a covariance, descending; those below zero count as zero."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return vectors.flip(1), values.flip(0).clamp_min(0)
 
 
 def retruncate(

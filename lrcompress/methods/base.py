@@ -103,6 +103,10 @@ class Method(ABC):
         """Whether an artefact holds the inputs' Gram (in, in) beside what is made of the weight."""
         return False
 
+    def outputs_suffice(self, site: Site) -> bool:
+        """Whether the second moment of a weight's outputs says all that `decompose` needs to know of its inputs."""
+        return False
+
     @property
     def group(self) -> int:
         """How many neighbouring blocks' weights of one kind share a part of what is stored, and have one level."""

@@ -68,6 +68,9 @@ class Eora(SpectralMethod):
     def existing_base(self) -> Existing | None:
         return self._base if isinstance(self._base, Existing) else None
 
+    def outputs_suffice(self, site: Site) -> bool:
+        return False
+
     def centres(self, site: Site) -> bool:
         return super().centres(site) or (self.metric != "plain" and self._base.spec(site.shape, site.name).bias)
 

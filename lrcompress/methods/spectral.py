@@ -77,7 +77,12 @@ class SpectralMethod(Method):
         return self.metric == "centred"
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        spectrum = decompose(weight, self._input_gram(site, statistics), self.output_gram(statistics))
+        outputs = self.output_gram(statistics)
+        if statistics is not None and statistics.of_outputs:
+            moment = statistics.output_gram(weight, centred=self.centres(site))
+            spectrum = decompose(weight, None, outputs, output_moment=moment)
+        else:
+            spectrum = decompose(weight, self._input_gram(site, statistics), outputs)
         return self._artefact(site, spectrum, weight.double(), statistics)
 
     def decompose_product(
@@ -106,6 +111,11 @@ class SpectralMethod(Method):
             artefact["mean_output"] = weight @ mean
             artefact["mean_latent"] = spectrum.right @ mean
         return artefact
+
+    def outputs_suffice(self, site: Site) -> bool:
+        """Of a wide weight W only W G Wᵀ enters, the outputs' second moment, as LoRD and AFM have it."""
+        as_it_is = site.stored is None and not self.options.toward_dense and not self.joins(site)
+        return self.needs_statistics and as_it_is and site.shape[0] < site.shape[1]
 
     @property
     def keeps_gram(self) -> bool:

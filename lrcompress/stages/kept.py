@@ -32,6 +32,7 @@ class KeptStatistics:
     def __init__(self, opened: Opened) -> None:
         self._folder: Path | None = None
         self._sites = opened.sites
+        self._by_outputs = {site.name for site in opened.sites if site.by_outputs}
         named = named_cache_folder()
         if named is None:
             return
@@ -61,7 +62,9 @@ class KeptStatistics:
             stem, bar, kind = name.rpartition("|")
             if bar + kind == SECOND:
                 count, rows = found[stem + COUNTS].tolist()
-                parts[stem] = InputStatistics(count, found[stem + TOTAL], tensor, rows=int(rows))
+                parts[stem] = InputStatistics(
+                    count, found[stem + TOTAL], tensor, rows=int(rows), of_outputs=stem in self._by_outputs
+                )
             elif bar + kind == GRADIENTS:
                 gradients[stem] = tensor
         return with_gradients(parts, gradients, self._sites) if gradients else parts
@@ -99,7 +102,7 @@ def statistics_key(opened: Opened) -> dict[str, Any]:
         "model": content_digest(opened.model.folder),
         "text": opened.calibration.digest(),
         "tokens": list(opened.calibration.ids.shape),
-        "sites": [(site.name, site.group) for site in opened.sites],
+        "sites": [(site.name, site.group, site.by_outputs) for site in opened.sites],
         "sink_share": method.options.sink_share,
         "gradients": gradients,
         "compute": [opened.request.device.type, str(opened.walker.dtype)],

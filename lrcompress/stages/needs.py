@@ -124,7 +124,7 @@ def seconds_need(opened: Opened) -> float:
     method, tokens = opened.request.method, _tokens(opened)
     passes = 1 + 3 * method.needs_gradients + 2 * opened.request.sequential + 1  # the last one is reading and writing
     single = tokens * passes * sum(s.shape[0] * s.shape[1] for s in opened.sites)
-    single += tokens * sum(s.shape[1] ** 2 for s in opened.sites if s.group == s.name and method.needs_statistics)
+    single += tokens * sum(_moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
     single += tokens * sum(s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
     double = sum(_decomposing(opened, site) for site in opened.sites)
     coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
@@ -137,7 +137,8 @@ def _decomposing(opened: Opened, site: Site) -> float:
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
     eigenproblems = k**3 + (n**3 if m > n else 0) + (m**3 if opened.request.method.needs_gradient_gram else 0)
-    return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + m * n * n)
+    moment = 0 if site.by_outputs else m * n * n
+    return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
 
 
 def _coding(site: Site) -> float:
@@ -169,9 +170,14 @@ def _block_weights(opened: Opened, block: int) -> int:
 def _statistics(opened: Opened, block: int) -> int:
     """Bytes of the moments that are gathered at once in a block."""
     method, sites = opened.request.method, opened.sites_of(block)
-    inputs = sum(8 * s.shape[1] ** 2 for s in sites if s.group == s.name) if method.needs_statistics else 0
+    inputs = sum(8 * _moment(s) for s in sites if s.group == s.name) if method.needs_statistics else 0
     outputs = sum(8 * s.shape[0] ** 2 if method.needs_gradient_gram else 8 * s.shape[0] for s in sites)
     return inputs + (outputs if method.needs_gradients else 0)
+
+
+def _moment(site: Site) -> int:
+    """Numbers of the second moment that is gathered for a site."""
+    return site.shape[0 if site.by_outputs else 1] ** 2
 
 
 def _decomposition(opened: Opened, block: int) -> int:
@@ -182,7 +188,7 @@ def _decomposition(opened: Opened, block: int) -> int:
 
     def work(site: Site) -> int:
         (m, n), k = site.shape, min(site.shape)
-        numbers = 2 * n * n + 4 * k * k + 4 * m * n
+        numbers = 2 * _moment(site) + 4 * k * k + 4 * m * n
         numbers += 7 * m * m if method.needs_gradient_gram else 0
         numbers += 4 * n * n if method.base is not None else 0
         return 8 * numbers

@@ -1,5 +1,6 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +29,7 @@ from lrcompress.formats import stored_tensors
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
-from lrcompress.model.experts import LinearExperts, linear_experts, linearise
+from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.protocols import Allocator, Site
@@ -386,7 +387,18 @@ def calibrate_model(opened: Opened) -> None:
         )
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
-    opened.sites = group_sites(opened.sites, groups)
+    opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
+
+
+def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
+    """The sites, marked where statistics are of outputs: of weights alone in their groups, of no expert."""
+    sizes = Counter(site.group for site in sites)
+    method = opened.request.method
+
+    def alone(site: Site) -> bool:
+        return sizes[site.group] == 1 and experts_of(site.name, opened.experts) is None
+
+    return [replace(site, by_outputs=alone(site) and method.outputs_suffice(site)) for site in sites]
 
 
 def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[Site]:

@@ -180,6 +180,20 @@ def test_bfloat16_storage_costs_nothing_visible(name):
     assert error < 4 * (weight.bfloat16().float() - weight).norm() / weight.norm()
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_laying_out_moves_no_number(name, dtype):
+    spec, stored, _, _ = example(name, (40, 24), 11, True)
+    module = loaded(spec, stored, dtype)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, expected = {k: t.clone() for k, t in module.state_dict().items()}, module(x)
+    module.lay_out()
+    assert all(torch.equal(before[k], t) for k, t in module.state_dict().items())
+    torch.testing.assert_close(module(x), expected)
+    tall = [p for p in module.parameters() if not p.is_contiguous()]
+    assert len(tall) == (name in FACTORED and dtype == torch.float32)
+
+
 def test_pivoted_is_never_larger_than_dense_and_smaller_than_low_rank():
     for rank in range(1, 192):
         pivoted = spec_numbers(Spec("pivoted", (256, 192), parameters={"rank": rank}))

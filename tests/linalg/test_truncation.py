@@ -72,6 +72,17 @@ def test_no_other_matrix_of_the_rank_is_nearer(shape):
         assert error(weight - nearby, second) > best
 
 
+@pytest.mark.parametrize("outputs", [None, 3])
+def test_the_outputs_moment_of_a_wide_weight_says_as_much_as_the_inputs(outputs):
+    weight, inputs = random(1, 24, 40), gram(2, 40, 200)
+    metric = None if outputs is None else gram(outputs, 24, 200)
+    ours = decompose(weight, None, metric, output_moment=weight @ inputs @ weight.T)
+    plain = decompose(weight, inputs, metric)
+    torch.testing.assert_close(ours.energies, plain.energies, rtol=1e-9, atol=1e-12)
+    for rank in (3, 20):
+        torch.testing.assert_close(truncated(ours, rank), truncated(plain, rank), rtol=1e-6, atol=1e-8)
+
+
 def error(difference: torch.Tensor, second: torch.Tensor) -> float:
     return float((difference @ second * difference).sum())
 
