@@ -31,6 +31,7 @@ def test_gguf_is_dequantised_as_transformers_does(monkeypatch, tmp_path):
     assert ours.keys() == theirs.keys() - {"lm_head.weight"}
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+    assert json.loads((opened.folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     ids = AutoTokenizer.from_pretrained(opened.folder)("Low rank, says the oracle.").input_ids
     assert (
         ids == AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)("Low rank, says the oracle.").input_ids

@@ -17,6 +17,8 @@ from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, empty_model
 
 SHARD_BYTES = 5 * 10**9
+BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+"""Names in configs of whether linear layers have biases."""
 
 
 def converted_gguf(path: Path) -> Path:
@@ -44,11 +46,17 @@ def _convert(path: Path, folder: Path) -> None:
         config, tokenizer = _read_metadata(path)
     except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({error}): download it again") from error
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     check_sizes(config, len(reader.tensors), sum(int(tensor.n_elements) for tensor in reader.tensors))
     model: Any = empty_model(config)
     names, processor = _names(model, reader)
+    if _unread(reader, names):  # GGUF has no word for biases, and llama.cpp takes those that are there
+        for switch in BIAS_SWITCHES:
+            if getattr(config, switch, None) is False:
+                setattr(config, switch, True)
+        model = empty_model(config)
+        names, processor = _names(model, reader)
+    if unread := _unread(reader, names):
+        raise InputError(f"{path} holds {unread[0]}, for which transformers' {type(model).__name__} has no place")
     shapes = {k: v for k, v in model.state_dict().items()}
     found = [names[t.name] for t in reader.tensors if t.name in names]
     missing = {n for n in shapes if n not in found} - set(getattr(model, "_tied_weights_keys", None) or {})
@@ -56,6 +64,9 @@ def _convert(path: Path, folder: Path) -> None:
         raise InputError(
             f"{path} has no tensor for {min(missing)}: its architecture is not fully known to transformers"
         )
+    config.architectures = [type(model).__name__]  # GGUF has no such name, and other tools go by it
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     writer = ShardedWriter(folder, [(n, torch.empty(shapes[n].shape, device="meta")) for n in found], SHARD_BYTES)
     writer.write(_tensors(reader, names, processor, config))
     writer.close()
@@ -79,6 +90,13 @@ def _names(model: Any, reader: Any) -> tuple[dict[str, str], Any]:
     architecture = str(bytes(field.parts[field.data[0]]), encoding="utf8")
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     return get_gguf_hf_weights_map(model, processor), processor
+
+
+def _unread(reader: Any, names: dict[str, str]) -> list[str]:
+    """Tensors of the file that the model has no place for; tables of rotary factors follow from the config."""
+    return [
+        tensor.name for tensor in reader.tensors if tensor.name not in names and not tensor.name.startswith("rope_")
+    ]
 
 
 def _tensors(reader: Any, names: dict[str, str], processor: Any, config: Any) -> Iterator[tuple[str, Tensor]]:

@@ -44,7 +44,8 @@ def export_dense(
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
     with new_folder([source.folder], output, overwrite=overwrite) as folder:
         copy_files_beside(source.folder, folder, code=True)
-        write_json(folder / "config.json", dense_config(source, wanted, switches))
+        config = dense_config(source, wanted, switches, trust_remote_code=trust_remote_code)
+        write_json(folder / "config.json", config)
         write_weights(source, model, folder, limit, wanted, zeros, reporter)
         report = exported_report(source, CheckpointReader(folder) if model is None else ExpertReader(folder, model), {})
         if report is not None:
@@ -63,12 +64,17 @@ def export_dense(
     }
 
 
-def dense_config(source: Source, dtype: torch.dtype | None, switches: list[str]) -> dict[str, Any]:
-    """config.json without the manifest."""
+def dense_config(
+    source: Source, dtype: torch.dtype | None, switches: list[str], *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """config.json without the manifest, with the name of the model's class, by which other tools go."""
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if not config.get("architectures"):
+        read = read_sound_config(source.folder, trust_remote_code=trust_remote_code)
+        config["architectures"] = [type(empty_model(read, trust_remote_code=trust_remote_code)).__name__]
     return {**config, **dict.fromkeys(switches, True)}
 
 

@@ -164,6 +164,16 @@ print("lrcompress" in sys.modules, sum(map(len, info.values())), type(model.mode
     assert done.stdout.split() == ["False", "0", "Linear"]
 
 
+def test_the_models_class_is_named_where_its_source_had_no_name(compressed, export):
+    """As a config that comes from GGUF: converters go by that name."""
+    source = compressed("llama", method={"name": "lord", "metric": "input"})
+    config = json.loads((source / "config.json").read_text())
+    del config["architectures"]
+    (source / "config.json").write_text(json.dumps(config))
+    folder, _ = export(source)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_a_dense_model_is_refused(llama, tmp_path):
     with pytest.raises(InputError, match="not compressed by lrcompress"):
         export_dense(str(llama), tmp_path / "dense")
