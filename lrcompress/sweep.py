@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from lrcompress.calibration.corpus import parse_source
-from lrcompress.checkpoint.cache import content_digest, files_digest
+from lrcompress.checkpoint.cache import content_digest, files_digest, statistics_kept_in
 from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.harness import measurable
 from lrcompress.evaluation.tasks import Task, parse_tasks
-from lrcompress.model.device import resolve_device, resolve_dtype
+from lrcompress.model.device import fast_float32, resolve_device, resolve_dtype
 from lrcompress.pipeline import errors_in_words, finish_checkpoint, identity, profile_model, write_checkpoint
 from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
@@ -67,7 +67,8 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     tasks = parse_tasks(recipe.evaluate.tasks)
     measurable(tasks, compared=recipe.evaluate.against is not None)
     _claim(folder, recipe, _inputs(recipe, requests, tasks), overwrite)
-    with errors_in_words(resolve_device(recipe.device), f"run the same sweep again to continue in {folder}"):
+    in_words = errors_in_words(resolve_device(recipe.device), f"run the same sweep again to continue in {folder}")
+    with in_words, statistics_kept_in(folder / "scratch" / "statistics"):
         dense = _dense(recipe, folder, reporter)
         for seed in recipe.seeds:
             for method in recipe.methods:
@@ -203,6 +204,7 @@ def _evaluate(recipe: Sweep, model: str, against: str | None, reporter: Reporter
     )  # fmt: skip
 
 
+@fast_float32()
 def _measure(recipe: Sweep, points: list[Point], folder: Path, reporter: Reporter) -> None:
     """Points of one method and seed: the dense model is walked once for all of them."""
     label = f"{points[0].method.label}-seed{points[0].seed}".replace("/", "-")

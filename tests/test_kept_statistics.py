@@ -8,9 +8,10 @@ from transformers import AutoTokenizer
 from lrcompress.checkpoint.cache import clear, entries
 from lrcompress.errors import Interrupted
 from lrcompress.pipeline import compress
-from lrcompress.recipe import make_recipe
+from lrcompress.recipe import Sweep, make_recipe, validated
 from lrcompress.report import summary
 from lrcompress.stages.profile import Artefacts
+from lrcompress.sweep import sweep
 from tests.conftest import compress_tiny
 
 
@@ -134,3 +135,18 @@ def test_a_second_run_without_held_out_text_has_nothing_to_walk(llama, tmp_path,
     calibration = {"source": str(source), "samples": 4, "seqlen": 64}
     first = compress_tiny(llama, tmp_path / "first", calibration=calibration)
     same_weights(first, compress_tiny(llama, tmp_path / "second", calibration=calibration))
+
+
+def test_a_sweep_walks_once_for_methods_of_the_same_statistics(llama, tmp_path, walks):
+    both = {
+        "model": str(llama), "methods": ["lord", {"name": "welore", "format": "low_rank"}], "ratios": [0.4],
+        "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}, "output": str(tmp_path / "both"),
+        "evaluate": {"tasks": ["tokens:python-docs@64"], "limit": 1},
+    }  # fmt: skip
+    sweep(validated(Sweep, {**both, "methods": ["lord"], "output": str(tmp_path / "one")}, "test"))
+    once = walks["forward"]
+    assert once > 0
+    walks.update(forward=0)
+    sweep(validated(Sweep, both, "test"))
+    assert walks["forward"] == once
+    assert not (tmp_path / "both/scratch").exists()

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,25 @@ def named_cache_folder() -> Path | None:
     """LRCOMPRESS_CACHE, which --cache sets, or None: there alone what is large is kept."""
     named = os.environ.get("LRCOMPRESS_CACHE")
     return Path(named).expanduser() if named else None
+
+
+_lent: list[Path] = []
+
+
+@contextlib.contextmanager
+def statistics_kept_in(folder: Path) -> Iterator[None]:
+    """While open, calibration statistics are kept in `folder` where no cache is named: several runs of one process."""
+    _lent.append(folder)
+    try:
+        yield
+    finally:
+        _lent.pop()
+
+
+def statistics_folder() -> Path | None:
+    """Where calibration statistics are kept between runs, None where they are not: they are large."""
+    named = named_cache_folder()
+    return named / STATISTICS if named is not None else _lent[-1] if _lent else None
 
 
 def conversion_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lrcompress.calibration.gradients import with_gradients
-from lrcompress.checkpoint.cache import LABEL, STATISTICS, content_digest, named_cache_folder
+from lrcompress.checkpoint.cache import LABEL, content_digest, statistics_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
 from lrcompress.processes import processes
@@ -33,12 +33,12 @@ class KeptStatistics:
         self._folder: Path | None = None
         self._sites = opened.sites
         self._by_outputs = {site.name for site in opened.sites if site.by_outputs}
-        named = named_cache_folder()
-        if named is None:
+        kept = statistics_folder()
+        if kept is None:
             return
         self._device, key = opened.walker.device, statistics_key(opened)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        self._folder = named / STATISTICS / digest
+        self._folder = kept / digest
         with contextlib.suppress(OSError, ResourceError):
             self._folder.mkdir(parents=True, exist_ok=True)
             samples, seqlen = key["tokens"]

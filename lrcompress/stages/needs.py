@@ -67,8 +67,9 @@ def memory_need(opened: Opened) -> int:
     """
     blocks = range(len(opened.blocks) + 1)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
-    # The logits of one sample, their log-softmax and its input in float32.
-    logits = 3 * 4 * _length(opened) * opened.vocabulary
+    # The logits of one sample, their log-softmax and its input in float32, and the head as a product rearranges it.
+    embeddings = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
+    logits = 4 * (3 * _length(opened) * opened.vocabulary + embeddings.numel())
     most = max(largest + _activations(opened), logits, _whole_model(opened))
     return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
 
