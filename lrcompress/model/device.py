@@ -55,32 +55,35 @@ def fast_float32() -> Iterator[None]:
     """Float32 products on the CPU by oneDNN's kernels where those are as exact as BLAS's, which knows fewer processors.
 
     torch takes oneDNN only where operands may be rounded to bfloat16, but without matrix units oneDNN multiplies in
-    float32 all the same: then twice as fast on AMD's processors. A single row is slower: generate text outside.
+    float32 all the same: then twice as fast on AMD's processors. A single row is slower: generate text outside. With an
+    accelerator, which would round, nothing changes.
     """
     if not _onednn_is_exact():
         yield
         return
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    with _rounding_allowed():
+        yield
+
+
+@contextmanager
+def _rounding_allowed() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 @cache
 def _onednn_is_exact() -> bool:
     """Whether products of float32 keep its precision where they may be rounded to bfloat16: the same on every run."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
-    if settings is None or not torch.backends.mkldnn.is_available() or not hasattr(settings, "fp32_precision"):
+    if torch.accelerator.is_available() or not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(n, 512, generator=generator) for n in (384, 256))
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
+    with _rounding_allowed():
         found = [nn.functional.linear(rows, weight), rows.T @ rows]
-    finally:
-        settings.fp32_precision = before
     exact = [rows.double() @ weight.double().T, rows.double().T @ rows.double()]
     return all(float((f - e).norm() / e.norm()) < 1e-5 for f, e in zip(found, exact, strict=True))
 

@@ -137,7 +137,7 @@ def _decomposing(opened: Opened, site: Site) -> float:
     """Multiply-adds of a site's float64 decompositions."""
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
-    eigenproblems = k**3 + (n**3 if m > n else 0) + (m**3 if opened.request.method.needs_gradient_gram else 0)
+    eigenproblems = k**3 + (m**3 if opened.request.method.needs_gradient_gram else 0)
     moment = 0 if site.by_outputs else m * n * n
     return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
 
