@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
-from lrcompress.linalg.grams import add_gram, symmetric
+from lrcompress.grams import add_gram, symmetric
 
 
 @dataclass(frozen=True)

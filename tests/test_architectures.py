@@ -19,7 +19,7 @@ from lrcompress.errors import InputError
 from lrcompress.evaluation.bounds import counted
 from lrcompress.evaluation.loading import load_model
 from lrcompress.export.dense import export_dense
-from lrcompress.linalg.grams import symmetric
+from lrcompress.grams import symmetric
 from lrcompress.model.experts import LinearExperts, fuse, linear_experts, linearise
 from lrcompress.model.skeleton import checkpoint_names, empty_model
 from lrcompress.model.surgery import dense_parts, stored_layers

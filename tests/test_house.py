@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lrcompress"
 LAYERS = [
-    ["errors", "budget", "recipe", "registry", "protocols", "processes", "_autoload"],
+    ["errors", "budget", "recipe", "registry", "protocols", "processes", "grams", "_autoload"],
     ["linalg"],
     ["formats"],
     ["allocators"],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import InputCollector
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.errors import InputError
-from lrcompress.linalg.grams import add_gram, symmetric
+from lrcompress.grams import add_gram, symmetric
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site

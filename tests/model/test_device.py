@@ -13,12 +13,17 @@ def test_fast_products_are_float32s_and_the_setting_comes_back(monkeypatch, exac
     generator = torch.Generator().manual_seed(1)
     x, w = torch.randn(300, 700, generator=generator), torch.randn(500, 700, generator=generator)
     before = torch.get_float32_matmul_precision()
+    with device.fast_float32():
+        inside = torch.get_float32_matmul_precision()
+        ours = torch.nn.functional.linear(x, w), x.T @ x
+    assert exact or inside == before
+    for found, expected in zip(ours, (x.double() @ w.double().T, x.double().T @ x.double()), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_setting_comes_back_after_an_error():
+    before = torch.get_float32_matmul_precision()
     with pytest.raises(ZeroDivisionError), device.fast_float32():
-        if not exact:
-            assert torch.get_float32_matmul_precision() == before
-        torch.testing.assert_close(
-            torch.nn.functional.linear(x, w).double(), x.double() @ w.double().T, rtol=1e-4, atol=1e-3
-        )
-        torch.testing.assert_close((x.T @ x).double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-3)
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before

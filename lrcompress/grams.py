@@ -1,4 +1,4 @@
-"""Adding up Grams, the one place of linalg where an input, the sum, is changed."""
+"""Adding up Grams, which statistics are made of: the upper triangles of sums."""
 
 import itertools
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lrcompress.linalg.grams import add_gram, symmetric
+from lrcompress.grams import add_gram, symmetric
 
 
 @pytest.mark.parametrize("n", [1, 127, 300, 1100])
