@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -103,4 +103,5 @@ def _open(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Opened:
     stored = {opened.walker.names[f"{site.name}.weight"]: site for site in opened.sites}
     opened.walker.source = Adapted(opened.reader, adapter, stored)
     calibrate_model(opened)
+    opened.sites = [replace(site, by_outputs=False) for site in opened.sites]  # the updates' inputs, not W's outputs
     return opened
