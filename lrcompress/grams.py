@@ -9,7 +9,7 @@ PANELS, NARROWEST = 8, 128
 
 
 def add_gram(upper: Tensor, rows: Tensor) -> None:
-    """Add Xᵀ X of rows X (t, n), float32, to the upper triangle of `upper` (n, n), any dtype.
+    """Add Xᵀ X of rows X (t, n) to the upper triangle of `upper` (n, n), any dtype.
 
     Panel by panel from the diagonal on, which saves nearly half of the products; what is below it is left undefined.
     """

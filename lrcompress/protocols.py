@@ -165,8 +165,8 @@ class InputStatistics:
     ) -> None:
         """Add `rows` (..., in), each counted `weights` (rows,) times (once if None); dense: their counterparts.
 
-        outputs: (..., out) W x of every row, for statistics of outputs. Products are summed in float32 within a call,
-        in float64 across them.
+        outputs: (..., out) W x of every row, for statistics of outputs, whose products are summed in float64, others
+        in float32 within a call.
         """
         rows = rows.detach().flatten(0, -2).float()
         if dense is not None:
@@ -181,7 +181,8 @@ class InputStatistics:
             self.count += float(weights.sum())
             self.total += weights @ rows
         if outputs is not None:
-            rows = outputs.detach().flatten(0, -2).float()
+            # In float64: rounded sums have directions that W has not, and its own weakest ones would drown in them.
+            rows = outputs.detach().flatten(0, -2).double()
         add_gram(self.second, rows if weights is None else rows * weights.sqrt()[:, None])
 
     def merge(self, other: "InputStatistics") -> None:
