@@ -37,9 +37,9 @@ def test_every_weight_is_decomposed_once_a_pass_and_every_input_summed_once(
         decomposed[site.name] += 1
         return decompose(self, site, weight, statistics)
 
-    def counted_update(self, rows, *args):
+    def counted_update(self, rows, *args, **options):
         summed[rows.shape[-1]] += 1
-        update(self, rows, *args)
+        update(self, rows, *args, **options)
 
     monkeypatch.setattr(owner, "decompose", counted_decompose)
     monkeypatch.setattr(InputStatistics, "update", counted_update)

@@ -295,7 +295,7 @@ def _share(method: Method, statistics: InputStatistics | None) -> float:
 
 
 def _check_finite(statistics: InputStatistics) -> None:
-    check_gram(statistics.second, "its inputs")
+    check_gram(statistics.second, "its outputs" if statistics.of_outputs else "its inputs")
     if statistics.gradients is not None:
         check_gram(statistics.gradients, "its output gradients")
     if statistics.drift is not None:
