@@ -210,7 +210,7 @@ class InputStatistics:
             raise ValueError("only the second moment of outputs was gathered")
         return self._moment(self.mean() if centred else None)
 
-    def output_gram(self, weight: Tensor, *, centred: bool = False) -> Tensor:
+    def output_moment(self, weight: Tensor, *, centred: bool = False) -> Tensor:
         """(out, out) second moment per row of W x, or the covariance, for the weight W (out, in) that gave them."""
         assert self.of_outputs
         return self._moment(weight.double() @ self.mean() if centred else None)

@@ -45,7 +45,10 @@ class GradientCollector:
         found = {}
         for site in self._sites:
             total = self._sums.get(site.name)
-            total = self._zeros(site, device) if total is None else symmetric(total) if self._gram else total
+            if total is None:
+                total = self._zeros(site, device)
+            elif self._gram:
+                total = symmetric(total)
             count = total.new_tensor(float(self._counts.get(site.name, 0)))
             processes().add_up([total, count])
             if count > 0:

@@ -79,7 +79,7 @@ class SpectralMethod(Method):
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         outputs = self.output_gram(statistics)
         if statistics is not None and statistics.of_outputs:
-            moment = statistics.output_gram(weight, centred=self.centres(site))
+            moment = statistics.output_moment(weight, centred=self.centres(site))
             spectrum = decompose(weight, None, outputs, output_moment=moment)
         else:
             spectrum = decompose(weight, self._input_gram(site, statistics), outputs)

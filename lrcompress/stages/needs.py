@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from lrcompress.budget import parse_size
 from lrcompress.errors import ResourceError
@@ -68,8 +69,7 @@ def memory_need(opened: Opened) -> int:
     blocks = range(len(opened.blocks) + 1)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
     # The logits of one sample, their log-softmax and its input in float32, and the head as a product rearranges it.
-    embeddings = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
-    logits = 4 * (3 * _length(opened) * opened.vocabulary + embeddings.numel())
+    logits = 4 * (3 * _length(opened) * opened.vocabulary + _embeddings(opened).numel())
     most = max(largest + _activations(opened), logits, _whole_model(opened))
     return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
 
@@ -116,8 +116,13 @@ def _cuts(opened: Opened) -> int:
     if not opened.request.allocator.needs_sensitivity or opened.request.recipe.rank is not None:
         return 0
     inside = sum(site.block < len(opened.blocks) for site in opened.sites)
-    embeddings = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
-    return SAMPLES * (1 + inside) * _length(opened) * int(embeddings.shape[1]) * opened.walker.dtype.itemsize
+    width = _embeddings(opened).shape[1]
+    return SAMPLES * (1 + inside) * _length(opened) * width * opened.walker.dtype.itemsize
+
+
+def _embeddings(opened: Opened) -> Tensor:
+    weight: Tensor = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
+    return weight
 
 
 def seconds_need(opened: Opened) -> float:
