@@ -16,6 +16,7 @@ from lrcompress.pipeline import make_plan
 from lrcompress.protocols import InputStatistics
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.stages import prepare
 from lrcompress.stages.prepare import check_request, open_request
 from lrcompress.stages.profile import HiddenWalk
 from tests.conftest import ARCHITECTURES, compress_tiny
@@ -236,3 +237,9 @@ def test_outputs_of_wide_weights_give_what_their_inputs_do(
         assert float((one - other).norm() / other.norm()) < 1e-3
     for one, other in zip(outputs.report["targets"], inputs.report["targets"], strict=True):
         assert one["relative_error"] == pytest.approx(other["relative_error"], rel=1e-3)
+
+
+def test_in_half_precision_statistics_are_of_inputs(llama, monkeypatch):
+    monkeypatch.setattr(prepare, "compute_dtype", lambda device, checkpoint: torch.bfloat16)
+    opened = open_request(check_request(recipe(llama)), Reporter(quiet=True))
+    assert not any(site.by_outputs for site in opened.sites)

@@ -391,7 +391,12 @@ def calibrate_model(opened: Opened) -> None:
 
 
 def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
-    """The sites, marked where statistics are of outputs: of weights alone in their groups, of no expert."""
+    """The sites, marked where statistics are of outputs: of weights alone in their groups, of no expert.
+
+    None where blocks compute in half precision: its outputs are rounded, its inputs are what the layer really reads.
+    """
+    if opened.walker.dtype != torch.float32:
+        return sites
     sizes = Counter(site.group for site in sites)
     method = opened.request.method
 
