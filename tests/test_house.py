@@ -7,7 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lrcompress"
 LAYERS = [
-    ["errors", "budget", "recipe", "registry", "protocols", "processes", "grams", "_autoload"],
+    [
+        "errors",
+        "budget",
+        "recipe",
+        "registry",
+        "protocols",
+        "processes",
+        "grams",
+        "finite",
+        "side_by_side",
+        "_autoload",
+    ],
     ["linalg"],
     ["formats"],
     ["allocators"],

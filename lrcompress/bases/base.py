@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.formats import restored
 from lrcompress.formats.semi_sparse import PATTERN, SemiSparse
 from lrcompress.linalg.packing import UNITS
@@ -81,7 +82,7 @@ class ComputedBase(Base):
 
     def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:
         weight = weight.double()
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise ArithmeticError("the weight has non-finite entries")
         if gram is not None:
             gram = gram.double()

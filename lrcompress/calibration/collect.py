@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import Routes
 from lrcompress.errors import NumericalError
+from lrcompress.finite import all_finite
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
@@ -184,7 +185,7 @@ def run_sample(
 ) -> None:
     """One sample through block `index`, from file to file; `blame` says what block and why if it is not finite."""
     hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
-    if not bool(torch.isfinite(hidden).all()):
+    if not all_finite(hidden):
         what, cure = blame
         raise NumericalError(
             f"{walker.blocks[index]}{what} puts out non-finite numbers on calibration sample {sample}: {cure}"

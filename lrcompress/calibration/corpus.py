@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lrcompress.errors import InputError
 
+MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
+"""Held-out windows a source that the result is judged by: one for so many calibration samples."""
+
 HELD_OUT = 10
 """One part in this many of a source is held out: its end, never calibrated on."""
 JOIN = "\n\n"
@@ -36,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Calibration:
-    """ids: (samples, seqlen) int64 to gather statistics on; held_out: (windows, seqlen), at most two a source."""
+    """ids: (samples, seqlen) int64 to gather statistics on; held_out: (windows, seqlen), one or two a source."""
 
     ids: Tensor
     held_out: Tensor
@@ -197,8 +200,9 @@ def calibration_blocks(
     chosen, held_out = [], []
     prefix = bos_prefix(tokenizer)
     for source, samples, seqlen in sources:
+        windows = min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
         if source.name == "self":
-            blocks = sample_from_model(folder, tokenizer, samples + 2, seqlen, seed)
+            blocks = sample_from_model(folder, tokenizer, samples + windows, seqlen, seed)
             chosen.append(blocks[:samples])
             held_out.append(blocks[samples:])
             continue
@@ -211,7 +215,7 @@ def calibration_blocks(
             )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
         chosen.append(blocks[order.sort().values])
-        held_out.append(cut_blocks(held, seqlen, prefix)[:2])
+        held_out.append(cut_blocks(held, seqlen, prefix)[:windows])
     return Calibration(torch.cat(chosen), torch.cat(held_out))
 
 

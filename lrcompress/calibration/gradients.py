@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import InputCollector
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.grams import add_gram, symmetric
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.processes import processes
@@ -145,7 +146,7 @@ def backward_block(
                 output = walker.run(index, module, hidden)
                 output.backward(gradient_after.read(sample).to(walker.device, output.dtype))
             assert hidden.grad is not None
-            if not bool(torch.isfinite(hidden.grad).all()):
+            if not all_finite(hidden.grad):
                 raise InputError(
                     f"the gradient at {walker.blocks[index]} is not finite on calibration sample {sample}: "
                     "use metric=input or another --dtype"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.model.device import out_of_memory
 
 DTYPE_NAMES = {
@@ -114,7 +115,7 @@ class CheckpointReader:
 
 
 def _finite(name: str, path: Path, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise InputError(f"tensor {name} in {path} has non-finite numbers: the checkpoint is damaged")
     return tensor
 

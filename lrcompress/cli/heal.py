@@ -84,6 +84,7 @@ def heal(
     from lrcompress.cli.show import quiet_libraries, show_training
     from lrcompress.heal import HealSpec
     from lrcompress.heal import heal as run_heal
+    from lrcompress.processes import processes
     from lrcompress.report.progress import Reporter
     from lrcompress.training.settings import Settings
 
@@ -97,5 +98,7 @@ def heal(
         checkpoint, tuple(data or ["python-docs"]), samples, seqlen, dense, output, settings, trust_remote_code
     )
     result = run_heal(spec, overwrite=overwrite, resume=resume, reporter=Reporter(quiet=quiet, verbose=verbose))
+    if not processes().first:
+        return
     show_training(result.report["healed"], result.folder, quiet=quiet)
     o.write_result(json_file, result.report)

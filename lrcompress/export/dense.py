@@ -14,6 +14,7 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
+from lrcompress.finite import all_finite
 from lrcompress.model.device import resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model
@@ -171,7 +172,7 @@ def dense_tensors(source: Source, name: str, dtype: torch.dtype) -> list[tuple[s
     weight, bias = dense_parts(source.layer(name))
     found = [weight.T if spec.conv1d else weight] + ([] if bias is None else [bias])
     tensors = [tensor.to(dtype) for tensor in found]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    if not all(all_finite(tensor) for tensor in tensors):
         raise InputError(f"{name} does not fit into {dtype} once multiplied out: pass --dtype bfloat16 or float32")
     return [(key, tensor) for (key, _), tensor in zip(dense_shapes(name, spec), tensors, strict=True)]
 

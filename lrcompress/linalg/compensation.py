@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrcompress.finite import all_finite
 from lrcompress.linalg.whitening import check_gram, damped
 
 DAMPING = 0.01
@@ -29,7 +30,7 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped(gram, damping))
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
+        if not int(failed) and all_finite(upper):
             return upper
         damping *= 10
     raise ArithmeticError("the Gram of the inputs is not positive semidefinite")
@@ -53,6 +54,6 @@ def sweep(weight: Tensor, factor: Tensor, block: int, choose: Choose) -> Tensor:
             weight[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
             errors[:, column - start] = error
         weight[:, end:] -= errors @ factor[start:end, end:]
-    if not bool(torch.isfinite(chosen).all()):
+    if not all_finite(chosen):
         raise ArithmeticError("compensating the columns overflowed: the Gram of the inputs is too badly conditioned")
     return chosen

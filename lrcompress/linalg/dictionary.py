@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lrcompress.finite import all_finite
+
 RIDGES = {torch.float32: 1e-5, torch.float64: 1e-11}
 """Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
 
@@ -44,7 +46,7 @@ def stalled(objectives: list[Tensor], tolerance: float) -> bool:
 
 def check_finite(target: Tensor) -> None:
     """ArithmeticError where the target has a non-finite entry."""
-    if not bool(torch.isfinite(target).all()):
+    if not all_finite(target):
         raise ArithmeticError("the whitened weight has non-finite entries")
 
 

@@ -16,11 +16,11 @@ def pivot_rows(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     the coefficient (maxvol, Goreinov et al. 2010, "How to find a good submatrix").
     """
     m, rank = basis.shape
-    rows = torch.arange(m, device=basis.device)
     compact, swaps = torch.linalg.lu_factor_ex(basis.double())[:2]
+    numbers = list(range(m))
     for place, other in enumerate((swaps - 1).tolist()):  # as LAPACK notes exchanges
-        if place != other:
-            rows[[place, other]] = rows[[other, place]]
+        numbers[place], numbers[other] = numbers[other], numbers[place]
+    rows = torch.tensor(numbers, device=basis.device)
     top, below = compact[:rank], compact[rank:]
     coefficients = torch.linalg.solve_triangular(top, below, upper=False, left=False, unitriangular=True)
     _exchange(coefficients, rows)

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrcompress.finite import all_finite
 from lrcompress.linalg.whitening import symmetric_root_and_inverse, upper_root
 
 OVERSAMPLING, POWER_STEPS = 8, 2
 
 WELL_APART = 1e-9
 """Squared singular values above this fraction of the largest have vectors that rounding leaves orthogonal to 1e-7."""
+
+ORTHOGONAL = 1e-7
+"""Products of two unit vectors that count as orthogonal."""
 
 
 @dataclass
@@ -52,7 +56,7 @@ def decompose(
     SVD-LLM's whitened SVD; two-sided it is KFAC-SVD. Where m <= n, output_moment W G Wᵀ (m, m) serves instead of G.
     """
     weight = weight.double()
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise ArithmeticError("the weight has non-finite entries")
     if output_gram is None:
         scaled, unscale = weight, None
@@ -77,12 +81,27 @@ def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]
     whitened = matrix if gram is None else matrix @ upper_root(gram).T
     values, vectors = torch.linalg.eigh(whitened.T @ whitened)
     values = values.flip(0).clamp_min(0)
-    # The images of the right singular vectors are the left ones, a singular value long. Where one of those is nearly
-    # zero Householder QR makes them orthonormal all the same, and keeps the spans nested.
     images = whitened @ vectors.flip(1)
-    if values[-1] > WELL_APART * values[0]:
-        return images.div_(values.sqrt()), values
-    return torch.linalg.qr(images).Q, values
+    return _orthonormal(images, values), values
+
+
+def _orthonormal(images: Tensor, values: Tensor) -> Tensor:
+    """Left singular vectors (m, k) from the `images` of the right ones, each a singular value long, in their place.
+
+    Where those are nearly zero their images are not orthogonal any more: QR of what is left of the last ones beside the
+    others makes them so, or of all of them where that is nothing but rounding; both keep the leading spans.
+    """
+    well = int((values > WELL_APART * values[0]).sum())
+    if 2 * well < len(values):
+        return torch.linalg.qr(images).Q
+    basis, rest = images[:, :well].div_(values[:well].sqrt()), images[:, well:]
+    if not rest.numel():
+        return images
+    for _ in range(2):
+        rest.copy_(torch.linalg.qr(rest - basis @ (basis.T @ rest)).Q)
+    if float((basis.T @ rest).abs().max()) > ORTHOGONAL:
+        return torch.linalg.qr(images).Q
+    return images
 
 
 def _leading(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +160,6 @@ def product_energy(left: Tensor, right: Tensor) -> float:
 
 
 def _finite(matrix: Tensor) -> Tensor:
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         raise ArithmeticError("a factor has non-finite entries")
     return matrix.double()

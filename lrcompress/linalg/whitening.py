@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from lrcompress.finite import all_finite
+
 # Eigenvalues below this fraction of the largest are noise of the sums, not signal.
 RELATIVE_FLOOR = 1e-12
 
 
 def check_gram(gram: Tensor, what: str) -> None:
     """ArithmeticError where a Gram has a non-finite entry: it comes from non-finite activations."""
-    if not bool(torch.isfinite(gram).all()):
+    if not all_finite(gram):
         raise ArithmeticError(f"the Gram of {what} has non-finite entries: activations overflowed")
 
 

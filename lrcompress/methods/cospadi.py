@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
@@ -336,7 +337,7 @@ class Cospadi(Method):
         support: Tensor,
         bias: Tensor | None,
     ) -> dict[str, Tensor]:
-        if not all(bool(torch.isfinite(t).all()) for t in (dictionary, codes)):
+        if not all(all_finite(t) for t in (dictionary, codes)):
             raise ArithmeticError("the sparse dictionary is not finite")
         if "mean" in artefact:
             left = rounded(codes, self.options.coefficient_bits)

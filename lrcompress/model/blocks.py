@@ -1,7 +1,7 @@
 """Running a model block by block: only one block's weights are in memory at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ class Call:
     """0 where the block returns a tensor, else the length of the tuple that begins with it."""
 
 
+PROBED = 16
+"""Tokens that a model is run on to see what its blocks and layers read."""
+
+
 class _HiddenCaptured(Exception):
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -34,7 +38,7 @@ class _HiddenCaptured(Exception):
 class BlockWalker:
     """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
 
-    How a block is called is learnt by running the model once on real tokens (`probe`), so no architecture is named.
+    How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
@@ -150,32 +154,47 @@ class BlockWalker:
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
 
-        def stub(call: Call) -> Callable[..., Any]:
-            return lambda *_, **__: (hidden, *[None] * (call.tuple_length - 1)) if call.tuple_length else hidden
+        def skip(index: int) -> Callable[..., Any]:
+            length = self.calls[index].tuple_length
+            return lambda *_, **__: (hidden, *[None] * (length - 1)) if length else hidden
 
-        modules = [self.model.get_submodule(name) for name in self.blocks]
-        for module, call in zip(modules, self.calls, strict=True):
-            module.forward = stub(call)
-        try:
+        with self._blocks_replaced(skip):
             output: Tensor = self._forward(ids).logits
             return output
-        finally:
-            for module in modules:
-                del module.forward
 
     def probe(self, ids: Tensor, sites: Sequence[str]) -> dict[str, str]:
-        """Run the whole model once on ids (length,), a block in memory at a time.
+        """Learn how blocks are called for ids (length,), and which sites read the same input.
 
-        Learns how blocks are called, and returns for every site the first site that reads the same input.
+        Runs the whole model once on the first PROBED of them, a block in memory at a time, then on all what calls the
+        blocks. Returns for every site the first site that reads what it reads.
         """
+        groups = self._run_probed(ids[:PROBED], sites)
+        lengths = [call.tuple_length for call in self.calls]
+        self.calls = []
+
+        def note(index: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                hidden, key = _hidden(args, kwargs)
+                self.calls.append(_call(args, kwargs, key, lengths[index]))
+                if index + 1 == len(self.blocks):
+                    raise _HiddenCaptured(hidden)
+                return (hidden, *[None] * (lengths[index] - 1)) if lengths[index] else hidden
+
+            return call
+
+        with self._blocks_replaced(note), suppress(_HiddenCaptured):
+            self._forward(ids)
+        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
+
+    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> dict[str, str]:
+        """Run the whole model on ids; how its blocks were called, and the sites that were, as `probe` returns them."""
         groups: dict[str, str] = {}
         self.calls = []
         first: dict[tuple[Any, ...], str] = {}
         alive: list[Tensor] = []
-        handles = []
 
         def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0]
                 alive.append(x)  # kept, so that no other tensor takes its address
                 key = (x.data_ptr(), x.numel(), x.shape[-1], 0 if x.is_inference() else x._version)
@@ -183,8 +202,10 @@ class BlockWalker:
 
             return hook
 
-        def walk(index: int, module: nn.Module) -> Callable[..., Any]:
-            forward = module.forward
+        first_output: list[Tensor] = []
+
+        def walk(index: int) -> Callable[..., Any]:
+            forward = self.model.get_submodule(self.blocks[index]).forward
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 with self.block(index):
@@ -195,9 +216,8 @@ class BlockWalker:
                         f"{self.blocks[index]} does not read the output of the block before it: "
                         "this architecture cannot be walked block by block"
                     )
-                rest = {k: v for k, v in kwargs.items() if k != key}
                 length = len(output) if isinstance(output, tuple) else 0
-                self.calls.append(Call(args[1:] if key is None else args, rest, key, length))
+                self.calls.append(_call(args, kwargs, key, length))
                 first_output[:] = [output[0] if length else output]
                 alive.clear()
                 first.clear()
@@ -205,24 +225,30 @@ class BlockWalker:
 
             return run
 
-        first_output: list[Tensor] = []
-        modules = [self.model.get_submodule(name) for name in self.blocks]
-        for index, module in enumerate(modules):
-            module.forward = walk(index, module)
-        for name in sites:
-            handles.append(self.model.get_submodule(name).register_forward_pre_hook(note(name)))
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in sites]
         try:
-            self._forward(ids)
+            with self._blocks_replaced(walk):
+                self._forward(ids)
         finally:
             for handle in handles:
                 handle.remove()
-            for module in modules:
-                del module.forward
         if len(self.calls) != len(self.blocks):
             raise InputError(
                 f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
             )
-        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
+        return groups
+
+    @contextmanager
+    def _blocks_replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """While open, calling block i calls forward(i) instead."""
+        modules = [self.model.get_submodule(name) for name in self.blocks]
+        for index, module in enumerate(modules):
+            module.forward = forward(index)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
 
     def _forward(self, ids: Tensor) -> Any:
         return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
@@ -248,6 +274,12 @@ def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource)
                 f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
                 f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
             )
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None, tuple_length: int) -> Call:
+    """A block's call, without the hidden states that came by keyword `key`, or first."""
+    rest = {k: v for k, v in kwargs.items() if k != key}
+    return Call(args[1:] if key is None else args, rest, key, tuple_length)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:

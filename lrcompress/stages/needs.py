@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import psutil
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
+from lrcompress.calibration.gradients import CHUNK
 from lrcompress.errors import ResourceError
 from lrcompress.processes import processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
+from lrcompress.side_by_side import is_small, workers_for
 from lrcompress.stages.prepare import Opened
+from lrcompress.stages.profile import double_bytes
 from lrcompress.stages.sensitivity import SAMPLES
 
 EIGENPROBLEM = 20.0
@@ -68,8 +72,9 @@ def memory_need(opened: Opened) -> int:
     """
     blocks = range(len(opened.blocks) + 1)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
-    # The logits of one sample, their log-softmax and its input in float32, and the head as a product rearranges it.
-    logits = 4 * (3 * _length(opened) * opened.vocabulary + _embeddings(opened).numel())
+    # Logits, their log-softmax and its input in float32, and the head as a product rearranges it.
+    rows = _length(opened) if opened.sites_of(len(opened.blocks)) else min(CHUNK, _length(opened))
+    logits = 4 * (3 * rows * opened.vocabulary + _embeddings(opened).numel())
     most = max(largest + _activations(opened), logits, _whole_model(opened))
     return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
 
@@ -152,6 +157,7 @@ def _coding(site: Site) -> float:
     return CODING_ROUNDS * m * k * (n + 2 * k)
 
 
+@cache
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiply-adds a second of a product of 768 x 768 here, the best of three."""
     if device.type == "mps" and dtype == torch.float64:
@@ -187,7 +193,7 @@ def _moment(site: Site) -> int:
 
 
 def _decomposition(opened: Opened, block: int) -> int:
-    """Bytes of a block's decompositions, in float32, and of the work space of the largest of them, in float64."""
+    """Bytes of a block's decompositions, in float32, and of the work space, in float64, of those that run at once."""
     method, sites = opened.request.method, opened.sites_of(block)
     kept = sum(4 * min(s.shape) * sum(s.shape) for s in sites)
     kept += sum(4 * s.shape[1] ** 2 for s in sites if method.keeps_gram)
@@ -199,7 +205,10 @@ def _decomposition(opened: Opened, block: int) -> int:
         numbers += 4 * n * n if method.base is not None else 0
         return 8 * numbers
 
-    return kept + max((work(site) for site in sites), default=0)
+    workers = workers_for([double_bytes(site) for site in sites], opened.request.device)
+    by_size = sorted((work(site) for site in sites), reverse=True)
+    small = sorted((work(site) for site in sites if is_small(double_bytes(site))), reverse=True)
+    return kept + max(sum(by_size[:1]), sum(small[:workers]))
 
 
 def _activations(opened: Opened) -> int:

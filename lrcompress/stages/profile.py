@@ -20,6 +20,7 @@ from lrcompress.model.device import decomposition_device, release_freed
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
+from lrcompress.side_by_side import AT_ONCE, side_by_side
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
 
@@ -227,13 +228,26 @@ def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStati
     sites = opened.sites_of(block)
     if statistics and opened.experts:
         statistics = complete(sites, statistics, opened.experts, _tokens(opened))
-    for site in (sites[place] for place in processes().own([decomposition_cost(site) for site in sites])):
+    mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
+
+    def decomposed(site: Site) -> tuple[dict[str, Tensor], float]:
         start = time.perf_counter()
-        with reporter.timed("decompose"):
-            found[site.name] = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+        artefact = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+        if double_bytes(site) > AT_ONCE:
             release_freed()
-        reporter.detail(f"{site.name} {site.shape}: decomposed in {time.perf_counter() - start:.2f} s")
+        return artefact, time.perf_counter() - start
+
+    with reporter.timed("decompose"):
+        results = side_by_side(decomposed, mine, double_bytes, opened.walker.device)
+    for site, (artefact, seconds) in zip(mine, results, strict=True):
+        found[site.name] = artefact
+        reporter.detail(f"{site.name} {site.shape}: decomposed in {seconds:.2f} s")
     return found
+
+
+def double_bytes(site: Site) -> int:
+    """Bytes of a weight in float64."""
+    return site.shape[0] * site.shape[1] * torch.float64.itemsize
 
 
 def decomposition_cost(site: Site) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
 from lrcompress.calibration.gradients import with_gradients
@@ -13,9 +13,10 @@ from lrcompress.formats import DENSE
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
+from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block
+from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block, double_bytes
 from lrcompress.stages.store import encode_site, installed
 
 
@@ -73,9 +74,13 @@ def _with_gradients(
 
 def _encoded(opened: Opened, plan: Plan, found: Found) -> Found:
     """The stored tensors of the sites that are not dense, decomposed as in `found` by this process."""
-    sites = {site.name: site for site in opened.sites if site.name in found}
-    specs = {name: plan.specs[name] for name in sites if plan.specs[name].format != DENSE}
-    return {name: encode_site(opened, sites[name], spec, found[name]) for name, spec in specs.items()}
+    sites = [site for site in opened.sites if site.name in found and plan.specs[site.name].format != DENSE]
+
+    def encoded(site: Site) -> dict[str, Tensor]:
+        return encode_site(opened, site, plan.specs[site.name], found[site.name])
+
+    stored = side_by_side(encoded, sites, double_bytes, opened.request.device)
+    return {site.name: tensors for site, tensors in zip(sites, stored, strict=True)}
 
 
 @torch.no_grad()

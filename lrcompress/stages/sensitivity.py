@@ -10,6 +10,7 @@ from lrcompress.calibration.gradients import CHUNK
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
@@ -118,7 +119,7 @@ def _run(
 ) -> None:
     walker = opened.walker
     hidden = walker.run(block, module, states.read(source).to(walker.device, walker.dtype))
-    if not bool(torch.isfinite(hidden).all()):
+    if not all_finite(hidden):
         raise InputError(f"with {cut} cut, {walker.blocks[block]} puts out non-finite numbers: leave it out (--ignore)")
     states.write(target, hidden)
 

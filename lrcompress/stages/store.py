@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +12,22 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
+from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
+from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.model.experts import experts_of, stand_ins
 from lrcompress.processes import processes
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
+from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost
+from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost, double_bytes
 from lrcompress.stages.workspace import write_json
 
 LOUD_LOSS = 5.0
@@ -47,6 +50,7 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
         journalled = disk.submit(lambda: None)
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, scratch)
+            tensors.prepare(opened.sites_of(block))
             if writer.done < layout.ends[block]:
                 writer.write(layout.tensors(block, tensors, writer.wanted))
                 writer.leave_others(layout.ends[block])
@@ -107,7 +111,7 @@ def as_stored(opened: Opened, site: Site, raw: dict[str, Tensor]) -> dict[str, T
     stored = {k: t.to(dtype) if t.is_floating_point() else t for k, t in raw.items()}
     stored["weight"] = torch.empty(0, dtype=dtype)
     for name, tensor in stored.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ArithmeticError(f"{site.name}: {name} does not fit into {dtype}")
     return {k: t.cpu() for k, t in stored.items()}
 
@@ -133,6 +137,14 @@ class Encoder:
             else:
                 self._encoded[name] = self._alone(name)
         return self._encoded[name]
+
+    def prepare(self, sites: Sequence[Site]) -> None:
+        """Encode those of `sites` that are compressed, and share nothing, small ones side by side."""
+        compressed = [site for site in sites if self._plan.specs[site.name].format != DENSE]
+        alone = [site for site in compressed if len(self._plan.family(site.name)) == 1]
+        device = self._opened.request.device
+        encoded = side_by_side(lambda site: self._alone(site.name), alone, double_bytes, device)
+        self._encoded |= {site.name: tensors for site, tensors in zip(alone, encoded, strict=True)}
 
     def put_by(self, owner: str) -> None:
         """Encode a weight, and those that share with it, for the encoders of other processes."""
@@ -307,8 +319,10 @@ class HeldOutCheck:
         walker = self._opened.walker
         total = count = 0.0
         for ids, hidden in zip(self._ids, states, strict=True):
-            logits = walker.logits(ids, hidden.to(walker.device, walker.dtype))[0, :-1].float()
-            total += float(nn.functional.cross_entropy(logits, ids[1:].to(logits.device), reduction="sum"))
+            inputs, following = ids[:-1].split(CHUNK), ids[1:].split(CHUNK)
+            for read, part, wanted in zip(inputs, hidden[:, :-1].split(CHUNK, dim=1), following, strict=True):
+                logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
+                total += float(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
             count += len(ids) - 1
         return math.exp(min(total / count, 700.0))
 

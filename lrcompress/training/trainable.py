@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.sum import Sum
@@ -116,7 +117,7 @@ class Trainable:
         """The changed tensors by name, on the CPU, as they will be stored; a non-finite one is an ArithmeticError."""
         found = {name: self._tensor(name).to("cpu", dtype, copy=True) for name, dtype in self.dtypes.items()}
         for name, tensor in found.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise ArithmeticError(f"training made {name} non-finite: use a smaller --lr")
         return found
 

@@ -168,3 +168,19 @@ def test_a_randomised_decomposition_is_near_the_exact_one():
     assert error < 1.001 * exact.errors()[10]
     torch.testing.assert_close(found.energies, exact.energies[:10], rtol=1e-2, atol=0)
     assert product_energy(left, right) == pytest.approx(float((left @ right).square().sum()))
+
+
+@pytest.mark.parametrize("weak", [0, 1, 12, 40, 64])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-7])
+def test_weak_directions_of_a_tall_weight_stay_orthonormal_and_nested(weak, size):
+    rows, columns = torch.linalg.qr(random(0, 150, 64)).Q, torch.linalg.qr(random(1, 64, 64)).Q
+    values = torch.linspace(2, 1, 64, dtype=torch.float64)
+    values[64 - weak :] *= size
+    weight = (rows * values) @ columns
+    spectrum = decompose(weight)
+    eye = torch.eye(64, dtype=torch.float64)
+    torch.testing.assert_close(spectrum.left.T @ spectrum.left, eye, rtol=0, atol=1e-7)
+    torch.testing.assert_close(spectrum.left @ spectrum.right, weight, rtol=0, atol=1e-13)
+    for rank in (1, 20, 63):
+        found, best = (truncated(spectrum, rank) - weight).norm(), values[rank:].norm()
+        assert best * (1 - 1e-9) - 1e-11 <= found <= best * 1.1 + 1e-11

@@ -338,6 +338,7 @@ def test_two_processes_train_one_model(checkpoint, corpus, tmp_path):
                "--batch-size", 2, "-o", tmp_path / "two", *common]  # fmt: skip
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out perplexity") == 1  # the first process speaks
     assert run_cli("heal", source, "--batch-size", 4, "-o", tmp_path / "one", *common).returncode == 0
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     for name, tensor in one.items():
