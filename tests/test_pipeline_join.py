@@ -19,6 +19,7 @@ from tests.adapters.conftest import logits
 from tests.conftest import compress_tiny
 
 LOW = {"format": "low_rank", "ratio": 0.6, "allocator": "marginal_error"}
+PIVOTED = {"format": "pivoted", "ratio": 0.45}
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,14 @@ def joined(related, tmp_path_factory):
     return make
 
 
-CASES = [{"name": "lord", "metric": "centred"}, {"name": "lord", "metric": "trace"},
-         {"name": "welore", "metric": "plain"}, {"name": "auto"}]  # fmt: skip
+CASES = [({"name": "lord", "metric": "centred"}, LOW), ({"name": "lord", "metric": "trace"}, LOW),
+         ({"name": "welore", "metric": "plain"}, LOW), ({"name": "auto"}, LOW),
+         ({"name": "lord", "metric": "centred"}, PIVOTED), ({"name": "auto"}, PIVOTED)]  # fmt: skip
 
 
-@pytest.mark.parametrize("method", CASES, ids=lambda m: f"{m['name']}-{m.get('metric')}")
-def test_joined_weights_load_and_compute_the_same(joined, tmp_path, method):
-    result = joined(method={**method, "join": "auto"})
+@pytest.mark.parametrize(("method", "how"), CASES, ids=lambda v: "-".join(map(str, v.values())))
+def test_joined_weights_load_and_compute_the_same(joined, tmp_path, method, how):
+    result = joined(method={**method, "join": "auto"}, **how)
     groups = {frozenset(name.split("layers.")[1] for name in entry["weights"]) for entry in result.report["joined"]}
     assert any(len(group) > 1 for group in groups)
     modules = read_manifest(result.folder).modules
@@ -69,7 +71,10 @@ def test_joined_weights_load_and_compute_the_same(joined, tmp_path, method):
     assert not any(f"{name}.A.weight" in stored for name in followers)
     counted = sum(t.nbytes for n, t in stored.items() if n.startswith(tuple(f"{m}." for m in modules)))
     assert sum(t["bytes"] for t in result.report["targets"] if t["name"] in modules) == counted
-    assert 0.6 <= result.report["ratio"]["stored"] < 0.62
+    owners = {spec.owner for spec in followers.values()}
+    assert {modules[name].format for name in owners} == {how["format"]}
+    assert {spec.format for spec in followers.values()} == {"low_rank"}
+    assert how["ratio"] <= result.report["ratio"]["stored"] < how["ratio"] + 0.02
 
     model = AutoModelForCausalLM.from_pretrained(result.folder)
     expected = logits(model)
@@ -84,9 +89,10 @@ def test_joined_weights_load_and_compute_the_same(joined, tmp_path, method):
     assert sum("shared" in target for target in seen["targets"]) == len(followers)
 
 
-def test_errors_are_those_of_the_best_joint_truncation(joined, related):
+@pytest.mark.parametrize("how", [LOW, PIVOTED], ids=lambda how: how["format"])
+def test_errors_are_those_of_the_best_joint_truncation(joined, related, how):
     """metric=plain: the stack's singular values say what q, k and v of one input lose."""
-    result = joined(method={"name": "lord", "metric": "plain", "join": "auto"})
+    result = joined(method={"name": "lord", "metric": "plain", "join": "auto"}, **how)
     dense, layers = (
         load_file(related / "model.safetensors"),
         stored_layers(AutoModelForCausalLM.from_pretrained(result.folder)),
@@ -107,9 +113,10 @@ def test_errors_are_those_of_the_best_joint_truncation(joined, related):
     assert checked
 
 
-def test_what_is_joined_errs_less_than_apart_at_its_bytes(joined, related):
-    result = joined(method={"name": "lord", "metric": "input", "join": "auto"})
-    apart = joined(method={"name": "lord", "metric": "input"})
+@pytest.mark.parametrize("how", [LOW, PIVOTED], ids=lambda how: how["format"])
+def test_what_is_joined_errs_less_than_apart_at_its_bytes(joined, related, how):
+    result = joined(method={"name": "lord", "metric": "input", "join": "auto"}, **how)
+    apart = joined(method={"name": "lord", "metric": "input"}, **how)
     assert "joined" not in apart.report
     names = {name for entry in result.report["joined"] for name in entry["weights"]}
     assert {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"} <= names
@@ -121,14 +128,15 @@ def test_what_is_joined_errs_less_than_apart_at_its_bytes(joined, related):
 
 
 def test_unrelated_weights_stay_apart(llama, tmp_path):
-    """At a small ratio a shared factor has more numbers than pivoted weights, whatever they have in common."""
+    """At a small ratio a shared factor has more numbers than two of its own, whatever weights have in common."""
     data = {"model": str(llama), "method": {"name": "lord", "metric": "plain", "join": "auto"}, "ratio": 0.1,
-            "calibration": {"samples": 2, "seqlen": 32}}  # fmt: skip
+            "format": "low_rank", "calibration": {"samples": 2, "seqlen": 32}}  # fmt: skip
     assert "joined" not in make_plan(make_recipe(data))
 
 
-def test_a_joined_checkpoint_is_compressed_further(joined, tmp_path):
-    first = joined(method={"name": "lord", "metric": "plain", "join": "auto"})
+@pytest.mark.parametrize("how", [LOW, PIVOTED], ids=lambda how: how["format"])
+def test_a_joined_checkpoint_is_compressed_further(joined, tmp_path, how):
+    first = joined(method={"name": "lord", "metric": "plain", "join": "auto"}, **how)
     second = compress_tiny(first.folder, tmp_path / "out", method={"name": "lord", "metric": "plain"}, ratio=0.8)
     before, after = (stored_layers(AutoModelForCausalLM.from_pretrained(r.folder)) for r in (first, second))
     for target in second.report["targets"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, FORMATS, stored_tensors
+from lrcompress.formats import DENSE, FORMATS, lenders, stored_tensors
 from lrcompress.protocols import Site, Spec
 
 QUANT_METHOD = "lrcompress"
@@ -86,8 +86,8 @@ def read_weight(reader: CheckpointReader, name: str, spec: Spec) -> dict[str, Te
     present = set(reader.names())
     places = {}
     for key in stored_tensors(spec.alone(), torch.float32):
-        own = f"{name}.{key}"
-        places[own if own in present else f"{spec.owner}.{key}"] = key
+        possible = [f"{name}.{key}", *(f"{spec.owner}.{lent}" for lent in lenders(key))]
+        places[next(place for place in possible if place in present)] = key
     return {places[place]: tensor for place, tensor in reader.read(list(places))}
 
 

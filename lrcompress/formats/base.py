@@ -15,6 +15,9 @@ from lrcompress.registry import Registry
 DENSE = "dense"
 """The format of a weight that is left as it is: an ordinary layer, with no entry in the manifest."""
 
+RIGHT_FACTORS = ("A.weight", "pivot.weight")
+"""What the layer of StoredLinear.right_factor is called in the formats that have one."""
+
 FORMATS: Registry[type["StoredLinear"]] = Registry("format", "lrcompress.formats")
 
 
@@ -91,6 +94,10 @@ class StoredLinear(nn.Module, ABC):
     def follow(self, owner: "StoredLinear") -> None:
         """Use what `owner`, the module that the spec names, stores for both."""
         raise InputError(f"format {self.name} shares nothing, the manifest says that it does")
+
+    def right_factor(self) -> nn.Linear | None:
+        """The layer of this one that multiplies by a right factor, which others may use too; None where it has none."""
+        return None
 
     def whole_state(self) -> dict[str, Tensor]:
         """The state dict of the same weight with nothing shared."""
@@ -200,6 +207,11 @@ def spec_numbers(spec: Spec) -> int:
 def held(*tensors: Tensor) -> int:
     """Bytes of the tensors."""
     return sum(t.numel() * t.itemsize for t in tensors)
+
+
+def lenders(key: str) -> tuple[str, ...]:
+    """What the owner of a shared tensor may call it where another module calls it `key`: their formats may differ."""
+    return RIGHT_FACTORS if key in RIGHT_FACTORS else (key,)
 
 
 def added_bias_bytes(spec: Spec, element_size: int) -> int:

@@ -22,7 +22,8 @@ from lrcompress.protocols import Spec
 class LowRank(StoredLinear):
     """y = B (A x) + b with A (r, in) and B (out, r), named as in PEFT's LoRA.
 
-    Where the spec names a module in `shared`, A is that module's: this one has none, until it is told to `follow` it.
+    Where the spec names a module in `shared`, A is that module's, or its pivot rows where it is `pivoted`: this one has
+    none, until it is told to `follow` it.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -30,7 +31,7 @@ class LowRank(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         rank = spec.parameters["rank"]
-        self._owner: tuple[LowRank, ...] = ()
+        self._owner: tuple[StoredLinear, ...] = ()
         if spec.owner is None:
             self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
         self.B = nn.Linear(rank, self.out_features, bias=spec.bias, dtype=dtype)
@@ -59,10 +60,13 @@ class LowRank(StoredLinear):
 
     def follow(self, owner: StoredLinear) -> None:
         """In a tuple, so that the owner is no submodule, is copied with the model, and may be moved and trained."""
-        same = owner.spec.owner is None and owner.spec.rank == self.spec.rank and owner.in_features == self.in_features
-        if not isinstance(owner, LowRank) or not same:
+        same = owner.spec.rank == self.spec.rank and owner.in_features == self.in_features
+        if owner.right_factor() is None or not same:
             raise InputError(f"the manifest shares a factor of {self.spec} that {owner.spec} cannot have")
         self._owner = (owner,)
+
+    def right_factor(self) -> nn.Linear | None:
+        return self.A if self.spec.owner is None else None
 
     def whole_state(self) -> dict[str, Tensor]:
         return {**self.state_dict(), "A.weight": self.right(self.B.weight).detach()}
@@ -73,7 +77,8 @@ class LowRank(StoredLinear):
             return self.A.weight
         if not self._owner:
             raise RuntimeError(f"the right factor lies in {self.spec.owner}: call follow with that module first")
-        factor = self._owner[0].A
+        factor = self._owner[0].right_factor()
+        assert factor is not None
         if factor.weight.is_meta and hasattr(factor, "_hf_hook"):
             from accelerate.utils import align_module_device
 

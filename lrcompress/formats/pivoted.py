@@ -61,17 +61,21 @@ class Pivoted(StoredLinear):
     def encode(cls, left: Tensor, right: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Stored tensors of left (m, r) @ right (r, n), of full column and row rank r < m."""
         pivots, others, coefficients = pivot_rows(left)
-        order = torch.empty(left.shape[0], dtype=torch.long, device=left.device)
-        order[torch.cat([pivots, others])] = torch.arange(left.shape[0], device=left.device)
-        stored = {
-            "pivot.weight": left[pivots] @ right,
-            "rest.weight": coefficients,
-            "order": order.to(index_dtype(left.shape[0])),
-        }
+        return cls.stored(torch.cat([pivots, others]), left[pivots] @ right, coefficients, bias)
+
+    @classmethod
+    def stored(cls, rows: Tensor, pivot: Tensor, rest: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors of the weight whose rows `rows` (m,), in this order, are `pivot` (r, n) and rest @ pivot."""
+        order = torch.empty_like(rows)
+        order[rows] = torch.arange(len(rows), device=rows.device)
+        stored = {"pivot.weight": pivot, "rest.weight": rest, "order": order.to(index_dtype(len(rows)))}
         if bias is not None:
-            stored["pivot.bias"] = bias[pivots]
-            stored["rest.bias"] = bias[others] - coefficients @ bias[pivots]
+            pivots, others = bias[rows].split([len(pivot), len(rest)])
+            stored |= {"pivot.bias": pivots, "rest.bias": others - rest.to(bias.dtype) @ pivots}
         return stored
+
+    def right_factor(self) -> nn.Linear | None:
+        return self.pivot
 
     def check_indices(self) -> None:
         places = torch.arange(self.out_features, device=self.order.device)

@@ -15,6 +15,9 @@ from lrcompress.linalg.truncation import decompose, tail_energies
 NEGLIGIBLE = 1e-9
 """Components of less than this share of the largest energy are left out: Grams are summed and kept in float32."""
 
+SEEN = 1e-3
+"""Share of a component's energy that a weight must have, beside the components before it, to tell it from those."""
+
 RIDGES = (1e-11, 1e-9, 1e-7, 1e-5, 1e-3)
 """Tried in this order, relative to the mean of the diagonal."""
 
@@ -30,6 +33,13 @@ class Joint:
     errors: list[Tensor]
     _products: list[Tensor]
     _squares: list[Tensor]
+
+    def spanned(self, b: int) -> int:
+        """The largest rank at which the rows of weight b's left factor span all others': they can be everyone's."""
+        own = torch.linalg.qr(self._products[b], mode="r").R.diagonal().square()
+        energies = torch.stack([product.square().sum(0) for product in self._products]).sum(0)[: len(own)]
+        told = own >= SEEN * energies
+        return int(told.long().cumprod(0).sum())
 
     def left(self, b: int, rank: int) -> Tensor:
         """C (k_b, rank) with X_b ≈ C R: least squares in the metric of weight b."""

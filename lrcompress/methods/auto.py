@@ -74,6 +74,9 @@ class Auto(Method):
     def joint_spec(self, site: Site, rank: int, element_size: int) -> Spec:
         return self._low_rank.joint_spec(site, rank, element_size)
 
+    def owner_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        return self._low_rank.owner_spec(site, rank, element_size)
+
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
     ) -> list[dict[str, Tensor]]:

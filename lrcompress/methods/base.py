@@ -150,6 +150,10 @@ class Method(ABC):
         """`spec` of a weight that shares with others; the owner of what is shared is not named yet."""
         return self.spec(site, rank, element_size)
 
+    def owner_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        """`joint_spec` of the weight that stores what is shared."""
+        return self.joint_spec(site, rank, element_size)
+
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]
     ) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The family of low-rank methods: one decomposition under different metrics, formats and allocators."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lrcompress.formats import DENSE, FORMATS, spec_bytes
 from lrcompress.formats.low_rank import LowRank
+from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
@@ -128,6 +130,12 @@ class SpectralMethod(Method):
         bias = self._adds_bias(site)
         parameters = {"rank": rank}
         return Spec(LowRank.name, site.shape, bias or site.bias, bias and not site.bias, site.conv1d, parameters)
+
+    def owner_spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        """Pivoted where the format allows it: its pivot rows are everyone's right factor."""
+        spec = self.joint_spec(site, rank, element_size)
+        possible = self.format != LowRank.name and rank < site.shape[0]
+        return replace(spec, format=Pivoted.name) if possible else spec
 
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.concatenation import bounds, estimate
+from lrcompress.formats.pivoted import Pivoted
+from lrcompress.linalg.concatenation import Joint, bounds, estimate
 from lrcompress.methods.joining import joined, weighed
 from lrcompress.protocols import Site
 from lrcompress.stages.prepare import Opened
@@ -81,12 +82,20 @@ def _tried(opened: Opened, artefacts: Artefacts, sites: Sequence[Site], limit: i
         truncated = joined(found)
     except ArithmeticError:  # Grams too far from positive semidefinite for errors to be known: these stay apart
         return None
-    # At ranks that no component is left for the error is that of the last one.
+    kept = _components(opened, truncated, sites[0], curve.ranks[:-1])
     errors = {
-        site.name: torch.cat([own[curve.ranks[:-1].clamp_max(len(own) - 1)], own.new_zeros(1)])
-        for site, own in zip(sites, truncated.errors, strict=True)
+        site.name: torch.cat([own[kept], own.new_zeros(1)]) for site, own in zip(sites, truncated.errors, strict=True)
     }
     error = float(sum(own[levels - 1] for own in errors.values()))
     if error >= separate:
         return None
     return Join([site.name for site in sites], int(curve.bytes[levels - 1]), separate, error, errors)
+
+
+def _components(opened: Opened, truncated: Joint, owner: Site, ranks: Tensor) -> Tensor:
+    """How many joint components are stored at `ranks`: fewer where there are no more, or pivot rows span no more."""
+    method, size = opened.request.method, opened.dtype.itemsize
+    formats = [method.owner_spec(owner, int(rank), size).format for rank in ranks]
+    spanned = truncated.spanned(0)
+    most = [spanned if format == Pivoted.name else len(truncated.right) for format in formats]
+    return torch.minimum(ranks, torch.tensor(most))

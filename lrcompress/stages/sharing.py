@@ -33,8 +33,9 @@ def joint_specs(method: Method, sites: Sequence[Site], rank: int, element_size: 
     """How weights that share are stored at a level."""
     if len(sites) == 1 and method.group == 1:
         return [method.spec(sites[0], rank, element_size)]
-    own = [method.joint_spec(site, rank, element_size) for site in sites]
-    return [own[0], *(spec.following(sites[0].name) for spec in own[1:])]
+    owner, *others = sites
+    own = [method.joint_spec(site, rank, element_size) for site in others]
+    return [method.owner_spec(owner, rank, element_size), *(spec.following(owner.name) for spec in own)]
 
 
 def joint_curve(method: Method, sites: Sequence[Site], element_size: int) -> Curve:

@@ -18,7 +18,7 @@ from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.finite import all_finite
-from lrcompress.formats import DENSE, restored, stored_tensors
+from lrcompress.formats import DENSE, lenders, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.model.experts import experts_of, stand_ins
 from lrcompress.processes import processes
@@ -175,11 +175,11 @@ class Encoder:
             write_tensors(path, self._encode_together(family))
         spec = self._plan.specs[name]
         with safe_open(path, framework="pt") as file:
-            stored = set(file.keys())
-            return {
-                key: file.get_tensor(f"{name}|{key}" if f"{name}|{key}" in stored else f"{family[0]}|{key}").clone()
-                for key in stored_tensors(spec.alone(), self._opened.dtype)
-            }
+            stored, found = set(file.keys()), {}
+            for key in stored_tensors(spec.alone(), self._opened.dtype):
+                possible = [f"{name}|{key}", *(f"{family[0]}|{lent}" for lent in lenders(key))]
+                found[key] = file.get_tensor(next(place for place in possible if place in stored)).clone()
+            return found
 
     def _encode_together(self, family: list[str]) -> dict[str, Tensor]:
         sites = [self._sites[name] for name in family]
