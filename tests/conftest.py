@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import importlib.util
+import runpy
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ import torch
 
 import lrcompress  # noqa: F401
 from tests.architectures import VOCABULARY, configs
+
+SITE = Path(__file__).parent / "site"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(SITE / "sitecustomize.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,7 +36,7 @@ def _cache() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """Real English text that every Python carries."""
+    """Real English text, a part of what every Python carries."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
