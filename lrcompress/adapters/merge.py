@@ -3,36 +3,27 @@
 Every module has a basis of its own, closed form and without data. Tasks count alike, however large their updates are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrcompress.adapters.shared import FILES, SCHEMA, SHARED, Element, combined
 from lrcompress.adapters.tasks import Task, open_task
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
-from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.opening import short_name
-from lrcompress.checkpoint.reader import CheckpointReader, read_json
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
-from lrcompress.errors import InputError, nearest
-from lrcompress.formats import FORMATS, stored_tensors
+from lrcompress.errors import InputError
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.common_basis import common_basis
 from lrcompress.linalg.ranks import NOISE, ranks_for_error, ranks_within
-from lrcompress.linalg.truncation import Spectrum, product_energy, retruncate
+from lrcompress.linalg.truncation import Spectrum, product_energy
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import versions
 from lrcompress.stages.workspace import new_folder, write_json
-
-SHARED, FILES = "shared", "files"
-SCHEMA = 1
-
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""Module to left (out, r) and right (r, in)."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +43,6 @@ class Room:
             raise InputError(f"--basis {self.basis}: {tasks} tasks have a smaller basis with 1 to {tasks - 1} elements")
         if self.error is not None and not 0.0 < self.error < 1.0:
             raise InputError(f"--error {self.error:g} is outside (0, 1): it is relative to the updates' norm")
-
-
-@dataclass(frozen=True)
-class Element:
-    """A part of a module's basis that is kept: stored factors (out, r) and (r, in), a coefficient for each task."""
-
-    left: Tensor
-    right: Tensor
-    coefficients: Tensor
 
 
 def merge(
@@ -101,89 +83,6 @@ def merge(
             write_json(folder / "report.json", report)
             (folder / "README.md").write_text(_card(report), encoding="utf8")
     return report
-
-
-def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write one task of a shared basis as what it was: an adapter that PEFT loads, or a checkpoint of ours."""
-    folder = Path(shared).expanduser()
-    index = _read_index(folder, shared)
-    if task not in index["tasks"]:
-        raise InputError(f"{shared} holds no task {task!r}: {nearest(task, list(index['tasks']))}")
-    entry, reader = index["tasks"][task], CheckpointReader(folder, f"{SHARED}.safetensors")
-    specs = Manifest.from_json(entry["config"]["quantization_config"]).modules if entry["kind"] == "model" else {}
-    factors = {}
-    for module, held in index["modules"].items():
-        if task in held["tasks"]:
-            elements, most = _load_elements(reader, module), specs[module].rank if specs else None
-            member, (rows, columns) = held["tasks"].index(task), held["shape"]
-            empty = torch.zeros(rows, 1), torch.zeros(1, columns)
-            factors[module] = _combined(elements, member, most) if elements else empty
-    with new_folder([folder], output, overwrite=overwrite) as partial:
-        if specs:
-            copy_files_beside(folder / FILES, partial, code=True)
-            _write_model(entry, factors, reader, partial)
-        else:
-            _write_adapter(entry, factors, reader, partial)
-    ranks = [left.shape[1] for left, _ in factors.values()]
-    size = sum(left.nbytes + right.nbytes for left, right in factors.values())
-    return {
-        "schema": SCHEMA, "shared": shared, "task": task, "output": str(output), "modules": len(factors),
-        "ranks": [min(ranks), max(ranks)], "bytes": size, "relative_error": entry["relative_error"],
-    }  # fmt: skip
-
-
-def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
-    ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
-    kept = {module: (int(rank), float(scaling)) for module, (rank, scaling) in entry["kept"].items()}
-    write_json(folder / CONFIG, resized_config(entry["config"], ranks, kept))
-    shapes = {
-        module: Shape((len(left), right.shape[1]), ranks[module], (right.dtype, left.dtype))
-        for module, (left, right) in factors.items()
-    }
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, place in entry["tensors"].items():
-            yield name, reader.tensor(place)
-        for module, (left, right) in factors.items():
-            yield from lora_tensors(module, right, left)
-
-    write_adapter(folder, {name: reader.meta(place) for name, place in entry["tensors"].items()}, shapes, tensors())
-
-
-def _write_model(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
-    """Every weight in the format that it had, and of its rank where the basis has as many components."""
-    manifest = Manifest.from_json(entry["config"]["quantization_config"])
-    specs = {
-        module: replace(spec, parameters={**spec.parameters, "rank": factors[module][0].shape[1]})
-        for module, spec in manifest.modules.items()
-    }
-    manifest = replace(manifest, modules=specs)
-    write_json(folder / "config.json", {**entry["config"], "quantization_config": manifest.as_json()})
-    biases = {f"{module}.bias" for module, spec in specs.items() if spec.bias}
-    rest = {name: place for name, place in entry["tensors"].items() if name not in biases}
-    planned = [(name, reader.meta(place)) for name, place in rest.items()]
-    for module, spec in specs.items():
-        stored = stored_tensors(spec, factors[module][0].dtype)
-        planned += [(f"{module}.{key}", meta) for key, meta in stored.items()]
-    writer = ShardedWriter(folder, planned, 2**63)
-    for name, place in rest.items():
-        writer.write([(name, reader.tensor(place))])
-    for module, spec in specs.items():
-        left, right = factors[module]
-        bias = None
-        if spec.bias:
-            bias = reader.tensor(entry["tensors"][f"{module}.bias"]).float()
-        encoded = FORMATS.get(spec.format).encode(left.float(), right.float(), bias)  # type: ignore[attr-defined]
-        for key, meta in stored_tensors(spec, left.dtype).items():
-            writer.write(
-                [
-                    (
-                        f"{module}.{key}",
-                        encoded[key].to(meta.dtype) if key in encoded else torch.empty_like(meta, device="cpu"),
-                    )
-                ]
-            )
-    writer.close()
 
 
 def _task_names(labels: Sequence[str]) -> list[str]:
@@ -317,17 +216,6 @@ def _element(element: Spectrum, coefficients: Tensor, rank: int, dtypes: tuple[t
     return Element(stored["B.weight"].to(dtypes[0]), stored["A.weight"].to(dtypes[1]), coefficients.float())
 
 
-def _combined(elements: Sequence[Element], member: int, most: int | None) -> tuple[Tensor, Tensor]:
-    """Factors of a task's matrix, in the dtypes of its elements: at most `most` components, or all above rounding."""
-    left = torch.cat([e.coefficients[member].double() * e.left.double() for e in elements], dim=1)
-    spectrum = retruncate(left, torch.cat([e.right.double() for e in elements]))
-    rounding = max(torch.finfo(t.dtype).eps for t in (elements[0].left, elements[0].right)) ** 2
-    real = max(int((spectrum.energies > rounding * spectrum.energies[:1].sum()).sum()), 1)
-    rank = real if most is None else min(most, len(spectrum.energies))
-    stored = LowRank.encode(spectrum.left[:, :rank].float(), spectrum.right[:rank].float(), None)
-    return stored["B.weight"].to(elements[0].left.dtype), stored["A.weight"].to(elements[0].right.dtype)
-
-
 def _errors(
     tasks: Mapping[str, Task], members: Mapping[str, list[str]], kept: Mapping[str, list[Element]]
 ) -> dict[str, float]:
@@ -338,7 +226,7 @@ def _errors(
             left, right = tasks[name].factors(module)
             if kept[module]:
                 most = tasks[name].rank(module) if tasks[name].kind == "model" else None
-                own, other = _combined(kept[module], i, most)
+                own, other = combined(kept[module], i, most)
                 left, right = torch.cat([left, -own.double()], dim=1), torch.cat([right, other.double()])
             lost[name] += product_energy(left, right)
     return lost
@@ -429,26 +317,6 @@ def _write(
     if first.kind == "model":
         (folder / FILES).mkdir()
         copy_files_beside(first.folder, folder / FILES, code=True)
-
-
-def _read_index(folder: Path, label: str) -> dict[str, Any]:
-    path = folder / f"{SHARED}.json"
-    if not path.is_file():
-        raise InputError(f"{label} has no {path.name}: give a folder that merge wrote")
-    index: Any = read_json(path)
-    if not isinstance(index, dict) or index.get("schema") != SCHEMA:
-        raise InputError(f"{path} has another layout than this lrcompress reads ({SCHEMA}): upgrade it, or merge again")
-    return index
-
-
-def _load_elements(reader: CheckpointReader, module: str) -> list[Element]:
-    count = sum(name.startswith(f"{module}|") and name.endswith("|left") for name in reader.names())
-    found = []
-    for j in range(count):
-        keys = [f"{module}|{j}|{key}" for key in ("left", "right", "coefficients")]
-        stored = dict(reader.read(keys))
-        found.append(Element(*(stored[key] for key in keys)))
-    return found
 
 
 def _card(report: dict[str, Any]) -> str:

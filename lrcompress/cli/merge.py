@@ -48,7 +48,7 @@ def extract(
     quiet: o.Quiet = False,
 ) -> None:
     """Write one task of a shared basis as what it was: an adapter that PEFT loads, or a checkpoint."""
-    from lrcompress.adapters.merge import extract as run
+    from lrcompress.adapters.extract import extract as run
     from lrcompress.cli.show import console, quiet_libraries
 
     quiet_libraries()

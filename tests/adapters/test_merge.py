@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrcompress.adapters.merge import Room, extract, merge
+from lrcompress.adapters.extract import extract
+from lrcompress.adapters.merge import Room, merge
 from lrcompress.errors import InputError
 from lrcompress.linalg.common_basis import common_basis, gram
 from tests.adapters.conftest import deltas, logits
