@@ -40,11 +40,13 @@ class HiddenStates:
         raw = hidden.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with self.path.open("r+b" if self.path.exists() else "w+b") as file:
             file.seek(index * self._slice)
-            file.write(raw.tobytes())
+            file.write(raw.data)
 
     def read(self, index: int) -> Tensor:
         """Sample `index` on the CPU, (1, length, width)."""
         with self.path.open("rb") as file:
             file.seek(index * self._slice)
-            raw = bytearray(file.read(self._slice))
+            raw = bytearray(self._slice)
+            if file.readinto(raw) != self._slice:
+                raise EOFError(f"{self.path} ends within sample {index}: it was changed while it was read")
         return torch.frombuffer(raw, dtype=self.dtype).view(1, *self.shape[1:])

@@ -239,6 +239,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def _raw(tensor: Tensor) -> bytes:
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, where they lie if it is contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

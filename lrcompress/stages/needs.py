@@ -75,7 +75,9 @@ def memory_need(opened: Opened) -> int:
     # Logits, their log-softmax and its input in float32, and the head as a product rearranges it.
     rows = _length(opened) if opened.sites_of(len(opened.blocks)) else min(CHUNK, _length(opened))
     logits = 4 * (3 * rows * opened.vocabulary + _embeddings(opened).numel())
-    most = max(largest + _activations(opened), logits, _whole_model(opened))
+    # A tensor that is written as it is: the file's pages, a copy of them and another in the dtype to write.
+    copied = 3 * max(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, opened.reader.names()))
+    most = max(largest + _activations(opened), logits, copied, _whole_model(opened))
     return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
 
 
