@@ -34,7 +34,9 @@ def side_by_side(
     if workers == 1:
         return [work(item) for item in items]
     small = [place for place, item in enumerate(items) if is_small(bytes_of(item))]
-    with _threads_each(torch.get_num_threads() // workers), ThreadPoolExecutor(workers) as pool:
+    threads = torch.get_num_threads() // workers
+    # A thread takes over the number only at its first large operation: it is told, so that all its operations have it.
+    with _threads_each(threads), ThreadPoolExecutor(workers, "", torch.set_num_threads, (threads,)) as pool:
         started = {place: pool.submit(torch.no_grad()(work), items[place]) for place in small}
         try:
             done = {place: future.result() for place, future in started.items()}

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.checkpoint.manifest import read_manifest
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.export.dense import export_dense
 from lrcompress.linalg.truncation import decompose
@@ -15,6 +17,7 @@ from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.pipeline import make_plan
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
+from lrcompress.training.trainable import choose
 from tests.adapters.conftest import logits
 from tests.conftest import compress_tiny
 
@@ -153,3 +156,23 @@ def test_what_does_not_go_together_is_refused(llama, tmp_path):
         compress_tiny(llama, tmp_path / "out", method={"name": "eora", "join": "auto"})
     with pytest.raises(InputError, match="join"):
         compress_tiny(llama, tmp_path / "out", method={"name": "lord", "join": "all"})
+
+
+@pytest.mark.parametrize("how", [LOW, PIVOTED], ids=lambda how: how["format"])
+def test_training_singular_values_begins_with_the_same_model(joined, how):
+    """Followers multiply by the owner's right factor: where that is split up, it must stay what it is."""
+    folder = joined(method={"name": "lord", "metric": "plain", "join": "auto"}, **how).folder
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = logits(model)
+    found = choose(model, "singular-values", CheckpointReader(folder))
+    torch.testing.assert_close(logits(found.model), before, rtol=1e-4, atol=1e-4)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("how", "leaf"), [(LOW, "A"), (PIVOTED, "pivot")])
+def test_an_adapter_on_a_shared_factor_is_not_merged(joined, how, leaf):
+    folder = joined(method={"name": "lord", "metric": "plain", "join": "auto"}, **how).folder
+    config = LoraConfig(target_modules=[leaf], r=2, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    with pytest.raises(InputError, match="share"):
+        model.merge_and_unload()

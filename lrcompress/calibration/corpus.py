@@ -190,7 +190,11 @@ def held_out_documents(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def calibration_blocks(
-    sources: Iterable[tuple[Source, int, int]], tokenizer: Any, seed: int, folder: Path
+    sources: Iterable[tuple[Source, int, int]],
+    tokenizer: Any,
+    seed: int,
+    folder: Path,
+    held_out_windows: int | None = None,
 ) -> Calibration:
     """Blocks of every (source, samples, seqlen), drawn without replacement by `seed`.
 
@@ -200,7 +204,7 @@ def calibration_blocks(
     chosen, held_out = [], []
     prefix = bos_prefix(tokenizer)
     for source, samples, seqlen in sources:
-        windows = min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
+        windows = held_out_windows or min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
         if source.name == "self":
             blocks = sample_from_model(folder, tokenizer, samples + windows, seqlen, seed)
             chosen.append(blocks[:samples])

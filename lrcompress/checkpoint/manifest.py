@@ -87,7 +87,10 @@ def read_weight(reader: CheckpointReader, name: str, spec: Spec) -> dict[str, Te
     places = {}
     for key in stored_tensors(spec.alone(), torch.float32):
         possible = [f"{name}.{key}", *(f"{spec.owner}.{lent}" for lent in lenders(key))]
-        places[next(place for place in possible if place in present)] = key
+        place = next((place for place in possible if place in present), None)
+        if place is None:
+            raise InputError(f"{reader.folder} has no tensor {possible[0]}: the checkpoint is damaged, get it again")
+        places[place] = key
     return {places[place]: tensor for place, tensor in reader.read(list(places))}
 
 

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear
 
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
+from lrcompress.formats.low_rank import LENT
 
 _merge = Linear.merge
 
@@ -21,6 +22,11 @@ def _merge_into_dense(self: Any, *args: Any, **kwargs: Any) -> None:
         raise InputError(
             f"an adapter cannot be merged into a weight stored as {base.name}: put it on the dense model, "
             "PeftModel.from_pretrained(model.dequantize(), adapter)"
+        )
+    if getattr(base, LENT, False):
+        raise InputError(
+            "an adapter cannot be merged into a factor that several weights share (join=auto): put it on the dense "
+            "model, PeftModel.from_pretrained(model.dequantize(), adapter)"
         )
     _merge(self, *args, **kwargs)
 

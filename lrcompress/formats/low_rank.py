@@ -17,6 +17,9 @@ from lrcompress.formats.base import (
 )
 from lrcompress.protocols import Spec
 
+LENT = "lrcompress_lent"
+"""Attribute of a layer whose weight other modules multiply by too."""
+
 
 @FORMATS.register
 class LowRank(StoredLinear):
@@ -64,6 +67,7 @@ class LowRank(StoredLinear):
         if owner.right_factor() is None or not same:
             raise InputError(f"the manifest shares a factor of {self.spec} that {owner.spec} cannot have")
         self._owner = (owner,)
+        setattr(owner.right_factor(), LENT, True)
 
     def right_factor(self) -> nn.Linear | None:
         return self.A if self.spec.owner is None else None

@@ -1,11 +1,13 @@
 """Low-rank weights that share their right factor, from the artefacts that the low-rank methods leave."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lrcompress.formats import restored
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.concatenation import Joint, joint
 from lrcompress.linalg.pivoting import pivot_rows
@@ -36,20 +38,42 @@ def encode_joined(
         artefact["left"].double() @ found.left(b, count) / scale
         for b, (artefact, scale) in enumerate(zip(artefacts, _scales(artefacts), strict=True))
     ]
-    moved = [
-        _moved(artefact, left @ right, bias) for artefact, left, bias in zip(artefacts, lefts, biases, strict=True)
-    ]
+    moved = [_moved(artefact, left, right, bias) for artefact, left, bias in zip(artefacts, lefts, biases, strict=True)]
     missing = rank - count  # no component is left for these
     if pivoted:
         return _by_pivots(lefts, right, missing, moved)
     return _by_factors(lefts, right, missing, moved)
 
 
-def _moved(artefact: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The bias of `weight` (out, in), which carries what the mean input gives where the metric is centred."""
+def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, dtype: torch.dtype) -> float:
+    """How many times larger the joint error is once it is stored in `dtype`, in the metric of the inputs.
+
+    What any storage loses is left out: four times what the dense weights lose, a quarter of which factors of moderate
+    coefficients do. Coefficients of pivot rows that tell the weights' directions apart badly lose far more.
+    """
+    biases = [torch.zeros(spec.shape[0]) if spec.bias else None for spec in specs]
+    encoded = encode_joined(specs, artefacts, biases)
+    lent = encoded[0]["pivot.weight" if specs[0].format == Pivoted.name else "A.weight"]
+    exact = stored = anyway = 0.0
+    for spec, tensors, artefact, scale in zip(specs, encoded, artefacts, _scales(artefacts), strict=True):
+        weight, gram = artefact["left"].double() @ artefact["right"].double(), artefact.get("gram")
+        own = tensors if spec.owner is None else {**tensors, "A.weight": lent}
+        rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in own.items()}
+        errors = [weight - restored(spec, found, torch.float64).dense() for found in (own, rounded)]
+        errors.append(weight - weight.to(dtype).double())
+        sizes = [float(scale**2 * (e * (e if gram is None else e @ gram.double())).sum()) for e in errors]
+        exact, stored, anyway = exact + sizes[0], stored + sizes[1], anyway + sizes[2]
+    added = max(0.0, stored - exact - 4 * anyway)
+    if exact <= 0:
+        return 1.0 if added == 0 else math.inf
+    return 1 + added / exact
+
+
+def _moved(artefact: dict[str, Tensor], left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The bias of left @ right, which carries what the mean input gives where the metric is centred."""
     if "mean" not in artefact:
         return bias
-    moved = artefact["mean_output"] - weight @ artefact["mean"]
+    moved = artefact["mean_output"] - left @ (right @ artefact["mean"])
     return (moved if bias is None else bias.double() + moved).float()
 
 

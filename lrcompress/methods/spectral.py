@@ -134,8 +134,10 @@ class SpectralMethod(Method):
     def owner_spec(self, site: Site, rank: int, element_size: int) -> Spec:
         """Pivoted where the format allows it: its pivot rows are everyone's right factor."""
         spec = self.joint_spec(site, rank, element_size)
-        possible = self.format != LowRank.name and rank < site.shape[0]
-        return replace(spec, format=Pivoted.name) if possible else spec
+        if self.format == LowRank.name or rank >= site.shape[0]:
+            return spec
+        pivoted = replace(spec, format=Pivoted.name)
+        return min(spec, pivoted, key=lambda one: spec_bytes(one, element_size)) if self.format == "auto" else pivoted
 
     def encode_together(
         self, specs: Sequence[Spec], artefacts: Sequence[dict[str, Tensor]], biases: Sequence[Tensor | None]

@@ -47,6 +47,7 @@ class BlockWalker:
         self.names = checkpoint_names(model, source.names())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
+        self._hands_on = False
         self._last = 0
         self._load_resident()
 
@@ -166,16 +167,24 @@ class BlockWalker:
         """Learn how blocks are called for ids (length,), and which sites read the same input.
 
         Runs the whole model once on the first PROBED of them, a block in memory at a time, then on all what calls the
-        blocks. Returns for every site the first site that reads what it reads.
+        blocks; on all of it too where blocks hand each other more than hidden states. Returns for every site the first
+        site that reads what it reads.
         """
         groups = self._run_probed(ids[:PROBED], sites)
-        lengths = [call.tuple_length for call in self.calls]
-        self.calls = []
+        if self._hands_on:
+            self._run_probed(ids, [])
+        else:
+            self._note_calls(ids)
+        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
+
+    def _note_calls(self, ids: Tensor) -> None:
+        """Learn how blocks are called for ids, of a model whose blocks are known already and are left out."""
+        lengths, noted = [call.tuple_length for call in self.calls], list[Call]()
 
         def note(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 hidden, key = _hidden(args, kwargs)
-                self.calls.append(_call(args, kwargs, key, lengths[index]))
+                noted.append(_call(args, kwargs, key, lengths[index]))
                 if index + 1 == len(self.blocks):
                     raise _HiddenCaptured(hidden)
                 return (hidden, *[None] * (lengths[index] - 1)) if lengths[index] else hidden
@@ -184,12 +193,19 @@ class BlockWalker:
 
         with self._blocks_replaced(note), suppress(_HiddenCaptured):
             self._forward(ids)
-        return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
+        self.calls = noted
+        self._check_calls()
+
+    def _check_calls(self) -> None:
+        if len(self.calls) != len(self.blocks):
+            raise InputError(
+                f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
+            )
 
     def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> dict[str, str]:
         """Run the whole model on ids; how its blocks were called, and the sites that were, as `probe` returns them."""
         groups: dict[str, str] = {}
-        self.calls = []
+        self.calls, self._hands_on = [], False
         first: dict[tuple[Any, ...], str] = {}
         alive: list[Tensor] = []
 
@@ -217,6 +233,10 @@ class BlockWalker:
                         "this architecture cannot be walked block by block"
                     )
                 length = len(output) if isinstance(output, tuple) else 0
+                extras = output[1:] if length else ()
+                self._hands_on |= any(x is not None for x in extras) or any(
+                    isinstance(v, dict) for v in kwargs.values()
+                )
                 self.calls.append(_call(args, kwargs, key, length))
                 first_output[:] = [output[0] if length else output]
                 alive.clear()
@@ -232,10 +252,7 @@ class BlockWalker:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(self.calls) != len(self.blocks):
-            raise InputError(
-                f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
-            )
+        self._check_calls()
         return groups
 
     @contextmanager

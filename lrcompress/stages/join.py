@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.concatenation import Joint, bounds, estimate
-from lrcompress.methods.joining import joined, weighed
+from lrcompress.methods.joining import joined, rounding_loss, weighed
 from lrcompress.protocols import Site
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import Artefacts
-from lrcompress.stages.sharing import joint_curve
+from lrcompress.stages.sharing import joint_curve, joint_specs
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def candidates(opened: Opened) -> Iterator[list[Site]]:
 
 
 def _tried(opened: Opened, artefacts: Artefacts, sites: Sequence[Site], limit: int, separate: float) -> Join | None:
-    curve = joint_curve(opened.request.method, sites, opened.dtype.itemsize)
+    method = opened.request.method
+    curve = joint_curve(method, sites, opened.dtype.itemsize)
     levels = int((curve.bytes[:-1] <= limit).sum())
     if not levels or separate <= 0:
         return None
@@ -89,13 +90,16 @@ def _tried(opened: Opened, artefacts: Artefacts, sites: Sequence[Site], limit: i
     error = float(sum(own[levels - 1] for own in errors.values()))
     if error >= separate:
         return None
-    return Join([site.name for site in sites], int(curve.bytes[levels - 1]), separate, error, errors)
+    loss = rounding_loss(joint_specs(method, sites, rank, opened.dtype.itemsize), found, opened.dtype)
+    if error * loss >= separate:
+        return None
+    errors = {name: own * loss for name, own in errors.items()}
+    return Join([site.name for site in sites], int(curve.bytes[levels - 1]), separate, error * loss, errors)
 
 
 def _components(opened: Opened, truncated: Joint, owner: Site, ranks: Tensor) -> Tensor:
     """How many joint components are stored at `ranks`: fewer where there are no more, or pivot rows span no more."""
     method, size = opened.request.method, opened.dtype.itemsize
-    formats = [method.owner_spec(owner, int(rank), size).format for rank in ranks]
-    spanned = truncated.spanned(0)
-    most = [spanned if format == Pivoted.name else len(truncated.right) for format in formats]
-    return torch.minimum(ranks, torch.tensor(most))
+    pivoted = torch.tensor([method.owner_spec(owner, int(rank), size).format == Pivoted.name for rank in ranks])
+    spanned = truncated.spanned(0) if bool(pivoted.any()) else 0
+    return torch.minimum(ranks, torch.where(pivoted, spanned, len(truncated.right)))

@@ -10,7 +10,14 @@ from torch import nn
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.base import check_possible, largest_ratio
 from lrcompress.budget import FEW_TARGETS, kept_bytes, parse_size
-from lrcompress.calibration.corpus import Calibration, Source, calibration_blocks, parse_source, shares
+from lrcompress.calibration.corpus import (
+    MOST_HELD_OUT,
+    Calibration,
+    Source,
+    calibration_blocks,
+    parse_source,
+    shares,
+)
 from lrcompress.checkpoint.existing import Dense, check_existing, open_existing
 from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import read_manifest
@@ -376,7 +383,8 @@ def calibrate_model(opened: Opened) -> None:
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
     sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
-    opened.calibration = calibration_blocks(sources, tokenizer, recipe.seed, opened.model.folder)
+    windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
+    opened.calibration = calibration_blocks(sources, tokenizer, recipe.seed, opened.model.folder, windows)
     ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")

@@ -50,7 +50,8 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
         journalled = disk.submit(lambda: None)
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, scratch)
-            tensors.prepare(opened.sites_of(block))
+            if team.size == 1 and (block < len(opened.blocks) or writer.done < layout.ends[block]):
+                tensors.prepare(opened.sites_of(block))
             if writer.done < layout.ends[block]:
                 writer.write(layout.tensors(block, tensors, writer.wanted))
                 writer.leave_others(layout.ends[block])

@@ -195,7 +195,9 @@ def _low_rank_components(found: Trainable, reader: CheckpointReader) -> None:
 
 
 def _singular_values(found: Trainable, reader: CheckpointReader) -> None:
-    for stem, layer in stored_layers(found.model).items():
+    layers = stored_layers(found.model)
+    followed = {layer.spec.owner for layer in layers.values()}
+    for stem, layer in layers.items():
         pair = layer.factor_pair()
         if pair is None:
             if isinstance(layer, Sum):
@@ -208,6 +210,10 @@ def _singular_values(found: Trainable, reader: CheckpointReader) -> None:
             unfolded = torch.cat([torch.eye(len(right), dtype=left.dtype, device=left.device), left.detach()])
             spectrum = retruncate(unfolded, right.detach())
             made = SingularValues(spectrum.left[: len(right)].float(), spectrum.right.float())
+            names = names[1:]
+        elif stem in followed:  # others multiply by the right factor too: its own singular values move, as it lies
+            spectrum = retruncate(torch.eye(len(right), dtype=right.dtype, device=right.device), right.detach())
+            made = SingularValues(spectrum.left.float(), spectrum.right.float())
             names = names[1:]
         else:
             spectrum = retruncate(left.detach(), right.detach())

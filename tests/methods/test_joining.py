@@ -7,7 +7,7 @@ from lrcompress.formats import restored
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.truncation import decompose
-from lrcompress.methods.joining import encode_joined, joined
+from lrcompress.methods.joining import encode_joined, joined, rounding_loss
 from lrcompress.protocols import Spec
 
 SHAPES, WIDTH = [(20, 24), (8, 24), (6, 24)], 24
@@ -86,3 +86,20 @@ def test_an_owner_that_sees_too_little_gives_what_its_rows_span(gram, seen):
 def test_zero_weights_are_zero(gram):
     weights = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     assert all(float(weight.abs().max()) == 0 for weight in rebuilt(4, Pivoted.name, artefacts(weights, gram)))
+
+
+def test_rounding_tells_owners_whose_rows_tell_directions_apart_badly(gram):
+    """The true error after bfloat16, over the one before it, where q's rows hardly see what the others do."""
+    generator = torch.Generator().manual_seed(4)
+    weights = random_weights(5)
+    u, _, vt = torch.linalg.svd(weights[0], full_matrices=False)
+    weights[0] = (u * torch.logspace(0, -3, len(vt), dtype=torch.float64)) @ vt
+    weights[1], weights[2] = (
+        0.1 * torch.randn(shape, dtype=torch.float64, generator=generator) for shape in SHAPES[1:]
+    )
+    parts = artefacts(weights, gram)
+    loss = {dtype: rounding_loss(specs(14, Pivoted.name), parts, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert loss[torch.float32] == pytest.approx(1, abs=1e-3)
+    assert loss[torch.bfloat16] > 1.2
+    assert rounding_loss(specs(14, LowRank.name), parts, torch.bfloat16) < 1.05
+    assert rounding_loss(specs(7, Pivoted.name), artefacts(random_weights(), gram), torch.bfloat16) < 1.05
