@@ -137,9 +137,15 @@ def test_unrelated_weights_stay_apart(llama, tmp_path):
     assert "joined" not in make_plan(make_recipe(data))
 
 
-@pytest.mark.parametrize("how", [LOW, PIVOTED], ids=lambda how: how["format"])
+@pytest.mark.parametrize(
+    "how",
+    [LOW, PIVOTED, {**PIVOTED, "ratio": 0.25, "allocator": "uniform"}],
+    ids=lambda how: f"{how['format']}-{how['ratio']}",
+)
 def test_a_joined_checkpoint_is_compressed_further(joined, tmp_path, how):
     first = joined(method={"name": "lord", "metric": "plain", "join": "auto"}, **how)
+    if how["ratio"] < 0.3:  # a rank above what a follower can have alone
+        assert any(s.rank > min(s.shape) for s in read_manifest(first.folder).modules.values())
     second = compress_tiny(first.folder, tmp_path / "out", method={"name": "lord", "metric": "plain"}, ratio=0.8)
     before, after = (stored_layers(AutoModelForCausalLM.from_pretrained(r.folder)) for r in (first, second))
     for target in second.report["targets"]:

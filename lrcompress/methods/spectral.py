@@ -64,11 +64,12 @@ class SpectralMethod(Method):
         limit = self.largest_rank(site.shape)
         dense = site.shape[0] * site.shape[1] * element_size
         last = Spec(DENSE, site.shape) if site.stored is None else site.stored
-        most, limit = spec_bytes(last, element_size), min(limit, last.rank)
+        full = min(last.rank, *site.shape)  # a shared rank may be higher
+        most, limit = spec_bytes(last, element_size), min(limit, full)
         # A bias that is added costs bytes too, so a small or thin weight can have no level below dense.
         useful = [(rank, bytes_) for rank, bytes_, _ in stored if rank <= limit and bytes_ < most]
         ranks, costs = [r for r, _ in useful], [b for _, b in useful]
-        return Curve(site.name, torch.tensor([*ranks, last.rank]), torch.tensor([*costs, most]), dense)
+        return Curve(site.name, torch.tensor([*ranks, full]), torch.tensor([*costs, most]), dense)
 
     def _adds_bias(self, site: Site) -> bool:
         """Whether a weight gets a bias that a dense layer need not have, or has got one before."""
