@@ -72,7 +72,7 @@ def test_text_is_lm_evals_rolling_perplexity(llama, text_file):
 
 
 def test_a_folder_of_lm_eval_tasks(llama, tmp_path):
-    rows = [{"q": f"{i} is", "choices": [" even", " odd"], "gold": i % 2} for i in range(8)]
+    rows = [{"q": f"{i} is", "choices": ["even", "odd"], "gold": i % 2} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "parity.yaml").write_text(
         f"task: parity\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
@@ -85,7 +85,9 @@ def test_a_folder_of_lm_eval_tasks(llama, tmp_path):
         sums = []
         for choice in row["choices"]:
             context = tokenizer(row["q"], add_special_tokens=False).input_ids
-            whole = tokenizer(row["q"] + choice, add_special_tokens=False).input_ids
+            whole = tokenizer(
+                f"{row['q']} {choice}", add_special_tokens=False
+            ).input_ids  # as lm-eval puts a blank between
             with torch.no_grad():
                 scores = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             sums.append(sum(float(scores[t - 1, whole[t]]) for t in range(len(context), len(whole))))
