@@ -27,10 +27,13 @@ def weighed(artefacts: Artefacts) -> list[Tensor]:
 
 
 def encode_joined(
-    specs: Sequence[Spec], artefacts: Artefacts, biases: Sequence[Tensor | None]
+    specs: Sequence[Spec], artefacts: Artefacts, biases: Sequence[Tensor | None], found: Joint
 ) -> list[dict[str, Tensor]]:
-    """Stored tensors of weights at one rank, the owner of the right factor, `low_rank` or `pivoted`, first."""
-    found, rank = joined(artefacts), specs[0].rank
+    """Stored tensors of weights at one rank, the owner of the right factor, `low_rank` or `pivoted`, first.
+
+    found: what `joined` makes of the artefacts.
+    """
+    rank = specs[0].rank
     pivoted = specs[0].format == Pivoted.name
     count = min(rank, found.spanned(0) if pivoted else len(found.right))
     right = found.right[:count]
@@ -45,21 +48,21 @@ def encode_joined(
     return _by_factors(lefts, right, missing, moved)
 
 
-def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, dtype: torch.dtype) -> float:
+def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, found: Joint, dtype: torch.dtype) -> float:
     """How many times larger the joint error is once it is stored in `dtype`, in the metric of the inputs.
 
     What any storage loses is left out: four times what the dense weights lose, a quarter of which factors of moderate
     coefficients do. Coefficients of pivot rows that tell the weights' directions apart badly lose far more.
     """
     biases = [torch.zeros(spec.shape[0]) if spec.bias else None for spec in specs]
-    encoded = encode_joined(specs, artefacts, biases)
+    encoded = encode_joined(specs, artefacts, biases, found)
     lent = encoded[0]["pivot.weight" if specs[0].format == Pivoted.name else "A.weight"]
     exact = stored = anyway = 0.0
     for spec, tensors, artefact, scale in zip(specs, encoded, artefacts, _scales(artefacts), strict=True):
         weight, gram = artefact["left"].double() @ artefact["right"].double(), artefact.get("gram")
         own = tensors if spec.owner is None else {**tensors, "A.weight": lent}
         rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in own.items()}
-        errors = [weight - restored(spec, found, torch.float64).dense() for found in (own, rounded)]
+        errors = [weight - restored(spec, held, torch.float64).dense() for held in (own, rounded)]
         errors.append(weight - weight.to(dtype).double())
         sizes = [float(scale**2 * (e * (e if gram is None else e @ gram.double())).sum()) for e in errors]
         exact, stored, anyway = exact + sizes[0], stored + sizes[1], anyway + sizes[2]

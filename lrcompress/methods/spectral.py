@@ -15,7 +15,7 @@ from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
-from lrcompress.methods.joining import encode_joined
+from lrcompress.methods.joining import encode_joined, joined
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
@@ -145,7 +145,7 @@ class SpectralMethod(Method):
     ) -> list[dict[str, Tensor]]:
         if len(specs) == 1:
             return super().encode_together(specs, artefacts, biases)
-        return encode_joined(specs, artefacts, biases)
+        return encode_joined(specs, artefacts, biases, joined(artefacts))
 
     @property
     def needs_gradient_gram(self) -> bool:

@@ -90,7 +90,7 @@ def _tried(opened: Opened, artefacts: Artefacts, sites: Sequence[Site], limit: i
     error = float(sum(own[levels - 1] for own in errors.values()))
     if error >= separate:
         return None
-    loss = rounding_loss(joint_specs(method, sites, rank, opened.dtype.itemsize), found, opened.dtype)
+    loss = rounding_loss(joint_specs(method, sites, rank, opened.dtype.itemsize), found, truncated, opened.dtype)
     if error * loss >= separate:
         return None
     errors = {name: own * loss for name, own in errors.items()}

@@ -30,7 +30,7 @@ def rebuilt(rank: int, owner: str, parts: list[dict[str, torch.Tensor]]) -> list
     """The weights that a checkpoint of `parts` has, their biases those that were given."""
     biases = [torch.randn(shape[0], generator=torch.Generator().manual_seed(9)) for shape in SHAPES]
     wanted = specs(rank, owner)
-    stored = encode_joined(wanted, parts, biases)
+    stored = encode_joined(wanted, parts, biases, joined(parts))
     right = stored[0]["pivot.weight" if owner == Pivoted.name else "A.weight"]
     found = []
     for i, (spec, tensors) in enumerate(zip(wanted, stored, strict=True)):
@@ -98,8 +98,12 @@ def test_rounding_tells_owners_whose_rows_tell_directions_apart_badly(gram):
         0.1 * torch.randn(shape, dtype=torch.float64, generator=generator) for shape in SHAPES[1:]
     )
     parts = artefacts(weights, gram)
-    loss = {dtype: rounding_loss(specs(14, Pivoted.name), parts, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    loss = {
+        dtype: rounding_loss(specs(14, Pivoted.name), parts, joined(parts), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     assert loss[torch.float32] == pytest.approx(1, abs=1e-3)
     assert loss[torch.bfloat16] > 1.2
-    assert rounding_loss(specs(14, LowRank.name), parts, torch.bfloat16) < 1.05
-    assert rounding_loss(specs(7, Pivoted.name), artefacts(random_weights(), gram), torch.bfloat16) < 1.05
+    assert rounding_loss(specs(14, LowRank.name), parts, joined(parts), torch.bfloat16) < 1.05
+    plain = artefacts(random_weights(), gram)
+    assert rounding_loss(specs(7, Pivoted.name), plain, joined(plain), torch.bfloat16) < 1.05
