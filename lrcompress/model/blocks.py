@@ -47,7 +47,6 @@ class BlockWalker:
         self.names = checkpoint_names(model, source.names())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
-        self._hands_on = False
         self._last = 0
         self._load_resident()
 
@@ -170,8 +169,8 @@ class BlockWalker:
         blocks; on all of it too where blocks hand each other more than hidden states. Returns for every site the first
         site that reads what it reads.
         """
-        groups = self._run_probed(ids[:PROBED], sites)
-        if self._hands_on:
+        groups, handed_on = self._run_probed(ids[:PROBED], sites)
+        if handed_on:
             self._run_probed(ids, [])
         else:
             self._note_calls(ids)
@@ -202,10 +201,14 @@ class BlockWalker:
                 f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
             )
 
-    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> dict[str, str]:
-        """Run the whole model on ids; how its blocks were called, and the sites that were, as `probe` returns them."""
+    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> tuple[dict[str, str], bool]:
+        """Run the whole model on ids, and learn how its blocks are called.
+
+        Returns the sites that were called, as `probe` does, and whether blocks hand each other more than hidden states.
+        """
         groups: dict[str, str] = {}
-        self.calls, self._hands_on = [], False
+        handed_on = False
+        self.calls = []
         first: dict[tuple[Any, ...], str] = {}
         alive: list[Tensor] = []
 
@@ -224,6 +227,7 @@ class BlockWalker:
             forward = self.model.get_submodule(self.blocks[index]).forward
 
             def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal handed_on
                 with self.block(index):
                     output = forward(*args, **kwargs)
                 hidden, key = _hidden(args, kwargs)
@@ -234,9 +238,8 @@ class BlockWalker:
                     )
                 length = len(output) if isinstance(output, tuple) else 0
                 extras = output[1:] if length else ()
-                self._hands_on |= any(x is not None for x in extras) or any(
-                    isinstance(v, dict) for v in kwargs.values()
-                )
+                handed_on |= any(extra is not None for extra in extras)
+                handed_on |= any(isinstance(value, dict) for value in kwargs.values())
                 self.calls.append(_call(args, kwargs, key, length))
                 first_output[:] = [output[0] if length else output]
                 alive.clear()
@@ -253,7 +256,7 @@ class BlockWalker:
             for handle in handles:
                 handle.remove()
         self._check_calls()
-        return groups
+        return groups, handed_on
 
     @contextmanager
     def _blocks_replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

@@ -85,9 +85,8 @@ def test_a_folder_of_lm_eval_tasks(llama, tmp_path):
         sums = []
         for choice in row["choices"]:
             context = tokenizer(row["q"], add_special_tokens=False).input_ids
-            whole = tokenizer(
-                f"{row['q']} {choice}", add_special_tokens=False
-            ).input_ids  # as lm-eval puts a blank between
+            # lm-eval puts a blank between.
+            whole = tokenizer(f"{row['q']} {choice}", add_special_tokens=False).input_ids
             with torch.no_grad():
                 scores = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             sums.append(sum(float(scores[t - 1, whole[t]]) for t in range(len(context), len(whole))))
