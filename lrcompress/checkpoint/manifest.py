@@ -11,7 +11,7 @@ from torch import Tensor
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import DENSE, FORMATS, lenders, stored_tensors
+from lrcompress.formats import DENSE, FORMATS, possible_places, stored_tensors
 from lrcompress.protocols import Site, Spec
 
 QUANT_METHOD = "lrcompress"
@@ -86,7 +86,7 @@ def read_weight(reader: CheckpointReader, name: str, spec: Spec) -> dict[str, Te
     present = set(reader.names())
     places = {}
     for key in stored_tensors(spec.alone(), torch.float32):
-        possible = [f"{name}.{key}", *(f"{spec.owner}.{lent}" for lent in lenders(key))]
+        possible = possible_places(key, f"{name}.", f"{spec.owner}.")
         place = next((place for place in possible if place in present), None)
         if place is None:
             raise InputError(f"{reader.folder} has no tensor {possible[0]}: the checkpoint is damaged, get it again")

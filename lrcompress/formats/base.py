@@ -209,9 +209,13 @@ def held(*tensors: Tensor) -> int:
     return sum(t.numel() * t.itemsize for t in tensors)
 
 
-def lenders(key: str) -> tuple[str, ...]:
-    """What the owner of a shared tensor may call it where another module calls it `key`: their formats may differ."""
-    return RIGHT_FACTORS if key in RIGHT_FACTORS else (key,)
+def possible_places(key: str, own: str, owner: str) -> list[str]:
+    """Names that tensor `key` of a weight may lie under: beginning with `own` or, where it is shared, with `owner`.
+
+    The owner's format may differ, and call it otherwise.
+    """
+    lent = RIGHT_FACTORS if key in RIGHT_FACTORS else (key,)
+    return [own + key, *(owner + name for name in lent)]
 
 
 def added_bias_bytes(spec: Spec, element_size: int) -> int:

@@ -18,7 +18,7 @@ from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.finite import all_finite
-from lrcompress.formats import DENSE, lenders, restored, stored_tensors
+from lrcompress.formats import DENSE, possible_places, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.model.experts import experts_of, stand_ins
 from lrcompress.processes import processes
@@ -178,7 +178,7 @@ class Encoder:
         with safe_open(path, framework="pt") as file:
             stored, found = set(file.keys()), {}
             for key in stored_tensors(spec.alone(), self._opened.dtype):
-                possible = [f"{name}|{key}", *(f"{family[0]}|{lent}" for lent in lenders(key))]
+                possible = possible_places(key, f"{name}|", f"{family[0]}|")
                 found[key] = file.get_tensor(next(place for place in possible if place in stored)).clone()
             return found
 
