@@ -68,10 +68,6 @@ def join_processes(request: Request, reporter: Reporter) -> None:
     """Find the other processes of this run, if it has some; only the first one speaks."""
     team = join(request.device)
     samples = sum(samples for _, samples, _ in request.sources)
-    if request.recipe.max_loss is not None:
-        refuse_several("the search for a ratio that max_loss allows")
-    if request.recipe.refine is not None:
-        refuse_several("refinement")
     if samples < team.size:
         raise InputError(f"{samples} calibration samples are too few for {team.size} processes: one each at least")
     if not team.first:
@@ -182,7 +178,6 @@ def write_checkpoint(
 
 def check_run(recipe: Recipe) -> None:
     """InputError for what can be seen to be wrong with a recipe before its model is loaded or anything is written."""
-    refuse_several("run")
     expectations = [parse_expectation(text) for text in recipe.expect]
     spec = recipe.evaluate
     check_request(recipe)
@@ -201,7 +196,10 @@ def check_run(recipe: Recipe) -> None:
 def run_recipe(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
 ) -> Result:
-    """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`."""
+    """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`.
+
+    Of several processes the first one evaluates, and its result alone holds an evaluation.
+    """
     check_run(recipe)
     return run_checked(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
 
@@ -212,7 +210,7 @@ def run_checked(
     """`run_recipe` of a recipe that `check_run` has found nothing wrong with."""
     spec = recipe.evaluate
     result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
-    if spec is None:
+    if spec is None or not processes().first:
         return result
     if spec.against == "dense":
         spec = spec.model_copy(update={"against": recipe.model})

@@ -88,7 +88,9 @@ def several() -> bool:
 def refuse_several(what: str) -> None:
     """InputError where this process is one of several."""
     if several():
-        raise InputError(f"{what} is the work of one process: run it without torchrun, which is for compress")
+        raise InputError(
+            f"{what} is the work of one process: run it without torchrun, which compress, run and heal know"
+        )
 
 
 def join(device: "torch.device") -> Processes:

@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them: the same checkpoint as one process makes, up to rounding; no hang."""
 
+import json
 import os
 import signal
 import socket
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.source import open_compressed
 from lrcompress.processes import Processes
+from lrcompress.recipe import EvaluateSpec
 from tests.conftest import compress_tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -77,6 +80,29 @@ def test_two_processes_make_what_one_does(llama, tmp_path, method, more):
         assert tensors[0] == tensors[1]
         index = [(tmp_path / folder / "model.safetensors.index.json").read_text() for folder in ("one", "two")]
         assert index[0] == index[1]
+
+
+def test_two_processes_search_refine_and_evaluate(llama, tmp_path):
+    """A recipe with everything: the ratio that a loss allows, a training after it, a metric and an expectation."""
+    recipe = {
+        "model": str(llama), "method": "lord", "max_loss": 0.3, "refine": 0.05, "output": str(tmp_path / "out"),
+        "calibration": {"source": "python-docs", "samples": 5, "seqlen": 64},
+        "evaluate": {"tasks": ["tokens:python-docs@64"], "limit": 2},
+        "expect": ["token_perplexity > 1"],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, out, err = finished(start("run", tmp_path / "recipe.yaml", "--json", tmp_path / "result.json"))
+    assert code == 0, err
+    assert out.count("wrote ") == 1
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report == json.loads((tmp_path / "out/report.json").read_text())
+    assert report["search"]["loss"] <= 0.3
+    assert report["ratio"]["stored"] == pytest.approx(report["search"]["ratio"], abs=0.01)
+    assert report["refined"]["processes"] == 2
+    assert report["refined"]["steps"] > 0
+    spec = EvaluateSpec(tasks=["tokens:python-docs@64"], limit=2)
+    again = evaluate(str(tmp_path / "out"), spec)["results"]["tokens:python-docs@64"]["token_perplexity"]
+    assert report["evaluation"]["expectations"][0]["value"] == pytest.approx(again, rel=1e-6)
 
 
 def test_a_process_that_dies_ends_the_run_and_what_it_did_is_continued(llama, tmp_path):

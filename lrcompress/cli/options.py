@@ -219,7 +219,7 @@ def write_text(path: Path, option: str, text: str) -> None:
 
     regular = path.is_file() or not path.exists()  # a device or a pipe is written straight
     target = path.resolve() if regular else path  # a link stays one
-    written = target.with_name(target.name + ".tmp") if regular else target
+    written = target.with_name(f"{target.name}.{os.getpid()}.tmp") if regular else target
     try:
         with disk_errors(path.absolute().parent):
             written.write_text(text, encoding="utf8", errors="replace")

@@ -45,6 +45,7 @@ def run(
     loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
     from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
     from lrcompress.pipeline import check_run, output_folder, run_checked
+    from lrcompress.processes import processes
     from lrcompress.report.ci import failed_junit_xml, failed_summary, junit_xml, markdown_summary
     from lrcompress.report.progress import Reporter
 
@@ -62,6 +63,8 @@ def run(
             if path is not None and path.absolute().parent.is_dir():
                 o.write_text(path, option, text(loaded, error))
         raise
+    if not processes().first:
+        return
     show_report(result.report, result.folder, quiet=quiet)
     evaluation = result.report.get("evaluation")
     if evaluation is not None:

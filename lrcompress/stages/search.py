@@ -17,6 +17,7 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
+from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import HiddenWalk
@@ -35,16 +36,19 @@ Write = Callable[[Opened, Path, Path, Reporter], dict[str, Any]]
 def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> dict[str, Any]:
     """The `search` of report.json; its `ratio` is that of the smallest candidate within `max_loss`.
 
-    Candidates are remembered as they are measured, and not measured again.
+    Candidates are remembered as they are measured, and not measured again. Several processes write each of them
+    together, and the first one measures it.
     """
     limit, largest = opened.request.recipe.max_loss, reachable(opened)
     assert limit is not None
     blocks = _windows(opened)
     journal = scratch / "search.json"
+    team = processes()
     known = json.loads(journal.read_text()) if journal.exists() else {"dense": None, "candidates": []}
+    known = team.gather(known)[0]
     if known["dense"] is None:
-        known["dense"] = _perplexity(opened, opened.model.folder, blocks)
-        write_json(journal, known)
+        known["dense"] = team.gather(_perplexity(opened, opened.model.folder, blocks) if team.first else None)[0]
+        _remember(journal, known)
     dense = known["dense"]
     reporter.say(
         f"searching ratios up to {largest:.4f} for a perplexity of at most {(1 + limit) * dense:.4g} "
@@ -55,7 +59,7 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
         ratio = round((low + high) / 2, 6)
         if len(tried) == len(known["candidates"]):
             known["candidates"].append(_measure(opened, ratio, scratch, blocks, dense, write))
-            write_json(journal, known)
+            _remember(journal, known)
         found = known["candidates"][len(tried)]
         tried.append(found)
         size = "" if found["bytes"] is None else f"{found['bytes'] / 1e6:.2f} MB, "
@@ -102,6 +106,11 @@ def branch(opened: Opened, scratch: Path, own: Path) -> None:
                 shutil.copyfile(last, own / "hidden" / last.name)
 
 
+def _remember(journal: Path, known: dict[str, Any]) -> None:
+    if processes().first:
+        write_json(journal, known)
+
+
 def _windows(opened: Opened) -> Tensor:
     """(blocks, length) held-out calibration text that candidates are measured on."""
     recipe = opened.request.recipe
@@ -112,21 +121,29 @@ def _windows(opened: Opened) -> Tensor:
 def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense: float, write: Write) -> dict[str, Any]:
     """Write, load, measure and remove one candidate.
 
-    Its perplexity is None where its logits are not finite, its bytes too where it cannot be written.
+    Its perplexity is None where its logits are not finite, its bytes too where it cannot be written: of several
+    processes the others would wait for one that cannot, so that this ends the run.
     """
-    own, folder = scratch / "candidate-scratch", scratch / "candidate"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    branch(opened, scratch, own)
+    own, folder, team = scratch / "candidate-scratch", scratch / "candidate", processes()
+    impossible = (ArithmeticError, NumericalError)
+    if team.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        branch(opened, scratch, own)
+    team.wait()
     silent = Reporter(quiet=True)
     silent.console.quiet = True  # a candidate's warnings are no matter of the result's
     asked = replace(opened, request=replace(opened.request, searched=ratio))
     size = perplexity = None
-    with contextlib.suppress(ArithmeticError, NumericalError):
+    with contextlib.suppress(*impossible if team.size == 1 else ()):
         size = write(asked, folder, own, silent)["bytes"]["checkpoint"]
-        perplexity = _perplexity(asked, folder, blocks)
-    shutil.rmtree(own)
-    shutil.rmtree(folder)
+    if size is not None and team.first:
+        with contextlib.suppress(*impossible):
+            perplexity = _perplexity(asked, folder, blocks)
+    perplexity = team.gather(perplexity)[0]
+    if team.first:
+        shutil.rmtree(own)
+        shutil.rmtree(folder)
     return {
         "ratio": ratio,
         "bytes": size,

@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import calibration_blocks
+from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
 from lrcompress.training.distill import Teacher
@@ -21,6 +22,7 @@ def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> d
     """Train what was written into `folder` for the recipe's minutes on its calibration text; see `improve`.
 
     The held-out windows of the calibration judge. The dense model stays in its files, a block in memory at a time.
+    Several processes share the rows of a step.
     """
     request = opened.request
     recipe, calibration = request.recipe, opened.calibration
@@ -38,7 +40,7 @@ def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> d
         seed=recipe.seed,
         device=str(request.device),
     )
-    teacher = Teacher(opened.walker, rows, settings.batch, scratch / "teacher", features=True)
+    teacher = Teacher(opened.walker, rows, settings.batch, scratch / f"teacher-{processes().rank}", features=True)
     return improve(
         folder, settings, rows, held_out, teacher, scratch / "training", reporter,
         trust_remote_code=recipe.trust_remote_code,
