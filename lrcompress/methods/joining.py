@@ -41,7 +41,10 @@ def encode_joined(
         artefact["left"].double() @ found.left(b, count) / scale
         for b, (artefact, scale) in enumerate(zip(artefacts, _scales(artefacts), strict=True))
     ]
-    moved = [_moved(artefact, left, right, bias) for artefact, left, bias in zip(artefacts, lefts, biases, strict=True)]
+    moved = [
+        with_mean(bias, artefact, left @ (right @ artefact["mean"])) if "mean" in artefact else bias
+        for artefact, left, bias in zip(artefacts, lefts, biases, strict=True)
+    ]
     missing = rank - count  # no component is left for these
     if pivoted:
         return _by_pivots(lefts, right, missing, moved)
@@ -72,12 +75,10 @@ def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, found: Joint, dty
     return 1 + added / exact
 
 
-def _moved(artefact: dict[str, Tensor], left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The bias of left @ right, which carries what the mean input gives where the metric is centred."""
-    if "mean" not in artefact:
-        return bias
-    moved = artefact["mean_output"] - left @ (right @ artefact["mean"])
-    return (moved if bias is None else bias.double() + moved).float()
+def with_mean(bias: Tensor | None, artefact: dict[str, Tensor], given: Tensor) -> Tensor:
+    """The bias that also carries what the mean input gives, less what the factors make of it, `given` (out,)."""
+    missing = artefact["mean_output"] - given
+    return (missing if bias is None else bias.double() + missing).float()
 
 
 def _by_factors(

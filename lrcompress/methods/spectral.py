@@ -15,7 +15,7 @@ from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
-from lrcompress.methods.joining import encode_joined, joined
+from lrcompress.methods.joining import encode_joined, joined, with_mean
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
@@ -186,8 +186,7 @@ class SpectralMethod(Method):
         rank = spec.parameters["rank"]
         left, right = artefact["left"][:, :rank], artefact["right"][:rank]
         if "mean_output" in artefact:
-            moved = artefact["mean_output"] - left.double() @ artefact["mean_latent"][:rank]
-            bias = (moved if bias is None else bias.double() + moved).float()
+            bias = with_mean(bias, artefact, left.double() @ artefact["mean_latent"][:rank])
         return FORMATS.get(spec.format).encode(left, right, bias)  # type: ignore[attr-defined]
 
 
