@@ -94,9 +94,10 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     workspace.claim(identity(opened))
     needed = needs(opened)
     reporter.say(f"needs {needed}")
-    workspace.check_room(needed.disk_bytes)
-    check_memory(opened, needed, reporter)
+    if processes().first:
+        workspace.check_room(needed.disk_bytes)
     processes().wait()  # until the first one has made room for all
+    check_memory(opened, needed, reporter)
     check_judges(opened)
     artefacts = profile_model(opened, scratch, reporter)
     more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(request)}
@@ -160,7 +161,7 @@ def write_checkpoint(
 
     `more` goes into the report: what was needed, and what a search for the ratio found.
     """
-    plan = allocate(opened, artefacts)
+    plan = processes().gather(allocate(opened, artefacts))[0]  # another machine may have rounded otherwise
     if opened.request.sequential:
         artefacts = propagate(opened, plan, artefacts, scratch, reporter)
         processes().wait()

@@ -82,7 +82,8 @@ def processes() -> Processes:
 
 def several() -> bool:
     """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    size = os.environ.get("WORLD_SIZE", "1")
+    return size.isdigit() and int(size) > 1
 
 
 def refuse_several(what: str) -> None:
@@ -99,6 +100,13 @@ def join(device: "torch.device") -> Processes:
     if several() and _current.size == 1:
         from accelerate.state import PartialState
 
-        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        try:
+            state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:  # no address, or nobody there
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, the other processes cannot be found "
+                f"({reason}): start all of them with torchrun, or unset WORLD_SIZE for one process"
+            ) from error
         _current = Processes(state.process_index, state.num_processes)
     return _current

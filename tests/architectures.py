@@ -51,12 +51,25 @@ def configs() -> dict[str, Any]:
         "gpt_oss": t.GptOssConfig(
             num_local_experts=4, num_experts_per_tok=2, sliding_window=16, layer_types=layers[:2], **moe
         ),
+        "jamba": t.JambaConfig(  # blocks of two classes, attention first
+            mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2,
+            expert_layer_offset=1, num_experts=4, **{**moe, "num_hidden_layers": 3},
+        ),
+        "recurrent_gemma": t.RecurrentGemmaConfig(
+            lru_width=32, attention_window_size=16, num_key_value_heads=1, head_dim=8, **sizes
+        ),
+        "gemma4": t.Gemma4TextConfig(
+            hidden_size_per_layer_input=0, num_kv_shared_layers=0, head_dim=8, global_head_dim=8,
+            num_global_key_value_heads=2, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
+            sliding_window=16, layer_types=layers, **grouped,
+        ),
     }  # fmt: skip
 
 
 FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon",
     "bloom", "mpt", "cohere", "stablelm", "gpt_bigcode", "mamba", "deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss",
+    "jamba", "recurrent_gemma", "gemma4",
 ]  # fmt: skip
 
 MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]

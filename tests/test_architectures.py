@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HunYuanMoEV1Config
 
 from lrcompress.calibration.collect import InputCollector, Recorded
 from lrcompress.calibration.routing import LEAST_SHARE, complete
@@ -19,19 +19,21 @@ from lrcompress.errors import InputError
 from lrcompress.evaluation.bounds import counted
 from lrcompress.evaluation.loading import load_model
 from lrcompress.export.dense import export_dense
+from lrcompress.formats import DENSE
 from lrcompress.grams import symmetric
 from lrcompress.model.experts import LinearExperts, fuse, linear_experts, linearise
-from lrcompress.model.skeleton import checkpoint_names, empty_model
+from lrcompress.model.skeleton import checkpoint_names, empty_model, find_blocks
 from lrcompress.model.surgery import dense_parts, stored_layers
-from lrcompress.model.targets import is_linear
-from lrcompress.protocols import InputStatistics, Site
+from lrcompress.model.targets import find_sites, is_linear
+from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import removed_in_words
+from lrcompress.stages.allocate import allocate
 from lrcompress.stages.prepare import check_request, open_request
 from lrcompress.stages.profile import profile
-from tests.architectures import FAMILIES, MIXTURES, configs
+from tests.architectures import FAMILIES, MIXTURES, VOCABULARY, configs
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -167,6 +169,71 @@ def test_experts_by_the_dense_ones(make_model, mixture, tmp_path, family):
     assert not linear_experts(plain)
     plain.save_pretrained(tmp_path / "plain")
     assert (logits(load(tmp_path / "plain")) - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_layer_whose_experts_all_stay_dense_counts_for_what_it_has(make_model, tmp_path, monkeypatch, family):
+    """Such a layer lies fused in the files: counted, exported and inspected like the others."""
+    allocated = {}
+
+    def keep_first_layer_dense(opened, artefacts):
+        plan = allocate(opened, artefacts)
+        for site in opened.sites:
+            if site.block == 0 and ".experts." in site.name:
+                plan.specs[site.name] = Spec(DENSE, site.shape, site.bias)
+                plan.bytes[site.name], plan.levels[site.name] = plan.dense_bytes[site.name], -1
+        allocated.update(plan.bytes)
+        return plan
+
+    monkeypatch.setattr("lrcompress.pipeline.allocate", keep_first_layer_dense)
+    method = {"name": "lord", "metric": "input"}
+    result = compress_tiny(make_model(family), tmp_path / "out", method=method, calibration=SHORT)
+    counted_bytes = {target["name"]: target["bytes"] for target in result.report["targets"]}
+    assert counted_bytes == allocated
+    dense = [t for t in result.report["targets"] if t["format"] == "dense"]
+    assert len(dense) == 4 * 3
+    assert all(t["bytes"] == t["dense_bytes"] > 0 for t in dense)
+    expected = logits(with_dense_weights(load(make_model(family)), load(result.folder)))
+    export_dense(str(result.folder), tmp_path / "dense")
+    assert (logits(load(tmp_path / "dense")) - expected).abs().max() < 2e-4 * expected.abs().max()
+    exported = json.loads((tmp_path / "dense/report.json").read_text())
+    assert exported["bytes"]["targets_stored"] == result.report["bytes"]["targets_dense"]
+    inspected = {t["name"]: t["bytes"] for t in inspect_model(str(result.folder))["targets"]}
+    assert inspected == allocated
+
+
+def test_what_a_block_reads_beside_hidden_states_must_not_be_the_text(tokenizer, tmp_path):
+    """Gemma 4's small models give every block an embedding of its own of every token."""
+    config = copy.deepcopy(configs()["gemma4"])
+    config.hidden_size_per_layer_input, config.enable_moe_block = 8, False
+    config.vocab_size_per_layer_input = VOCABULARY
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.layers\.0 reads more of the text than the hidden states"):
+        compress_tiny(tmp_path / "model", tmp_path / "out", calibration=SHORT)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("family", "router"), [("gemma4", "router.proj"), ("hunyuan", "gate.wg")])
+def test_what_chooses_experts_is_no_target_unless_it_is_named(family, router):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    hunyuan = HunYuanMoEV1Config(vocab_size=VOCABULARY, num_experts=4, moe_topk=2, head_dim=8, **sizes)
+    skeleton = empty_model({**configs(), "hunyuan": hunyuan}[family])
+    experts = linearise(skeleton)
+    blocks = find_blocks(skeleton)
+    routers = {name for name, module in skeleton.named_modules() if is_linear(module) and name.endswith(router)}
+    assert len(routers) == len(experts)
+    assert not routers & {site.name for site in find_sites(skeleton, blocks, [], [])}
+    assert routers == {site.name for site in find_sites(skeleton, blocks, sorted(routers), [])}
+
+
+def test_a_layer_that_only_some_blocks_have_is_tried_there(make_model):
+    """Jamba's first block here is attention; its Mamba blocks read dt_proj's weight without a call."""
+    request = check_request(make_recipe({"model": str(make_model("jamba")), "method": "lord", "ratio": 0.2}))
+    kinds = {site.kind for site in open_request(request, Reporter(quiet=True), calibrate=False).sites}
+    assert "mamba.in_proj" in kinds
+    assert "self_attn.q_proj" in kinds
+    assert "mamba.dt_proj" not in kinds
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["per expert", "fused"])

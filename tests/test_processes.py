@@ -16,6 +16,7 @@ from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.source import open_compressed
 from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec
+from tests.commands import run_cli
 from tests.conftest import compress_tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -172,6 +173,19 @@ def test_what_one_process_does_is_refused_to_several(monkeypatch, llama):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="without torchrun"):
         make_plan(recipe(llama))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["methods"], ["eval", "MODEL"], ["compress", "MODEL", "--method", "lord", "--ratio", "0.3"]]
+)
+def test_one_of_several_that_torchrun_did_not_start_says_so(monkeypatch, llama, tmp_path, arguments):
+    """A scheduler's WORLD_SIZE, or torchrun before a command that is the work of one process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_cli(*(str(llama) if one == "MODEL" else one for one in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "torchrun" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_sums_need_no_peers():

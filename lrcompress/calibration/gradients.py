@@ -71,7 +71,10 @@ class GradientCollector:
             self._counts[site.name] = self._counts.get(site.name, 0) + len(rows)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            output.register_hook(add)
+            if output.requires_grad:
+                output.register_hook(add)
+            else:  # its layer runs where nothing is differentiated, as one that only chooses tokens
+                add(torch.zeros_like(output))
 
         return hook
 

@@ -119,6 +119,8 @@ def site_numbers(reader: CheckpointReader, site: Site, spec: Spec) -> int:
 
 def _count(reader: CheckpointReader, site: Site, spec: Spec) -> tuple[int, int]:
     stored = [reader.meta(n) for n in reader.names() if n.startswith(site.name + ".")]
+    if not stored:
+        raise ValueError(f"{reader.folder} has no tensor of {site.name}")
     total = sum(t.numel() * t.itemsize for t in stored)
     numbers = sum(t.numel() for t in stored)
     if site.bias:

@@ -23,7 +23,7 @@ from lrcompress.cli import (
     sweep,
 )
 from lrcompress.errors import LrcompressError
-from lrcompress.processes import several
+from lrcompress.processes import refuse_several, several
 
 app = typer.Typer(
     name="lrcompress",
@@ -57,13 +57,20 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+SEVERAL = ("compress", "run", "heal")
+"""Commands whose work several processes share."""
+
+
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+    if context.invoked_subcommand not in (None, *SEVERAL):
+        refuse_several(context.invoked_subcommand)
 
 
 def _speaker() -> str:

@@ -64,13 +64,15 @@ def compress(
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
     from lrcompress.pipeline import compress as run_compress
     from lrcompress.pipeline import make_plan, output_folder
-    from lrcompress.processes import processes
+    from lrcompress.processes import processes, refuse_several
     from lrcompress.recipe import dump_recipe
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()
     reporter = Reporter(quiet=quiet, verbose=verbose)
     o.check_result(json_file, output_folder(recipe))
+    if dry_run:
+        refuse_several("a plan")
     if save_recipe is not None:
         o.check_writable(save_recipe, "--save-recipe")
         if int(os.environ.get("RANK", "0")) == 0:

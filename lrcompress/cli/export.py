@@ -59,7 +59,10 @@ def export(
             trust_remote_code=trust_remote_code, reporter=reporter,
         )  # fmt: skip
     elif to == "peft":
-        result = export_peft(checkpoint, folder, shard_size=shard_size, overwrite=overwrite, reporter=reporter)
+        result = export_peft(
+            checkpoint, folder, shard_size=shard_size, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            reporter=reporter,
+        )  # fmt: skip
     else:
         result = export_dense(
             checkpoint, folder, dtype=dtype, shard_size=shard_size, overwrite=overwrite,

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.opening import read_sound_config
-from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
@@ -48,7 +46,7 @@ def export_dense(
         config = dense_config(source, wanted, switches, trust_remote_code=trust_remote_code)
         write_json(folder / "config.json", config)
         write_weights(source, model, folder, limit, wanted, zeros, reporter)
-        report = exported_report(source, CheckpointReader(folder) if model is None else ExpertReader(folder, model), {})
+        report = exported_report(source, folder, {}, trust_remote_code=trust_remote_code)
         if report is not None:
             write_json(folder / "report.json", report)
         (folder / "README.md").write_text(card(source), encoding="utf8")

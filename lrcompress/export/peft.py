@@ -11,7 +11,6 @@ from torch import Tensor
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, new_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
@@ -26,7 +25,13 @@ BASE = "base"
 
 
 def export_peft(
-    checkpoint: str, output: Path, *, shard_size: str = "5GB", overwrite: bool = False, reporter: Reporter | None = None
+    checkpoint: str,
+    output: Path,
+    *,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Write `output` as a LoRA adapter with the base in its folder `base`: base + adapter computes the checkpoint.
 
@@ -54,7 +59,7 @@ def export_peft(
         write_corrections(source, corrected, folder, reporter)
         ranks = {name: spec.rank for name, spec in corrected.items()}
         write_json(folder / CONFIG, new_config(ranks, str((output / BASE).resolve()), corrected))
-        report = exported_report(source, CheckpointReader(base), bases)
+        report = exported_report(source, base, bases, trust_remote_code=trust_remote_code)
         if report is not None:
             write_json(base / "report.json", report)
         (base / "README.md").write_text(base_card(source), encoding="utf8")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lrcompress.budget import Ratio
+from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.manifest import Manifest, check_stored, read_manifest, read_weight, site_bytes, site_numbers
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
@@ -54,14 +55,18 @@ def open_compressed(checkpoint: str) -> Source:
     return source
 
 
-def exported_report(source: Source, reader: CheckpointReader, modules: dict[str, Spec]) -> dict[str, Any] | None:
-    """report.json for what `reader` reads, whose weights lie as in `modules` or dense: counted anew from its files.
+def exported_report(
+    source: Source, folder: Path, modules: dict[str, Spec], *, trust_remote_code: bool
+) -> dict[str, Any] | None:
+    """report.json for what lies in `folder`, weights as in `modules` or dense: counted anew from its files.
 
     What was measured on the compressed model is left out; how that was made stays.
     """
     if source.report is None:
         return None
-    originals, targets = set(source.reader.names()), []
+    _, original = open_skeleton(source.folder, source.manifest.modules, trust_remote_code=trust_remote_code)
+    _, reader = open_skeleton(folder, modules, trust_remote_code=trust_remote_code)
+    originals, targets = set(original.names()), []
     numbers_dense = numbers_stored = 0
     for entry in source.report["targets"]:
         name, shape = entry["name"], (int(entry["shape"][0]), int(entry["shape"][1]))

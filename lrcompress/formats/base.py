@@ -99,6 +99,13 @@ class StoredLinear(nn.Module, ABC):
         """The layer of this one that multiplies by a right factor, which others may use too; None where it has none."""
         return None
 
+    def empty_bias(self) -> Tensor | None:
+        """What stands, empty, for the dense layer's bias in formats that store theirs in a layer within.
+
+        Some architectures initialise a layer's bias by its name before anything is loaded.
+        """
+        return self.weight if self.spec.bias else None
+
     def whole_state(self) -> dict[str, Tensor]:
         """The state dict of the same weight with nothing shared."""
         return dict(self.state_dict())

@@ -39,6 +39,11 @@ class LowRank(StoredLinear):
             self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
         self.B = nn.Linear(rank, self.out_features, bias=spec.bias, dtype=dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Empty: see StoredLinear.empty_bias."""
+        return self.empty_bias()
+
     @classmethod
     def check(cls, spec: Spec) -> None:
         check_rank(spec, largest=spec.shape[1])  # one that is shared may be higher than the least of its weights

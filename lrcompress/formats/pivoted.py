@@ -42,6 +42,11 @@ class Pivoted(StoredLinear):
         self.register_buffer("order", torch.empty(self.out_features, dtype=index_dtype(self.out_features)))
         self._index: tuple[Tensor, tuple[int, int], Tensor | None] | None = None
 
+    @property
+    def bias(self) -> Tensor | None:
+        """Empty: see StoredLinear.empty_bias."""
+        return self.empty_bias()
+
     @classmethod
     def check(cls, spec: Spec) -> None:
         check_rank(spec, largest=min(spec.shape[0] - 1, spec.shape[1]))

@@ -100,7 +100,7 @@ class BlockWalker:
             output = module(hidden, *call.args, **call.kwargs)
         else:
             output = module(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if _tuple_length(output) else output
         return result
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -120,43 +120,62 @@ class BlockWalker:
         raise InputError("the model never called its first block: it cannot be walked block by block")
 
     def uncalled(self, names: Sequence[str]) -> list[str]:
-        """Those of the layers `names` in the first block that it does not call when it runs: it reads their weights.
+        """Those of the layers `names` that their block does not call when it runs: it reads their weights.
 
-        An expert to which nothing was sent counts as called.
+        Of the blocks that hold layers of the same names the first one is run, and stands for all. An expert to which
+        nothing was sent counts as called.
         """
-        first = self.model.get_submodule(self.blocks[0])
-        own = {name for name in names if name.startswith(self.blocks[0] + ".")}
+        tried = self._different_blocks(names)
+        own = {name for name in names if any(name.startswith(self.blocks[index] + ".") for index in tried)}
         experts = linear_experts(self.model)
         seen = {name for name in own if experts_of(name, experts) is not None}
-        forward = first.forward
+        length = 0
 
-        def run(*args: Any, **kwargs: Any) -> None:
-            with self.block(0):
-                forward(*args, **kwargs)
-            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+        def run(index: int) -> Callable[..., Any]:
+            forward = self.model.get_submodule(self.blocks[index]).forward
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal length
+                hidden, _ = _hidden(args, kwargs)
+                if index not in tried:
+                    return _passed_on(hidden, length)
+                with self.block(index):
+                    output = forward(*args, **kwargs)
+                length = _tuple_length(output)
+                if index == tried[-1]:
+                    raise _HiddenCaptured(hidden)
+                return output
+
+            return call
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: seen.add(name)
 
         handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
-        first.forward = run
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._blocks_replaced(run):
                 self._forward(torch.arange(4))
         except _HiddenCaptured:
             return [name for name in names if name in own - seen]
         finally:
-            del first.forward
             for handle in handles:
                 handle.remove()
         raise InputError("the model never called its first block: it cannot be walked block by block")
+
+    def _different_blocks(self, names: Sequence[str]) -> list[int]:
+        """The first block of those whose layers among `names` are called the same, for each such set of names."""
+        first: dict[frozenset[str], int] = {}
+        for index, block in enumerate(self.blocks):
+            own = frozenset(name.removeprefix(block) for name in names if name.startswith(block + "."))
+            if own:
+                first.setdefault(own, index)
+        return [0, *(index for index in first.values() if index)]
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
 
         def skip(index: int) -> Callable[..., Any]:
-            length = self.calls[index].tuple_length
-            return lambda *_, **__: (hidden, *[None] * (length - 1)) if length else hidden
+            return lambda *_, **__: _passed_on(hidden, self.calls[index].tuple_length)
 
         with self._blocks_replaced(skip):
             output: Tensor = self._forward(ids).logits
@@ -167,14 +186,29 @@ class BlockWalker:
 
         Runs the whole model once on the first PROBED of them, a block in memory at a time, then on all what calls the
         blocks; on all of it too where blocks hand each other more than hidden states. Returns for every site the first
-        site that reads what it reads.
+        site that reads what it reads. InputError where blocks read more of the text than hidden states.
         """
         groups, handed_on = self._run_probed(ids[:PROBED], sites)
-        if handed_on:
-            self._run_probed(ids, [])
-        else:
-            self._note_calls(ids)
+
+        def learn(text: Tensor) -> list[Call]:
+            if handed_on:
+                self._run_probed(text, [])
+            else:
+                self._note_calls(text)
+            return self.calls
+
+        other, self.calls = learn(ids.flip(0)), learn(ids)
+        self._check_same(other)
         return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
+
+    def _check_same(self, other: list[Call]) -> None:
+        """InputError where blocks were called otherwise for another text: then one text's calls are not another's."""
+        for block, one, two in zip(self.blocks, self.calls, other, strict=True):
+            if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
+                raise InputError(
+                    f"{block} reads more of the text than the hidden states of the block before it: "
+                    "this architecture cannot be walked block by block"
+                )
 
     def _note_calls(self, ids: Tensor) -> None:
         """Learn how blocks are called for ids, of a model whose blocks are known already and are left out."""
@@ -186,7 +220,7 @@ class BlockWalker:
                 noted.append(_call(args, kwargs, key, lengths[index]))
                 if index + 1 == len(self.blocks):
                     raise _HiddenCaptured(hidden)
-                return (hidden, *[None] * (lengths[index] - 1)) if lengths[index] else hidden
+                return _passed_on(hidden, lengths[index])
 
             return call
 
@@ -231,12 +265,17 @@ class BlockWalker:
                 with self.block(index):
                     output = forward(*args, **kwargs)
                 hidden, key = _hidden(args, kwargs)
+                if hidden.dim() != 3 or hidden.shape[:2] != (1, len(ids)):
+                    raise InputError(
+                        f"{self.blocks[index]} reads hidden states of shape {tuple(hidden.shape)} for {len(ids)} "
+                        "tokens: this architecture cannot be walked block by block"
+                    )
                 if first_output and hidden.data_ptr() != first_output[-1].data_ptr():
                     raise InputError(
                         f"{self.blocks[index]} does not read the output of the block before it: "
                         "this architecture cannot be walked block by block"
                     )
-                length = len(output) if isinstance(output, tuple) else 0
+                length = _tuple_length(output)
                 extras = output[1:] if length else ()
                 handed_on |= any(extra is not None for extra in extras)
                 handed_on |= any(isinstance(value, dict) for value in kwargs.values())
@@ -300,6 +339,27 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None, tuple_
     """A block's call, without the hidden states that came by keyword `key`, or first."""
     rest = {k: v for k, v in kwargs.items() if k != key}
     return Call(args[1:] if key is None else args, rest, key, tuple_length)
+
+
+def _tuple_length(output: Any) -> int:
+    """The length of a block's output where it is a tuple or a list, 0 where it is a tensor."""
+    return len(output) if isinstance(output, (tuple, list)) else 0
+
+
+def _passed_on(hidden: Tensor, tuple_length: int) -> Any:
+    """What a block returns that leaves the hidden states as they are."""
+    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Whether all tensors in two arguments of a block, or within their containers, are equal."""
+    if torch.is_tensor(one) or torch.is_tensor(two):
+        return torch.is_tensor(one) and torch.is_tensor(two) and torch.equal(one, two)
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
+        return len(one) == len(two) and all(map(_same, one, two))
+    return True
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:

@@ -144,12 +144,19 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Module names of the decoder blocks: the largest ModuleList whose members are of one class."""
+    """Module names of the decoder blocks: the largest ModuleList whose members are of one class.
+
+    Members of several classes are blocks too, as in models that mix attention with other layers, where they are as many
+    as the config says.
+    """
     best: tuple[int, str, int] = (0, "", 0)
+    config: Any = getattr(model, "config", None)
+    language = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(language, "num_hidden_layers", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module):
             size = sum(p.numel() for p in module.parameters())
-            if size > best[0]:
+            if size > best[0] and (len({type(m) for m in module}) == 1 or len(module) == count):
                 best = (size, name, len(module))
     if not best[1]:
         raise InputError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lrcompress.errors import InputError, nearest
+from lrcompress.model.experts import linear_experts
 from lrcompress.protocols import Site
 
 
@@ -45,13 +46,15 @@ def is_conv1d(module: nn.Module) -> bool:
 def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], ignore: Sequence[str]) -> list[Site]:
     """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
 
-    Without `target` patterns every linear layer inside the blocks is one. A pattern is a glob on the module path or
-    `re:...`; one that matches nothing is an InputError, and so is a layer whose weight is tied to another.
+    Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts. A pattern
+    is a glob on the module path or `re:...`; one that matches nothing is an InputError, and so is a layer whose weight
+    is tied to another.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
-    wanted = (
-        _matching(linears, target, "--target") if target else [n for n in linears if _block(n, blocks) < len(blocks)]
-    )
+    if target:
+        wanted = set(_matching(linears, target, "--target"))
+    else:
+        wanted = {name for name in linears if _block(name, blocks) < len(blocks)} - _routers(model, linears)
     dropped = set(_matching(linears, ignore, "--ignore"))
     sites = []
     for name in linears:
@@ -61,6 +64,20 @@ def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], i
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")
     return sites
+
+
+def _routers(model: nn.Module, linears: Iterable[str]) -> set[str]:
+    """Those of the layers that choose among experts: the only one of a module beside these, an output for each."""
+    found = set()
+    for holder, experts in linear_experts(model).items():
+        parent = holder.rpartition(".")[0]
+        for name, _ in model.get_submodule(parent).named_children():
+            beside = f"{parent}.{name}"
+            within = [linear for linear in linears if linear == beside or linear.startswith(beside + ".")]
+            if beside != holder and len(within) == 1:
+                outputs = model.get_submodule(within[0]).weight.shape[0]  # type: ignore[operator,union-attr,index]
+                found |= set(within) if outputs == experts.count else set()
+    return found
 
 
 def group_sites(sites: Sequence[Site], groups: dict[str, str]) -> list[Site]:

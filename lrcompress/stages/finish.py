@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.budget import Ratio
+from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import site_bytes, site_numbers
-from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.formats import DENSE
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes, versions
 from lrcompress.stages.allocate import Plan
@@ -17,7 +18,8 @@ NARROW_SOURCES = ("python-docs", "self")
 def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) -> dict[str, Any]:
     """The report so far; evaluation adds to it. `seconds.total` covers everything up to here."""
     recipe = opened.request.recipe
-    reader = CheckpointReader(folder)
+    compressed = [name for name, spec in plan.specs.items() if spec.format != DENSE]
+    reader = ExpertReader(folder, opened.skeleton, compressed)  # experts that all stayed dense are fused in the files
     ratio = Ratio(
         asked=recipe.ratio,
         of=recipe.ratio_of,

@@ -1,5 +1,6 @@
 """What a compression will need, known before the long work: memory, disk and, roughly, time."""
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -60,8 +61,10 @@ def check_memory(opened: Opened, needed: Needs, reporter: Reporter) -> None:
     if allowed is not None and needed.memory_bytes > parse_size(allowed):
         raise ResourceError(f"{about}, --memory allows {allowed}: {cure}")
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    if allowed is None and needed.memory_bytes > free:
-        reporter.warn(f"{about}, {free / 1e6:.0f} MB are free: {cure}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if allowed is None and here * needed.memory_bytes > free:
+        each = "" if here == 1 else f" in each of {here} processes"
+        reporter.warn(f"{about}{each}, {free / 1e6:.0f} MB are free: {cure}")
 
 
 def memory_need(opened: Opened) -> int:

@@ -137,7 +137,7 @@ class Workspace:
         """Remove from the output folder what publishing needs, or a run that ended meanwhile has left behind."""
         if (self.output / MARKER).exists():
             _remove(self.output / REPLACED)
-            (self.output / MARKER).unlink()
+            (self.output / MARKER).unlink(missing_ok=True)  # another process may have been here
 
 
 @contextmanager

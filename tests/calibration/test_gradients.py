@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lrcompress.calibration.collect import InputCollector, token_weights
 from lrcompress.calibration.gradients import GradientCollector, backward_block, loss_gradients
 from lrcompress.errors import InputError
+from lrcompress.protocols import Site
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import check_request, open_request
@@ -24,6 +26,28 @@ def walked(model, folder, **changes):
         with opened.walker.block(block) as module:
             walk.step(block, module, [], lambda: None)
     return opened, walk
+
+
+def test_a_layer_that_nothing_is_differentiated_through_has_no_gradient():
+    """DeepSeek's indexer chooses tokens under no_grad."""
+
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.index, self.layer = nn.Linear(4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            with torch.no_grad():
+                chosen = self.index(x).argmax()
+            return self.layer(x) * chosen
+
+    model = Chooses().requires_grad_(False)
+    sites = [Site("index", (3, 4), 0, "index", True), Site("layer", (5, 4), 0, "layer", True)]
+    with GradientCollector(model, sites, gram=True) as collector:
+        model(torch.randn(6, 4, requires_grad=True)).sum().backward()
+    moments = collector.moments(torch.device("cpu"))
+    assert not moments["index"].any()
+    assert moments["index"].shape == (3, 3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
