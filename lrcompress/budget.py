@@ -74,7 +74,7 @@ def parse_size(text: str) -> int:
         number = float(match.group(1)) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or unit not in units or not number > 0:
+    if match is None or unit not in units or not 0 < number < 2**63:
         raise InputError(f"size {text!r} is not understood: write it like 200MB or 1.5GB")
     return int(number * units[unit])
 

@@ -10,8 +10,10 @@ from typing import Any
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import Source, split_source
+from lrcompress.checkpoint.cache import file_digest
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_model, short_name
+from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import Result, errors_in_words
@@ -59,15 +61,16 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     before = load_report(source)
     recipe = make_recipe(before["recipe"], "the checkpoint's report") if before is not None else None
     output = Path(spec.output or f"{short_name(spec.checkpoint)}-healed").expanduser()
-    if resume and (finished := _finished(output, spec)):
+    made_from = _made_from(source, dense, sources)
+    if resume and (finished := _finished(output, spec, made_from)):
         reporter.say(f"{output} is finished already")
         return Result(output, finished)
     read = [source, *(data.path for data in sources if data.path is not None)]
     read += [] if dense is None or (local := check_model(dense)) is None else [local]
     workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=read)
-    with errors_in_words(device, f"run again with --resume to continue {workspace.partial}"), workspace:
+    with workspace, errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
         if team.first:
-            _begin(workspace, source, spec)
+            _begin(workspace, source, spec, made_from)
         team.wait()
         train, held_out = _rows(spec, source, dense, sources)
         teacher = None
@@ -81,7 +84,7 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
             workspace.partial, settings, train, held_out, teacher, workspace.scratch / "training", reporter,
             trust_remote_code=spec.trust_remote_code,
         )  # fmt: skip
-        found |= {"asked": _asked(spec), "dense": dense, "seconds": time.perf_counter() - start}
+        found |= {"asked": _asked(spec), "made_from": made_from, "dense": dense, "seconds": time.perf_counter() - start}
         report = _report(spec, before, found, reporter)
         if team.first:
             write_json(workspace.partial / "report.json", report)
@@ -107,10 +110,30 @@ def _asked(spec: HealSpec) -> dict[str, Any]:
     return {**asked, "data": list(spec.data)}
 
 
-def _finished(output: Path, spec: HealSpec) -> dict[str, Any] | None:
-    """The report of a finished run of the same spec, None where there is none."""
+def _made_from(source: Path, dense: str | None, sources: Sequence[Source]) -> dict[str, Any]:
+    """The files that a run reads, so far as they can be told apart without opening them."""
+    texts = {data.name: data.path for data in sources if data.path is not None}
+    return {
+        "checkpoint": files_identity(source),
+        "dense model": None if dense is None else files_identity(check_model(dense) or open_model(dense).folder),
+        "text": {name: file_digest(path) for name, path in sorted(texts.items())},
+    }
+
+
+def _finished(output: Path, spec: HealSpec, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a finished run of the same spec, None where there is none; InputError where its files changed."""
     report = read_report(output) or {}
-    return report if report.get("healed", {}).get("asked") == _asked(spec) else None
+    healed = report.get("healed")
+    if not isinstance(healed, dict) or healed.get("asked") != _asked(spec):
+        return None
+    before = healed.get("made_from")
+    changed = [key for key, value in made_from.items() if not isinstance(before, dict) or before.get(key) != value]
+    if changed:
+        raise InputError(
+            f"{output} holds a finished run, and {', '.join(changed)} changed since: choose another -o, or pass "
+            "--overwrite without --resume"
+        )
+    return report
 
 
 def _parsed(text: str) -> Source:
@@ -132,16 +155,17 @@ def _dense_model(spec: HealSpec, folder: Path) -> str | None:
     return str(dense)
 
 
-def _begin(workspace: Workspace, source: Path, spec: HealSpec) -> None:
-    """Copy the checkpoint, unless an earlier run has, and remember what this one is."""
-    workspace.claim({"asked": _asked(spec), "checkpoint": files_identity(source), "versions": versions()})
+def _begin(workspace: Workspace, source: Path, spec: HealSpec, made_from: dict[str, Any]) -> None:
+    """Copy the checkpoint but for its report, unless an earlier run has, and remember what this one is."""
+    workspace.claim({"asked": _asked(spec), **made_from, "versions": versions()})
     workspace.check_room(3 * sum(path.stat().st_size for path in source.iterdir() if path.is_file()))
     copied = workspace.scratch / "copied"
     if not copied.exists():
-        for path in source.iterdir():
-            if path.is_file():
-                shutil.copyfile(path, workspace.partial / path.name)
-        copied.touch()
+        with disk_errors(workspace.partial):
+            for path in source.iterdir():
+                if path.is_file() and path.name != "report.json":
+                    shutil.copyfile(path, workspace.partial / path.name)
+            copied.touch()
 
 
 def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]) -> tuple[Rows, Rows]:

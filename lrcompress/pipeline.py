@@ -13,7 +13,7 @@ import torch
 from lrcompress.bases import is_computed
 from lrcompress.budget import removed
 from lrcompress.checkpoint.cache import file_digest
-from lrcompress.checkpoint.opening import check_model, open_model, read_config_file, short_name
+from lrcompress.checkpoint.opening import check_model, named_path, open_model, read_config_file, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
@@ -266,7 +266,7 @@ def output_folder(recipe: Recipe) -> Path:
     """Where the recipe's checkpoint goes."""
     base = [] if recipe.base is None else [_base_name(recipe.base)]
     name = "-".join([short_name(recipe.model), recipe.method.name, *base, _amount_name(recipe)])
-    return Path(recipe.output or name).expanduser()
+    return named_path(recipe.output or name, "output")
 
 
 def _amount_name(recipe: Recipe) -> str:
@@ -315,6 +315,7 @@ def identity(opened: Opened) -> dict[str, Any]:
         **made_from(opened.request),
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
         "number of processes": processes().size,
+        "kind of device": [opened.request.device.type, str(opened.walker.dtype)],
         "versions": computing_versions(),
     }
 
@@ -357,7 +358,8 @@ def _finished(folder: Path, request: Request) -> dict[str, Any] | None:
             f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
             "pass --overwrite without --resume"
         )
-    files = report.get("made_from") or {}
+    files = report.get("made_from")
+    files = files if isinstance(files, dict) else {}
     changed = [key for key, value in made_from(request).items() if files.get(key) != value]
     if changed:
         raise InputError(

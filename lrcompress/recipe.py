@@ -51,8 +51,8 @@ class CalibrationSpec(_Strict):
     """One calibration source."""
 
     source: str = "python-docs"
-    samples: int = pydantic.Field(32, ge=1)
-    seqlen: int = pydantic.Field(1024, ge=8)
+    samples: int = pydantic.Field(32, ge=1, le=2**31)
+    seqlen: int = pydantic.Field(1024, ge=8, le=2**31)
 
 
 class MethodSpec(pydantic.BaseModel):
@@ -95,7 +95,7 @@ class Recipe(_Strict):
     """The whole checkpoint's bytes at most, such as 200MB, instead of a ratio."""
     max_loss: Loss | None = None
     """How far perplexity on held-out calibration text may rise, such as 2%, instead of a ratio."""
-    rank: int | None = pydantic.Field(None, ge=0)
+    rank: int | None = pydantic.Field(None, ge=0, le=2**31)
     """One rank for all weights instead of a ratio (eora: of the correction)."""
     base: str | None = None
     """What eora corrects: such as rtn:4:64, or the folder of a compressed checkpoint."""
@@ -109,7 +109,7 @@ class Recipe(_Strict):
     ignore: list[str] = []
     device: str = "auto"
     dtype: DtypeName = "auto"
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=-(2**63), lt=2**63)
     shard_size: str = "5GB"
     memory: Size | None = None
     """Refuse to begin where more resident memory than this is predicted to be needed, such as 4GB."""
@@ -226,7 +226,7 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 def validated(model: type[M], data: dict[str, Any], origin: str) -> M:
     """An instance of `model`; the first mistake is an InputError naming its key (an unknown one: the nearest)."""
     try:
-        return model(**data)
+        return model.model_validate(data)
     except pydantic.ValidationError as error:
         raise InputError(f"{origin}: {_explain(error, model)}") from error
 
@@ -258,7 +258,7 @@ def _read(name: str, overrides: list[str]) -> tuple[Path, Any]:
     path = find_recipe(name)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, brackets without end
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     for override in overrides:
         apply_override(data, override)
@@ -292,7 +292,7 @@ def split_assignment(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {text!r}: write key=value")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"--set {text!r}: the value is not valid YAML") from error
     try:  # YAML 1.1 reads 1e-3 as text
         return key, float(parsed) if isinstance(parsed, str) else parsed

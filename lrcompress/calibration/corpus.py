@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.model.skeleton import library_errors
 
 MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
 """Held-out windows a source that the result is judged by: one for so many calibration samples."""
@@ -20,6 +21,10 @@ HELD_OUT = 10
 """One part in this many of a source is held out: its end, never calibrated on."""
 JOIN = "\n\n"
 """Between the texts of a source."""
+BAD_TOKENIZER = (
+    "the text cannot be tokenised",
+    "are the model's tokenizer files whole, and is the text valid Unicode?",
+)
 BUILT_IN = ("wikitext2", "c4", "python-docs", "self")
 
 
@@ -107,7 +112,7 @@ def _file_documents(path: Path, field: str) -> list[str]:
             return [file.read()]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (json.JSONDecodeError, ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
@@ -149,12 +154,14 @@ def _hub_rows(path: str, config: str, split: str, limit: int | None = None) -> l
 def bos_prefix(tokenizer: Any) -> list[int]:
     """[BOS] where the tokenizer begins a text with it, else []."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    with library_errors(*BAD_TOKENIZER):
+        return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any) -> Tensor:
     """(n,) int64 tokens of the texts joined by blank lines, without special tokens."""
-    ids = tokenizer(JOIN.join(texts), add_special_tokens=False, verbose=False).input_ids
+    with library_errors(*BAD_TOKENIZER):
+        ids = tokenizer(JOIN.join(texts), add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -175,9 +182,10 @@ def split_held_out(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def held_out_documents(texts: Sequence[str], tokenizer: Any) -> list[str]:
     """What `split_held_out` holds out of the texts' tokens, as text: all behind the last character to calibrate on."""
-    encoded = tokenizer(
-        JOIN.join(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
-    )
+    with library_errors(*BAD_TOKENIZER):
+        encoded = tokenizer(
+            JOIN.join(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+        )
     read, held = split_held_out(torch.tensor(encoded.input_ids, dtype=torch.int64))
     if not tokenizer.is_fast:  # it does not say where its tokens stand
         return [tokenizer.decode(held, clean_up_tokenization_spaces=False)] if len(held) else []
@@ -195,6 +203,8 @@ def calibration_blocks(
     seed: int,
     folder: Path,
     held_out_windows: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Calibration:
     """Blocks of every (source, samples, seqlen), drawn without replacement by `seed`.
 
@@ -206,7 +216,8 @@ def calibration_blocks(
     for source, samples, seqlen in sources:
         windows = held_out_windows or min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
         if source.name == "self":
-            blocks = sample_from_model(folder, tokenizer, samples + windows, seqlen, seed)
+            count = samples + windows
+            blocks = sample_from_model(folder, tokenizer, count, seqlen, seed, trust_remote_code=trust_remote_code)
             chosen.append(blocks[:samples])
             held_out.append(blocks[samples:])
             continue
@@ -224,13 +235,20 @@ def calibration_blocks(
 
 
 def held_out_blocks(
-    sources: Iterable[tuple[Source, int, int]], tokenizer: Any, seed: int, folder: Path, most: int
+    sources: Iterable[tuple[Source, int, int]],
+    tokenizer: Any,
+    seed: int,
+    folder: Path,
+    most: int,
+    *,
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """(windows, seqlen): at most the first `most` held-out windows of every source; of `self`, text of its own."""
     found, prefix = [], bos_prefix(tokenizer)
     for source, _, seqlen in sources:
         if source.name == "self":
-            found.append(sample_from_model(folder, tokenizer, most, seqlen, seed + 1))
+            made = sample_from_model(folder, tokenizer, most, seqlen, seed + 1, trust_remote_code=trust_remote_code)
+            found.append(made)
         else:
             found.append(cut_blocks(split_held_out(tokenise(documents(source), tokenizer))[1], seqlen, prefix)[:most])
     return torch.cat(found)
@@ -238,7 +256,10 @@ def held_out_blocks(
 
 def shares(weights: Sequence[float], samples: int) -> list[int]:
     """`samples` split in proportion to `weights`: whole numbers that add up, the largest remainders rounded up."""
-    exact = [w / sum(weights) * samples for w in weights]
+    total = sum(weights)
+    if not math.isfinite(total):
+        raise InputError(f"the sources' weights add up to {total:g}: use smaller ones")
+    exact = [w / total * samples for w in weights]
     counts = [math.floor(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: samples - sum(counts)]:
@@ -247,25 +268,30 @@ def shares(weights: Sequence[float], samples: int) -> list[int]:
 
 
 @torch.no_grad()
-def sample_from_model(folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
+def sample_from_model(
+    folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int, *, trust_remote_code: bool = False
+) -> Tensor:
     """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
-    ids = torch.full((samples, 1), start or 0, dtype=torch.int64)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
-            temperature=1.0,
-            min_new_tokens=seqlen - 1,
-            max_new_tokens=seqlen - 1,
-            pad_token_id=start or 0,
-        )
+    with library_errors("the model cannot write text to calibrate on", "use a shorter --seqlen or a text file"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code
+        ).eval()
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
+        ids = torch.full((samples, 1), start or 0, dtype=torch.int64)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                min_new_tokens=seqlen - 1,
+                max_new_tokens=seqlen - 1,
+                pad_token_id=start or 0,
+            )
     return made[:, :seqlen].to(torch.int64)

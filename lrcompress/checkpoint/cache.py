@@ -71,7 +71,8 @@ def conversion_folder(path: Path) -> Path:
 def content_digest(folder: Path) -> str:
     """Of everything that a model and its tokenizer are read from; equal for equal bytes, wherever they lie."""
     paths = sorted(folder.iterdir())
-    return files_digest(path for path in paths if path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT)
+    read = (path for path in paths if path.suffix in READ_BY_MODELS and path.is_file())
+    return files_digest(path for path in read if path.name not in WRITTEN_ABOUT)
 
 
 def files_digest(paths: Iterable[Path]) -> str:

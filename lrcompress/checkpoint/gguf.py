@@ -14,7 +14,7 @@ from torch import Tensor
 from lrcompress.checkpoint.cache import conversion_folder
 from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
 from lrcompress.errors import InputError
-from lrcompress.model.skeleton import check_sizes, empty_model
+from lrcompress.model.skeleton import check_sizes, empty_model, library_errors
 
 SHARD_BYTES = 5 * 10**9
 BIAS_SWITCHES = ("attention_bias", "mlp_bias")
@@ -30,7 +30,8 @@ def converted_gguf(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        _convert(path, temporary)
+        with library_errors(f"{path} cannot be read as GGUF", "download it again"):
+            _convert(path, temporary)
         if not folder.exists():  # another process may have been faster
             temporary.rename(folder)
     finally:
@@ -41,11 +42,8 @@ def converted_gguf(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
-    try:
-        reader = GGUFReader(path)
-        config, tokenizer = _read_metadata(path)
-    except (ValueError, OSError, KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path} cannot be read as GGUF ({error}): download it again") from error
+    reader = GGUFReader(path)
+    config, tokenizer = _read_metadata(path)
     check_sizes(config, len(reader.tensors), sum(int(tensor.n_elements) for tensor in reader.tensors))
     model: Any = empty_model(config)
     names, processor = _names(model, reader)

@@ -39,11 +39,23 @@ def demo_file() -> Path:
     return files[0]
 
 
+def named_path(text: str, what: str) -> Path:
+    """The path that a user means; InputError where no file can be called so."""
+    try:
+        if "\0" in text:  # of such a one Path.exists says no
+            raise ValueError("it holds a zero byte")
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero, of no user
+        raise InputError(f"{what} {text[:80]!r} is no path that can be read ({error})") from error
+    return path
+
+
 def check_model(model: str) -> Path | None:
     """The local path that MODEL means, None for a hub id; cheap, reads nothing. InputError where it cannot exist."""
     if model == "demo":
         return demo_file()
-    path = Path(model).expanduser()
+    path = named_path(model, "model")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.checkpoint.reader import DTYPE_NAMES, read_header
-from lrcompress.errors import ResourceError
+from lrcompress.errors import InputError, ResourceError
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
 MODEL = "model"
@@ -180,12 +180,15 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:
     """Tokenizer, generation config and the like; no weights, no config, nothing that we wrote about the checkpoint."""
     allowed = {".json", ".txt", ".model", ".jinja"} | ({".py"} if code else set())
-    skipped = {"config.json", "report.json", "plan.json"}
+    skipped = {"config.json", "report.json", "plan.json", "adapter_config.json"}
     with disk_errors(folder):
         for path in sorted(source.iterdir()):
             named = path.name in skipped or path.name.endswith(".safetensors.index.json")
             if path.is_file() and path.suffix in allowed and not named:
-                shutil.copyfile(path, folder / path.name)
+                try:
+                    shutil.copyfile(path, folder / path.name)
+                except PermissionError as error:
+                    raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 @contextmanager

@@ -117,9 +117,13 @@ Memory = Annotated[
 def _use_cache(folder: Path | None) -> Path | None:
     """Through the environment, where the libraries of ours that read it, and processes of ours, find it."""
     if folder is not None:
-        if folder.exists() and not folder.is_dir():
+        try:
+            wrong = folder.exists() and not folder.is_dir()
+            os.environ["LRCOMPRESS_CACHE"] = str(folder.expanduser().absolute())
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--cache {str(folder)[:80]} cannot be used ({error})") from error
+        if wrong:
             raise InputError(f"--cache {folder} is no folder")
-        os.environ["LRCOMPRESS_CACHE"] = str(folder.expanduser().absolute())
     return folder
 
 

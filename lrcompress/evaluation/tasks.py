@@ -57,7 +57,7 @@ def _parse(text: str) -> Task:
     kind, colon, rest = text.partition(":")
     if colon and kind == "tokens":
         spec, at, length = rest.rpartition("@")
-        if not at or not length.isdigit() or int(length) < 2:
+        if not at or not length.isdigit() or not 2 <= int(length) < 2**31:
             raise InputError(f"task {text!r}: write tokens:SPEC@LENGTH, such as tokens:python-docs@512")
         source = parse_source(spec)
         return Task(text, f"tokens:{_short(source)}@{length}", "tokens", source, int(length))

@@ -154,7 +154,8 @@ class BlockWalker:
         handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
         try:
             with torch.no_grad(), self._blocks_replaced(run):
-                self._forward(torch.arange(4))
+                tokens: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+                self._forward(torch.arange(4) % tokens)
         except _HiddenCaptured:
             return [name for name in names if name in own - seen]
         finally:

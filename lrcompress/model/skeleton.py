@@ -11,6 +11,9 @@ from torch import nn
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.model.device import out_of_memory
 
+MOST_POSITIONS = 10**8
+"""More positions than any model has."""
+
 
 @contextmanager
 def library_errors(what: str, cure: str = "") -> Iterator[None]:
@@ -46,6 +49,8 @@ def check_sizes(config: object, tensors: int, numbers: int) -> None:
         # Experts have tensors of their own, or are slices of tensors in which each has a number per channel at least.
         experts = max(tensors, numbers // max(width, 1) if isinstance(width, int) else 0)
         limits = {"num_hidden_layers": tensors, "hidden_size": numbers, "intermediate_size": numbers}
+        limits |= {"head_dim": numbers, "num_attention_heads": numbers, "num_key_value_heads": numbers}
+        limits |= {"max_position_embeddings": max(numbers, MOST_POSITIONS)}  # they need no numbers where they rotate
         limits |= {"vocab_size": numbers, **{key: experts for key in vars(language) if "experts" in key}}
         asked = {key: getattr(language, key, 0) for key in limits}
     for key, limit in limits.items():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrcompress.calibration.gradients import with_gradients
@@ -50,7 +50,7 @@ class KeptStatistics:
     def complete(self) -> bool:
         """Whether every block's statistics are there."""
         blocks = {site.block for site in self._sites}
-        return self._folder is not None and all(self._path(self._folder, block).exists() for block in blocks)
+        return self._folder is not None and all(_is_readable(self._path(self._folder, block)) for block in blocks)
 
     def load(self, block: int) -> dict[str, InputStatistics]:
         """One block's, as they were saved."""
@@ -88,6 +88,15 @@ class KeptStatistics:
     @staticmethod
     def _path(folder: Path, block: int) -> Path:
         return folder / f"block-{block:05d}.safetensors"
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether statistics that we have written are there, and whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.endswith(SECOND) for name in file.keys())
+    except (OSError, SafetensorError):
+        return False
 
 
 def statistics_key(opened: Opened) -> dict[str, Any]:

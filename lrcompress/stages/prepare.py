@@ -1,5 +1,6 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,11 @@ from lrcompress.stages.costs import Costs, costs
 
 FILE_HEADER = 64
 """Bytes of the header of a file beside its tensors' entries, at most."""
+
+
+ADAPTER = "adapter_config.json"
+IGNORED = "_keys_to_ignore_on_load_unexpected"
+"""Where transformers' models keep patterns of tensors that belong to no parameter of theirs."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class Opened:
     def dense_checkpoint_bytes(self) -> int:
         """Bytes of the whole dense checkpoint at the dtype to write."""
         added = {f"{site.name}.bias" for site in self.sites if site.stored is not None and site.stored.added_bias}
-        metas = [self.reader.meta(name) for name in self.reader.names() if name not in added]
+        known = set(self.walker.names.values())
+        metas = [self.reader.meta(name) for name in self.reader.names() if name in known and name not in added]
         return sum(meta.numel() * self.written_dtype(meta).itemsize for meta in metas)
 
     def written_dtype(self, tensor: torch.Tensor) -> torch.dtype:
@@ -204,6 +211,11 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
     model = open_model(recipe.model)
+    if (model.folder / ADAPTER).exists():
+        raise InputError(
+            f"model {recipe.model} has an adapter beside its weights ({ADAPTER}), which transformers loads with it: "
+            "merge it into the weights with PEFT's merge_and_unload, or move it out of the folder"
+        )
     config = read_sound_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     experts = linearise(skeleton)
@@ -216,7 +228,10 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
-    opened = Opened(request, model, reader, skeleton, walker, _called(sites, walker, reporter), dtype, None, experts)
+    with library_errors(f"model {recipe.model} cannot be run as its config says"):
+        sites = _called(sites, walker, reporter)
+    opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
+    warn_left_out(opened, reporter)
     opened.sites = [replace(site, itemsize=_dense_itemsize(opened, site)) for site in opened.sites]
     return opened
 
@@ -384,7 +399,9 @@ def calibrate_model(opened: Opened) -> None:
     wanted = opened.request.method.needs_statistics
     sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
     windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
-    opened.calibration = calibration_blocks(sources, tokenizer, recipe.seed, opened.model.folder, windows)
+    opened.calibration = calibration_blocks(
+        sources, tokenizer, recipe.seed, opened.model.folder, windows, trust_remote_code=recipe.trust_remote_code
+    )
     ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
@@ -426,6 +443,18 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
             f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}"
         )
     return left
+
+
+def warn_left_out(opened: Opened, reporter: Reporter) -> None:
+    """Say which tensors of the files the model has no place for, but for those that transformers passes over too."""
+    known, passed = set(opened.walker.names.values()), getattr(opened.skeleton, IGNORED, None) or ()
+    left = [name for name in opened.reader.names() if name not in known and not any(re.search(p, name) for p in passed)]
+    if left:
+        size = sum(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, left))
+        reporter.warn(
+            f"{len(left)} tensors of the checkpoint, {size / 1e6:.1f} MB, have no place in the model that its config "
+            f"describes and are left out, {left[0]} first"
+        )
 
 
 def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:

@@ -45,7 +45,8 @@ class Artefacts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def paths(self, block: int) -> list[Path]:
         """The files of a block, one a process."""
@@ -83,14 +84,21 @@ class Artefacts:
 
     def load(self, site: Site, only: Sequence[str] | None = None) -> dict[str, Tensor]:
         """A site's artefact, or only the named tensors of it, such as SUMMARY."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         for path in self.paths(site.block):
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(site.name + "|")]
-                keys = {name: name.rpartition("|")[2] for name in names}
-                if keys:
-                    return {k: file.get_tensor(name).clone() for name, k in keys.items() if only is None or k in only}
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in file.keys() if name.startswith(site.name + "|")]
+                    keys = {
+                        name: name.rpartition("|")[2]
+                        for name in names
+                        if only is None or name.rpartition("|")[2] in only
+                    }
+                    if names:
+                        return {key: file.get_tensor(name).clone() for name, key in keys.items()}
+            except SafetensorError as error:
+                raise InputError(f"{path} is damaged ({error}): run without --resume to start afresh") from error
         raise ValueError(f"{site.name} has not been decomposed")
 
 
@@ -143,7 +151,8 @@ class HiddenWalk:
         assert opened.calibration is not None
         team, every = processes(), opened.calibration
         folder = folder if team.first else folder.with_name(f"{folder.name}-{team.rank + 1}")
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._opened, self.folder, self._stem = opened, folder, stem
         self.numbers = team.samples(len(every.ids))
         self.ids = every.ids[list(self.numbers)]

@@ -114,8 +114,9 @@ def _remember(journal: Path, known: dict[str, Any]) -> None:
 def _windows(opened: Opened) -> Tensor:
     """(blocks, length) held-out calibration text that candidates are measured on."""
     recipe = opened.request.recipe
-    tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
-    return held_out_blocks(opened.request.sources, tokenizer, recipe.seed, opened.model.folder, WINDOWS)
+    trust, folder = recipe.trust_remote_code, opened.model.folder
+    tokenizer = opened.model.tokenizer(trust_remote_code=trust)
+    return held_out_blocks(opened.request.sources, tokenizer, recipe.seed, folder, WINDOWS, trust_remote_code=trust)
 
 
 def _measure(opened: Opened, ratio: float, scratch: Path, blocks: Tensor, dense: float, write: Write) -> dict[str, Any]:

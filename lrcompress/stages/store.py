@@ -275,7 +275,10 @@ class Layout:
         if name in self._empty:
             return torch.empty(0, dtype=self._opened.dtype)
         tensor = self._opened.reader.tensor(self._key(name))
-        return tensor.to(self._opened.written_dtype(tensor))
+        written = tensor.to(self._opened.written_dtype(tensor))
+        if written.is_floating_point() and not all_finite(written):
+            raise ArithmeticError(f"{name} does not fit into {written.dtype}")
+        return written
 
 
 class HeldOutCheck:

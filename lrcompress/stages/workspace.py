@@ -30,8 +30,8 @@ class Workspace:
     """
 
     def __init__(self, output: Path, *, overwrite: bool, resume: bool, inputs: Iterable[Path] = ()) -> None:
-        self.output, self.inputs = output, list(inputs)
-        self.partial = output.with_name(output.name + ".partial")
+        self.output, self.partial = _named(output)
+        self.inputs = list(inputs)
         self.scratch = self.partial / "scratch"
         self.overwrite, self.resume = overwrite, resume
         self._lock: BinaryIO | None = None
@@ -45,6 +45,10 @@ class Workspace:
             raise InputError(f"output {self.output} holds {held}, which is read: choose another -o")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file: name a folder with -o")
+        if os.path.ismount(self.output):
+            raise InputError(f"output {self.output} is where a disk is mounted: name a folder in it with -o")
+        if self.partial.exists() and not self.partial.is_dir():
+            raise InputError(f"{self.partial} is in the way and is not ours: move it, or choose another -o")
         if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
             raise InputError(f"output folder {self.output} is not empty: choose another with -o, or pass --overwrite")
         if self.partial.exists() and not (self.partial / MARKER).exists() and any(self.partial.iterdir()):
@@ -57,22 +61,36 @@ class Workspace:
         return self
 
     def _open(self) -> None:
+        if not self.resume:
+            self._give_back()
         self.check()
         self.continued = self.resume and (self.partial / MARKER).exists()
         try:
             with disk_errors(self.partial):
                 self.partial.mkdir(parents=True, exist_ok=True)
-                self._lock = (self.partial / MARKER).open("a+b")
+                self._lock = self._locked()
+                if not self.continued:
+                    self._clear()
+                self.scratch.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.partial} cannot be written ({error.strerror}): choose another -o") from error
+
+    def _locked(self) -> BinaryIO:
+        """The marker, held until it is closed; InputError where another run holds it."""
+        lock = (self.partial / MARKER).open("a+b")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            lock.close()
             raise InputError(f"another run is writing {self.partial}: wait for it, or choose another -o") from error
-        if not self.continued:
-            self._clear()
-        self.scratch.mkdir(exist_ok=True)
+        return lock
+
+    def _give_back(self) -> None:
+        """Put the folder that a run was about to replace back, where it was killed just then."""
+        replaced = self.partial / REPLACED
+        if not self.output.exists() and replaced.is_dir() and (self.partial / MARKER).exists():
+            with self._locked():
+                replaced.rename(self.output)
 
     def _clear(self) -> None:
         for path in self.partial.iterdir():
@@ -93,7 +111,7 @@ class Workspace:
         if not processes().first:
             return
         if path.exists():
-            before = json.loads(path.read_text())
+            before = _notes(path)
             changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
             if changed:
                 raise InputError(
@@ -102,7 +120,8 @@ class Workspace:
                 )
         else:
             self._clear()  # what lies here belongs to nothing that is known
-            self.scratch.mkdir()
+            with disk_errors(self.partial):
+                self.scratch.mkdir()
             write_json(path, identity)
 
     def check_room(self, needed: int) -> None:
@@ -128,9 +147,18 @@ class Workspace:
 
     def _publish(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        if self.output.exists():
-            self.output.rename(self.partial / REPLACED)
-        self.partial.rename(self.output)
+        replaced = self.partial / REPLACED
+        try:
+            if self.output.exists():
+                self.output.rename(replaced)
+            self.partial.rename(self.output)
+        except OSError as error:
+            if replaced.exists() and not self.output.exists():
+                replaced.rename(self.output)
+            raise ResourceError(
+                f"the result is finished in {self.partial} but cannot be moved to {self.output} ({error.strerror}): "
+                "make room for it there and run again with --resume"
+            ) from error
         self.forget()
 
     def forget(self) -> None:
@@ -138,6 +166,30 @@ class Workspace:
         if (self.output / MARKER).exists():
             _remove(self.output / REPLACED)
             (self.output / MARKER).unlink(missing_ok=True)  # another process may have been here
+
+
+def _named(output: Path) -> tuple[Path, Path]:
+    """An output folder, where it is a link what that leads to, and its DIR.partial; InputError where none can be."""
+    try:
+        output = output.resolve() if output.is_symlink() else output
+        partial = output.with_name(output.name + ".partial")
+        partial.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"output {str(output)[:80]!r} cannot be a folder's name ({error}): choose another -o"
+        ) from error
+    return output, partial
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What identity.json says; InputError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"cannot resume: {path} is damaged; run without --resume to start afresh")
+    return found
 
 
 @contextmanager
@@ -187,10 +239,13 @@ def files_identity(model: Path) -> str:
     By name, size, time of change and beginning.
     """
     digest = hashlib.sha256()
-    for path in sorted(model.iterdir()) if model.is_dir() else [model]:
-        if path.suffix in (*READ_BY_MODELS, ".gguf") and path.name not in WRITTEN_ABOUT:
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 16))
+    try:
+        for path in sorted(model.iterdir()) if model.is_dir() else [model]:
+            if path.suffix in (*READ_BY_MODELS, ".gguf") and path.name not in WRITTEN_ABOUT and path.is_file():
+                stat = path.stat()
+                digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(1 << 16))
+    except OSError as error:
+        raise InputError(f"model {model} cannot be read ({error})") from error
     return digest.hexdigest()

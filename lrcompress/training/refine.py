@@ -31,7 +31,8 @@ def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> d
     ids = calibration.ids
     if not len(ids):  # the method itself read no text
         tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
-        ids = calibration_blocks(request.sources, tokenizer, recipe.seed, opened.model.folder).ids
+        dense, trust = opened.model.folder, recipe.trust_remote_code
+        ids = calibration_blocks(request.sources, tokenizer, recipe.seed, dense, trust_remote_code=trust).ids
     rows, held_out = Rows.of_blocks(ids), Rows.of_blocks(calibration.held_out)
     settings = Settings(
         distill="features",

@@ -38,7 +38,7 @@ def write(tmp_path, monkeypatch):
     """write(bias, extra): the file of a random Llama, and that model."""
     monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "cache"))
 
-    def run(bias, extra=None):
+    def run(bias, extra=None, width=32, tokens=256):
         torch.manual_seed(0)
         config = LlamaConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
@@ -51,7 +51,7 @@ def write(tmp_path, monkeypatch):
         path = tmp_path / "model.gguf"
         writer = GGUFWriter(path, "llama")
         writer.add_context_length(64)
-        writer.add_embedding_length(32)
+        writer.add_embedding_length(width)
         writer.add_block_count(2)
         writer.add_feed_forward_length(48)
         writer.add_head_count(HEADS)
@@ -61,7 +61,7 @@ def write(tmp_path, monkeypatch):
         writer.add_vocab_size(256)
         writer.add_tokenizer_model("gpt2")
         pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
-        writer.add_token_list([*pieces[:-1], "ab"])
+        writer.add_token_list([*pieces[:-1], "ab"][:tokens])
         writer.add_token_types([1] * 256)
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(0)
@@ -88,6 +88,13 @@ def test_every_tensor_is_read(write, bias):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(load(folder)(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"width": 64}, {"width": 48}, {"tokens": 100}])
+def test_a_file_that_contradicts_itself_is_refused(write, wrong):
+    path, _ = write(False, **wrong)
+    with pytest.raises(InputError, match="cannot be read as GGUF"):
+        open_dense(str(path))
 
 
 def test_a_tensor_without_a_place_is_refused(write):

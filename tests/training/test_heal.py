@@ -13,6 +13,8 @@ from lrcompress.calibration.corpus import Source
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.heal import HealSpec, heal
+from lrcompress.pipeline import compress
+from lrcompress.recipe import make_recipe
 from lrcompress.report.summary import load_report
 from lrcompress.training.loop import Healer
 from lrcompress.training.rows import IGNORED, gather
@@ -141,6 +143,26 @@ def test_an_interrupted_run_resumed_ends_with_the_same_numbers(checkpoint, tmp_p
     assert result.report["healed"]["steps"] == 8
     assert [entry["step"] for entry in result.report["healed"]["history"]] == list(range(1, 9))
     assert healed(source, tmp_path / "cut", resume=True, **settings).report == result.report  # done: nothing to do
+
+
+def test_resuming_with_another_text_or_as_another_command_is_refused(checkpoint, tmp_path, monkeypatch, corpus):
+    source, text = checkpoint("low_rank"), tmp_path / "text.txt"
+    text.write_text(corpus.read_text())
+
+    def run(output, **options):
+        settings = Settings(steps=2, batch=4, device="cpu")
+        return heal(HealSpec(str(source), [str(text)], 8, SEQLEN, output=str(output), settings=settings), **options)
+
+    cut_short(monkeypatch, run, 1, tmp_path / "cut")
+    again = make_recipe({**load_report(source)["recipe"], "output": str(tmp_path / "cut")})
+    with pytest.raises(InputError, match="cannot resume"):
+        compress(again, resume=True)
+    run(tmp_path / "done")
+    text.write_text("another " + corpus.read_text())
+    with pytest.raises(InputError, match="text changed since"):
+        run(tmp_path / "cut", resume=True)
+    with pytest.raises(InputError, match="holds a finished run, and text changed since"):
+        run(tmp_path / "done", resume=True)
 
 
 def test_resuming_with_other_settings_is_refused(checkpoint, tmp_path, monkeypatch, healed):
