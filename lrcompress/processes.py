@@ -19,7 +19,8 @@ PATIENCE = timedelta(days=1)
 class Processes:
     """This process and its peers; alone it is process 0 of 1, and nothing is ever waited for.
 
-    All see the same files. What one process holds is never sent whole: sums go over the network, factors through files.
+    All see the same files. Sums go over the network, and one block's stored tensors where propagation is sequential;
+    all other factors go through files.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:

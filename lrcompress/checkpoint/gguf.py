@@ -32,8 +32,11 @@ def converted_gguf(path: Path) -> Path:
     try:
         with library_errors(f"{path} cannot be read as GGUF", "download it again"):
             _convert(path, temporary)
-        if not folder.exists():  # another process may have been faster
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

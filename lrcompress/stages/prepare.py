@@ -40,6 +40,7 @@ from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching
+from lrcompress.processes import processes
 from lrcompress.protocols import Allocator, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
@@ -210,7 +211,12 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     """Open the model and find its sites; each is a group of its own until it is calibrated."""
     recipe = request.recipe
     reporter.say(f"opening {recipe.model}" + (" (GGUF: converted once, then cached)" if is_gguf(recipe.model) else ""))
+    team = processes()
+    if not team.first:
+        team.wait()  # while the first one downloads or converts
     model = open_model(recipe.model)
+    if team.first:
+        team.wait()
     if (model.folder / ADAPTER).exists():
         raise InputError(
             f"model {recipe.model} has an adapter beside its weights ({ADAPTER}), which transformers loads with it: "
