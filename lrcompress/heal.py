@@ -69,6 +69,9 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
     read += [] if dense is None or (local := check_model(dense)) is None else [local]
     workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=read)
     with workspace, errors_in_words(device, f"run again with --resume to continue {workspace.partial}"):
+        if workspace.continued and (finished := _finished(workspace.partial, spec, made_from)):
+            workspace.publish()
+            return Result(output, finished)
         if team.first:
             _begin(workspace, source, spec, made_from)
         team.wait()
@@ -171,7 +174,10 @@ def _begin(workspace: Workspace, source: Path, spec: HealSpec, made_from: dict[s
 def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]) -> tuple[Rows, Rows]:
     tokenizer = load_tokenizer(source, trust_remote_code=spec.trust_remote_code)
     folder = open_model(dense).folder if dense is not None else source
-    return gather(sources, spec.samples, spec.seqlen, tokenizer, spec.settings.seed, folder)
+    return gather(
+        sources, spec.samples, spec.seqlen, tokenizer, spec.settings.seed, folder,
+        trust_remote_code=spec.trust_remote_code,
+    )  # fmt: skip
 
 
 def _report(spec: HealSpec, before: dict[str, Any] | None, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def sample_from_model(
     """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
     from transformers import AutoModelForCausalLM
 
-    with library_errors("the model cannot write text to calibrate on", "use a shorter --seqlen or a text file"):
+    with library_errors("the model cannot write text of its own", "use shorter blocks or a text file"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         ).eval()

@@ -23,12 +23,14 @@ class GradientCollector:
     """Context manager: while open, the gradient rows g at every site's output are added up during a backward pass.
 
     `gram`: sums of g gᵀ (out, out), otherwise of the squares (out,) only; products in float32 within a call.
+    `whole`: everything between the sites and the loss is differentiated, so that a layer without a gradient has none,
+    as one that only chooses tokens; otherwise it is an InputError.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], *, gram: bool) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], *, gram: bool, whole: bool = True) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._model, self._sites, self._gram = model, sites, gram
+        self._model, self._sites, self._gram, self._whole = model, sites, gram, whole
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "GradientCollector":
@@ -73,8 +75,13 @@ class GradientCollector:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
                 output.register_hook(add)
-            else:  # its layer runs where nothing is differentiated, as one that only chooses tokens
+            elif self._whole:
                 add(torch.zeros_like(output))
+            else:
+                raise InputError(
+                    f"{site.name} comes before the blocks, where the loss's gradient is not known: leave it out of the "
+                    "targets, or use metric=input"
+                )
 
         return hook
 
@@ -98,7 +105,7 @@ def loss_gradients(
     Returns the gradients' moments at `sites`, those outside the blocks; `gram` as for GradientCollector.
     """
     generator = torch.Generator()
-    with GradientCollector(walker.model, sites, gram=gram) as collector:
+    with GradientCollector(walker.model, sites, gram=gram, whole=False) as collector:
         for sample in range(len(last)):
             hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
             tokens = ids[sample].to(walker.device)

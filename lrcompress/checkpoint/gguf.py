@@ -30,7 +30,7 @@ def converted_gguf(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        with library_errors(f"{path} cannot be read as GGUF", "download it again"):
+        with library_errors(f"{path} cannot be read as GGUF", "download it again"), disk_errors(temporary):
             _convert(path, temporary)
         try:
             temporary.rename(folder)

@@ -107,20 +107,20 @@ def check_stored(manifest: Manifest, reader: CheckpointReader) -> None:
                 )
 
 
-def site_bytes(reader: CheckpointReader, site: Site, spec: Spec) -> int:
-    """Bytes that the files hold for a site's weight: all its tensors but a bias that the dense layer had too."""
-    return _count(reader, site, spec)[0]
+def counted(reader: CheckpointReader, sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
+    """Bytes and numbers that the files hold for every site's weight: all its tensors but a bias of the dense layer."""
+    stored: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    for name in reader.names():
+        parts = name.split(".")
+        owner = next((o for i in range(1, len(parts)) if (o := ".".join(parts[:i])) in stored), None)
+        if owner is not None:
+            stored[owner].append(reader.meta(name))
+    return {site.name: _count(site, stored[site.name]) for site in sites}
 
 
-def site_numbers(reader: CheckpointReader, site: Site, spec: Spec) -> int:
-    """Numbers that the files hold for a site's weight, likewise."""
-    return _count(reader, site, spec)[1]
-
-
-def _count(reader: CheckpointReader, site: Site, spec: Spec) -> tuple[int, int]:
-    stored = [reader.meta(n) for n in reader.names() if n.startswith(site.name + ".")]
+def _count(site: Site, stored: Sequence[Tensor]) -> tuple[int, int]:
     if not stored:
-        raise ValueError(f"{reader.folder} has no tensor of {site.name}")
+        raise ValueError(f"the files have no tensor of {site.name}")
     total = sum(t.numel() * t.itemsize for t in stored)
     numbers = sum(t.numel() for t in stored)
     if site.bias:

@@ -1,5 +1,6 @@
 """Opening a MODEL: a hub id, a folder, a .gguf file, or `demo`, all of which become a folder of safetensors."""
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def named_path(text: str, what: str) -> Path:
         if "\0" in text:  # of such a one Path.exists says no
             raise ValueError("it holds a zero byte")
         path = Path(text).expanduser()
-        path.exists()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
     except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero, of no user
         raise InputError(f"{what} {text[:80]!r} is no path that can be read ({error})") from error
     return path

@@ -22,7 +22,7 @@ from lrcompress.cli import (
     squeeze,
     sweep,
 )
-from lrcompress.errors import LrcompressError
+from lrcompress.errors import InputError, LrcompressError
 from lrcompress.processes import refuse_several, several
 
 app = typer.Typer(
@@ -88,6 +88,11 @@ def main() -> None:
     except LrcompressError as error:
         sys.stderr.write(f"{_speaker()}error: {' '.join(str(error).split())}\n")
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        sys.stderr.write(f"{_speaker()}error: a path begins with ~ and the name of no user here\n")
+        sys.exit(InputError.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

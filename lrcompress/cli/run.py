@@ -32,7 +32,7 @@ def run(
     verbose: o.Verbose = False,
 ) -> None:
     """Compress, evaluate and check, as a recipe says."""
-    from lrcompress.errors import InputError
+    from lrcompress.errors import InputError, LrcompressError
     from lrcompress.recipe import Recipe, load_recipe
 
     if schema:
@@ -45,7 +45,7 @@ def run(
     loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
     from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
     from lrcompress.pipeline import check_run, output_folder, run_checked
-    from lrcompress.processes import processes
+    from lrcompress.processes import processes, several
     from lrcompress.report.ci import failed_junit_xml, failed_summary, junit_xml, markdown_summary
     from lrcompress.report.progress import Reporter
 
@@ -60,7 +60,8 @@ def run(
     except Exception as error:
         failed = ((junit, "--junit", failed_junit_xml), (summary, "--summary", failed_summary))
         for path, option, text in failed:
-            if path is not None and path.absolute().parent.is_dir():
+            echo = several() and not isinstance(error, LrcompressError)  # of another process's end, likely
+            if path is not None and path.absolute().parent.is_dir() and not (echo and path.exists()):
                 o.write_text(path, option, text(loaded, error))
         raise
     if not processes().first:

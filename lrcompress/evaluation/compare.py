@@ -163,8 +163,11 @@ class _Comparison:
 
     def _blocks(self, which: int, task: Task) -> Tensor:
         folder = self.folders[which]
-        tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
-        return task_blocks(task, tokenizer, folder, held_out_only=bool(self.readers[task.key]), limit=self.spec.limit)
+        trust = self.options["trust_remote_code"]
+        tokenizer, held_out_only = load_tokenizer(folder, trust_remote_code=trust), bool(self.readers[task.key])
+        return task_blocks(
+            task, tokenizer, folder, held_out_only=held_out_only, limit=self.spec.limit, trust_remote_code=trust
+        )
 
     def _alone(self, which: int, task: Task, blocks: Tensor) -> Results:
         model = self._load(which).model

@@ -104,13 +104,15 @@ def was_calibrated_on(source: Source, report: dict[str, Any] | None) -> bool:
 
 
 def task_blocks(
-    task: Task, tokenizer: Any, folder: Path, *, held_out_only: bool, limit: int | None, seed: int = 0
-) -> Tensor:
+    task: Task, tokenizer: Any, folder: Path, *, held_out_only: bool, limit: int | None, seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Tensor:  # fmt: skip
     """(blocks, seqlen) of a `tokens:` task: the text as it is, cut into disjoint blocks; the first `limit` of them."""
     assert task.source is not None
     prefix = bos_prefix(tokenizer)
     if task.source.name == "self":
-        blocks = sample_from_model(folder, tokenizer, limit or 8, task.seqlen, seed + 1)
+        trust = trust_remote_code
+        blocks = sample_from_model(folder, tokenizer, limit or 8, task.seqlen, seed + 1, trust_remote_code=trust)
     else:
         ids = tokenise(evaluation_documents(task.source), tokenizer)
         blocks = cut_blocks(split_held_out(ids)[1] if held_out_only else ids, task.seqlen, prefix)

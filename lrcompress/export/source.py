@@ -8,7 +8,7 @@ import torch
 
 from lrcompress.budget import Ratio
 from lrcompress.checkpoint.experts import open_skeleton
-from lrcompress.checkpoint.manifest import Manifest, check_stored, read_manifest, read_weight, site_bytes, site_numbers
+from lrcompress.checkpoint.manifest import Manifest, check_stored, counted, read_manifest, read_weight
 from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
@@ -66,22 +66,24 @@ def exported_report(
         return None
     _, original = open_skeleton(source.folder, source.manifest.modules, trust_remote_code=trust_remote_code)
     _, reader = open_skeleton(folder, modules, trust_remote_code=trust_remote_code)
-    originals, targets = set(original.names()), []
-    numbers_dense = numbers_stored = 0
+    originals, sites, targets = set(original.names()), [], []
     for entry in source.report["targets"]:
         name, shape = entry["name"], (int(entry["shape"][0]), int(entry["shape"][1]))
         before = source.manifest.modules.get(name)
         had_bias = before.bias and not before.added_bias if before else f"{name}.bias" in originals
-        site = Site(name, shape, 0, name, had_bias)
+        sites.append(Site(name, shape, 0, name, had_bias))
+    found = counted(reader, sites)
+    for entry, site in zip(source.report["targets"], sites, strict=True):
+        name, shape, before = site.name, site.shape, source.manifest.modules.get(site.name)
         spec = modules.get(name, Spec(DENSE, shape))
         size = shape[0] * shape[1] * reader.meta(f"{name}.weight").itemsize
         same = spec.format == DENSE or spec == before  # dense: multiplied out, or never compressed
         targets.append({
-            **entry, "format": spec.format, "rank": spec.rank, "bytes": site_bytes(reader, site, spec),
+            **entry, "format": spec.format, "rank": spec.rank, "bytes": found[name][0],
             "dense_bytes": size, "relative_error": entry["relative_error"] if same else None,
         })  # fmt: skip
-        numbers_dense += shape[0] * shape[1]
-        numbers_stored += site_numbers(reader, site, spec)
+    numbers_dense = sum(site.shape[0] * site.shape[1] for site in sites)
+    numbers_stored = sum(numbers for _, numbers in found.values())
     dense, stored = sum(t["dense_bytes"] for t in targets), sum(t["bytes"] for t in targets)
     ratio = Ratio(None, dense, stored, reader.bytes - stored + dense, reader.bytes, numbers_dense, numbers_stored)
     kept = {key: value for key, value in source.report.items() if key != "evaluation"}

@@ -161,7 +161,7 @@ class BlockWalker:
         finally:
             for handle in handles:
                 handle.remove()
-        raise InputError("the model never called its first block: it cannot be walked block by block")
+        raise InputError(f"the model never called {self.blocks[tried[-1]]}: it cannot be walked block by block")
 
     def _different_blocks(self, names: Sequence[str]) -> list[int]:
         """The first block of those whose layers among `names` are called the same, for each such set of names."""

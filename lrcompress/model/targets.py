@@ -46,9 +46,9 @@ def is_conv1d(module: nn.Module) -> bool:
 def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], ignore: Sequence[str]) -> list[Site]:
     """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
 
-    Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts. A pattern
-    is a glob on the module path or `re:...`; one that matches nothing is an InputError, and so is a layer whose weight
-    is tied to another.
+    Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
+    `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
+    InputError, and so is a layer whose weight is tied to another.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
     if target:
@@ -67,7 +67,7 @@ def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], i
 
 
 def _routers(model: nn.Module, linears: Iterable[str]) -> set[str]:
-    """Those of the layers that choose among experts: the only one of a module beside these, an output for each."""
+    """Those of the layers that choose among fused experts: the only one in a module beside them, an output for each."""
     found = set()
     for holder, experts in linear_experts(model).items():
         parent = holder.rpartition(".")[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.checkpoint.experts import open_skeleton
-from lrcompress.checkpoint.manifest import Manifest, read_manifest, read_weight, site_bytes
+from lrcompress.checkpoint.manifest import Manifest, counted, read_manifest, read_weight
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.formats import restored
@@ -28,11 +28,12 @@ def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool 
     named = sorted(manifest.modules)
     sites = find_sites(skeleton, find_blocks(skeleton), named, []) if named else []
     inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
-    size = reader.dtype.itemsize
+    size, sizes = reader.dtype.itemsize, counted(reader, sites)
     targets = []
     for site in [*sites, *inside]:
         spec = manifest.modules.get(site.name, Spec("dense", site.shape, site.bias, conv1d=site.conv1d))
-        targets.append(_entry(site, spec, reader, size))
+        stored = sizes[site.name][0] if site.name in sizes else site.shape[0] * site.shape[1] * size
+        targets.append(_entry(site, spec, stored, size))
     if spectra:
         names = {} if manifest.modules else checkpoint_names(skeleton, reader.names())
         for entry, site in zip(targets, [*sites, *inside], strict=True):
@@ -54,14 +55,14 @@ def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool 
     }
 
 
-def _entry(site: Site, spec: Spec, reader: CheckpointReader, size: int) -> dict[str, Any]:
+def _entry(site: Site, spec: Spec, stored: int, size: int) -> dict[str, Any]:
     dense = site.shape[0] * site.shape[1] * size
     return {
         "name": site.name,
         "format": spec.format,
         "shape": list(site.shape),
         "rank": spec.rank,
-        "bytes": site_bytes(reader, site, spec) if spec.format != "dense" else dense,
+        "bytes": stored,
         "dense_bytes": dense,
         "relative_error": None,
         **({"shared": spec.owner} if spec.owner is not None else {}),

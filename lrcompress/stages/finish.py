@@ -5,7 +5,7 @@ from typing import Any
 
 from lrcompress.budget import Ratio
 from lrcompress.checkpoint.experts import ExpertReader
-from lrcompress.checkpoint.manifest import site_bytes, site_numbers
+from lrcompress.checkpoint.manifest import counted
 from lrcompress.formats import DENSE
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes, versions
@@ -20,20 +20,21 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
     recipe = opened.request.recipe
     compressed = [name for name, spec in plan.specs.items() if spec.format != DENSE]
     reader = ExpertReader(folder, opened.skeleton, compressed)  # experts that all stayed dense are fused in the files
+    found = counted(reader, opened.sites)
     ratio = Ratio(
         asked=recipe.ratio,
         of=recipe.ratio_of,
         counted=None if recipe.ratio_of == "bytes" else plan.removed,
         targets_dense=sum(plan.dense_bytes.values()),
-        targets_stored=sum(site_bytes(reader, s, plan.specs[s.name]) for s in opened.sites),
+        targets_stored=sum(size for size, _ in found.values()),
         checkpoint_dense=opened.dense_checkpoint_bytes,
         checkpoint=reader.bytes,
         numbers_dense=sum(s.shape[0] * s.shape[1] for s in opened.sites),
-        numbers_stored=sum(site_numbers(reader, s, plan.specs[s.name]) for s in opened.sites),
+        numbers_stored=sum(numbers for _, numbers in found.values()),
     )
     entries = plan.entries(opened.sites)
     for entry, site in zip(entries, opened.sites, strict=True):
-        entry["bytes"] = site_bytes(reader, site, plan.specs[site.name])
+        entry["bytes"] = found[site.name][0]
     return {
         "schema": 1,
         "model": recipe.model,

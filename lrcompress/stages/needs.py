@@ -61,7 +61,7 @@ def check_memory(opened: Opened, needed: Needs, reporter: Reporter) -> None:
     if allowed is not None and needed.memory_bytes > parse_size(allowed):
         raise ResourceError(f"{about}, --memory allows {allowed}: {cure}")
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes().size > 1 else 1
     if allowed is None and here * needed.memory_bytes > free:
         each = "" if here == 1 else f" in each of {here} processes"
         reporter.warn(f"{about}{each}, {free / 1e6:.0f} MB are free: {cure}")

@@ -453,7 +453,8 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
 
 def warn_left_out(opened: Opened, reporter: Reporter) -> None:
     """Say which tensors of the files the model has no place for, but for those that transformers passes over too."""
-    known, passed = set(opened.walker.names.values()), getattr(opened.skeleton, IGNORED, None) or ()
+    known = set(opened.walker.names.values())
+    passed = [*(getattr(opened.skeleton, IGNORED, None) or ()), r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]
     left = [name for name in opened.reader.names() if name not in known and not any(re.search(p, name) for p in passed)]
     if left:
         size = sum(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, left))

@@ -17,6 +17,7 @@ from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
+from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, possible_places, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
@@ -277,7 +278,7 @@ class Layout:
         tensor = self._opened.reader.tensor(self._key(name))
         written = tensor.to(self._opened.written_dtype(tensor))
         if written.is_floating_point() and not all_finite(written):
-            raise ArithmeticError(f"{name} does not fit into {written.dtype}")
+            raise InputError(f"{name} does not fit into {written.dtype}: write --dtype bfloat16 or float32")
         return written
 
 

@@ -61,11 +61,11 @@ class Workspace:
         return self
 
     def _open(self) -> None:
-        if not self.resume:
-            self._give_back()
-        self.check()
-        self.continued = self.resume and (self.partial / MARKER).exists()
         try:
+            if not self.resume:
+                self._give_back()
+            self.check()
+            self.continued = self.resume and (self.partial / MARKER).exists()
             with disk_errors(self.partial):
                 self.partial.mkdir(parents=True, exist_ok=True)
                 self._lock = self._locked()
@@ -87,10 +87,13 @@ class Workspace:
 
     def _give_back(self) -> None:
         """Put the folder that a run was about to replace back, where it was killed just then."""
-        replaced = self.partial / REPLACED
-        if not self.output.exists() and replaced.is_dir() and (self.partial / MARKER).exists():
+        if (self.partial / REPLACED).is_dir() and (self.partial / MARKER).exists():
             with self._locked():
-                replaced.rename(self.output)
+                self._put_back()
+
+    def _put_back(self) -> None:
+        if not self.output.exists() and (self.partial / REPLACED).is_dir():
+            (self.partial / REPLACED).rename(self.output)
 
     def _clear(self) -> None:
         for path in self.partial.iterdir():
@@ -119,6 +122,8 @@ class Workspace:
                     "run without --resume to start afresh"
                 )
         else:
+            self._put_back()
+            self.check()
             self._clear()  # what lies here belongs to nothing that is known
             with disk_errors(self.partial):
                 self.scratch.mkdir()
@@ -147,17 +152,15 @@ class Workspace:
 
     def _publish(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        replaced = self.partial / REPLACED
         try:
             if self.output.exists():
-                self.output.rename(replaced)
+                self.output.rename(self.partial / REPLACED)
             self.partial.rename(self.output)
         except OSError as error:
-            if replaced.exists() and not self.output.exists():
-                replaced.rename(self.output)
+            self._put_back()
             raise ResourceError(
                 f"the result is finished in {self.partial} but cannot be moved to {self.output} ({error.strerror}): "
-                "make room for it there and run again with --resume"
+                "move it there, or make room and run again, with --resume where the command has it"
             ) from error
         self.forget()
 

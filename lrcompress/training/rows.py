@@ -68,8 +68,9 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def gather(
-    sources: Sequence[Source], samples: int, seqlen: int, tokenizer: Any, seed: int, folder: Path
-) -> tuple[Rows, Rows]:
+    sources: Sequence[Source], samples: int, seqlen: int, tokenizer: Any, seed: int, folder: Path,
+    trust_remote_code: bool = False,
+) -> tuple[Rows, Rows]:  # fmt: skip
     """Rows to train on, at most `samples` and in an order drawn by `seed`, and held-out ones.
 
     `folder` is the model that the source `self` is sampled from. Sources share the samples by their weights.
@@ -77,8 +78,13 @@ def gather(
     train, held_out = [], []
     for source, share in zip(sources, shares([s.weight for s in sources], samples), strict=True):
         most = max(1, HELD_OUT_ROWS // len(sources))
-        read = _pairs if "," in source.field else _text
-        found, kept = read(source, share, most, seqlen, tokenizer, seed, folder)
+        if source.name == "self":
+            trust = trust_remote_code
+            made = sample_from_model(folder, tokenizer, share + most, seqlen, seed, trust_remote_code=trust)
+            found, kept = Rows.of_blocks(made[:share]), Rows.of_blocks(made[share:])
+        else:
+            read = _pairs if "," in source.field else _text
+            found, kept = read(source, share, most, seqlen, tokenizer, seed)
         if not len(found) or not len(kept):
             raise InputError(f"data {source.name} is too short to train on and to hold out a tenth: use more text")
         train.append(found)
@@ -92,12 +98,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     return Rows(torch.cat([part.ids for part in parts]), torch.cat([part.targets for part in parts]))
 
 
-def _text(
-    source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int, folder: Path
-) -> tuple[Rows, Rows]:
-    if source.name == "self":
-        made = sample_from_model(folder, tokenizer, samples + held_out, seqlen, seed)
-        return Rows.of_blocks(made[:samples]), Rows.of_blocks(made[samples:])
+def _text(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
     train, kept = split_held_out(tokenise(documents(source), tokenizer))
     prefix = bos_prefix(tokenizer)
     blocks = cut_blocks(train, seqlen, prefix)
@@ -105,9 +106,7 @@ def _text(
     return Rows.of_blocks(blocks[order]), Rows.of_blocks(cut_blocks(kept, seqlen, prefix)[:held_out])
 
 
-def _pairs(
-    source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int, folder: Path
-) -> tuple[Rows, Rows]:
+def _pairs(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
     """Prompts and answers of a .jsonl; the last tenth of the records is held out."""
     records = _read_pairs(source)
     prefix, end = bos_prefix(tokenizer), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -125,7 +124,7 @@ def _read_pairs(source: Source) -> list[tuple[str, str]]:
     try:
         for record in read_records(path):
             found.append((record[fields[0]], record[fields[1]]))
-    except (UnicodeDecodeError, ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError) as error:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__

@@ -50,6 +50,16 @@ def test_a_layer_that_nothing_is_differentiated_through_has_no_gradient():
     assert moments["index"].shape == (3, 3)
 
 
+def test_a_layer_before_the_blocks_has_no_gradient_that_is_known():
+    layer = nn.Linear(4, 3).requires_grad_(False)
+    site = Site("0", (3, 4), 0, "0", True)
+    with (
+        GradientCollector(nn.Sequential(layer), [site], gram=True, whole=False),
+        pytest.raises(InputError, match="before"),
+    ):
+        layer(torch.ones(2, 4))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("chunk", "gram"), [(7, True), (1000, True), (1000, False)])
 def test_streamed_gradients_equal_autograd(make_model, tmp_path, monkeypatch, architecture, chunk, gram):

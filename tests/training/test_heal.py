@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lrcompress.heal import HealSpec, heal
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 from lrcompress.report.summary import load_report
+from lrcompress.stages.workspace import REPLACED
 from lrcompress.training.loop import Healer
 from lrcompress.training.rows import IGNORED, gather
 from lrcompress.training.settings import Settings
@@ -163,6 +165,34 @@ def test_resuming_with_another_text_or_as_another_command_is_refused(checkpoint,
         run(tmp_path / "cut", resume=True)
     with pytest.raises(InputError, match="holds a finished run, and text changed since"):
         run(tmp_path / "done", resume=True)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_killed_just_before_its_result_was_moved_into_place(checkpoint, tmp_path, monkeypatch, healed, same):
+    """Resumed, it is finished already; another run gives the folder back that was to be replaced."""
+    source, output, partial = checkpoint("low_rank"), tmp_path / "out", tmp_path / "out.partial"
+    output.mkdir()
+    rename = Path.rename
+
+    def ended(self, target):
+        if self == partial:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", ended)
+        with pytest.raises(Interrupted):
+            healed(source, output)
+    (partial / REPLACED / "mine").write_text("precious")
+    before = (partial / "report.json").read_bytes()
+    if same:
+        healed(source, output, resume=True)
+        assert (output / "report.json").read_bytes() == before
+        assert not (output / "mine").exists()
+    else:
+        with pytest.raises(InputError, match="not empty"):
+            healed(source, output, resume=True, lr=1e-4)
+        assert (output / "mine").read_text() == "precious"
 
 
 def test_resuming_with_other_settings_is_refused(checkpoint, tmp_path, monkeypatch, healed):
