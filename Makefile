@@ -21,7 +21,7 @@ demo: .venv/ready
 
 # One thread for every worker: more of them would wait for each other.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/ready
 	$(BIN)/ruff check lrcompress tests benchmarks

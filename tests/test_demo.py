@@ -19,9 +19,10 @@ from lrcompress.recipe import shipped_recipes
 from tests.commands import run_cli
 from tests.conftest import compress_tiny, needs_demo
 
-pytestmark = [needs_demo, pytest.mark.demo, pytest.mark.xdist_group("demo")]  # which converts the file once
+pytestmark = [needs_demo, pytest.mark.demo]
 
 
+@pytest.mark.slow
 def test_gguf_is_dequantised_as_transformers_does():
     opened = open_dense("demo")
     path = demo_file()
@@ -40,7 +41,7 @@ def test_gguf_is_dequantised_as_transformers_does():
     assert [path.name for path in (cache_folder() / "converted").iterdir()].count(opened.folder.name) == 1
 
 
-QUICK = {"quickstart", "cospadi", "eora"}
+QUICK = {"quickstart", "eora"}
 
 
 @pytest.mark.parametrize(
