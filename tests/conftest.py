@@ -25,6 +25,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ
 runpy.run_path(str(SITE / "sitecustomize.py"))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: some tests wait for processes that they started."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache() -> Iterator[None]:
     """A cache of this session's own, so that nothing an older version computed is found; gone afterwards."""

@@ -5,10 +5,10 @@ import json
 import lm_eval
 import pytest
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
+from lrcompress.evaluation.harness import _all_of_lm_eval
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.evaluation.zero_shot import read_documents
@@ -48,7 +48,7 @@ def arc_layouts(tmp_path):
 def by_lm_eval(model, name, files):
     """lm-eval's own task with its json loader in place of the hub's data set."""
     loaded = load_model(str(model))
-    config = dict(TaskManager().task_index[name].cfg)
+    config = dict(_all_of_lm_eval().task_index[name].cfg)  # lm-eval's TaskManager, whose index takes ten seconds
     config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(files)}}}
     config |= {"training_split": None, "validation_split": None, "test_split": "test"}
     config.pop("tag", None)
