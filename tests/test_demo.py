@@ -41,7 +41,7 @@ def test_gguf_is_dequantised_as_transformers_does():
     assert [path.name for path in (cache_folder() / "converted").iterdir()].count(opened.folder.name) == 1
 
 
-QUICK = {"quickstart", "eora"}
+QUICK = {"quickstart"}
 
 
 @pytest.mark.parametrize(
