@@ -10,7 +10,6 @@ from typing import Any
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import Source, split_source
-from lrcompress.checkpoint.cache import file_digest
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_model, short_name
 from lrcompress.checkpoint.writer import disk_errors
@@ -21,7 +20,14 @@ from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report, read_report, versions, write_card
-from lrcompress.stages.workspace import Workspace, files_identity, write_json
+from lrcompress.stages.workspace import (
+    Workspace,
+    files_identity,
+    model_identity,
+    refuse_changed,
+    texts_identity,
+    write_json,
+)
 from lrcompress.training.distill import Teacher, open_teacher
 from lrcompress.training.improve import improve
 from lrcompress.training.rows import Rows, gather
@@ -115,11 +121,10 @@ def _asked(spec: HealSpec) -> dict[str, Any]:
 
 def _made_from(source: Path, dense: str | None, sources: Sequence[Source]) -> dict[str, Any]:
     """The files that a run reads, so far as they can be told apart without opening them."""
-    texts = {data.name: data.path for data in sources if data.path is not None}
     return {
         "checkpoint": files_identity(source),
-        "dense model": None if dense is None else files_identity(check_model(dense) or open_model(dense).folder),
-        "text": {name: file_digest(path) for name, path in sorted(texts.items())},
+        "dense model": None if dense is None else model_identity(dense),
+        "text": texts_identity(sources),
     }
 
 
@@ -129,13 +134,7 @@ def _finished(output: Path, spec: HealSpec, made_from: dict[str, Any]) -> dict[s
     healed = report.get("healed")
     if not isinstance(healed, dict) or healed.get("asked") != _asked(spec):
         return None
-    before = healed.get("made_from")
-    changed = [key for key, value in made_from.items() if not isinstance(before, dict) or before.get(key) != value]
-    if changed:
-        raise InputError(
-            f"{output} holds a finished run, and {', '.join(changed)} changed since: choose another -o, or pass "
-            "--overwrite without --resume"
-        )
+    refuse_changed(output, healed.get("made_from"), made_from)
     return report
 
 

@@ -12,7 +12,6 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.budget import removed
-from lrcompress.checkpoint.cache import file_digest
 from lrcompress.checkpoint.opening import check_model, named_path, open_model, read_config_file, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
@@ -33,7 +32,14 @@ from lrcompress.stages.propagate import propagate
 from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
-from lrcompress.stages.workspace import Workspace, files_identity, write_json
+from lrcompress.stages.workspace import (
+    Workspace,
+    files_identity,
+    model_identity,
+    refuse_changed,
+    texts_identity,
+    write_json,
+)
 
 
 @dataclass
@@ -322,12 +328,11 @@ def identity(opened: Opened) -> dict[str, Any]:
 
 def made_from(request: Request) -> dict[str, Any]:
     """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
-    model, base = request.recipe.model, request.method.existing_base
-    texts = {source.name: source.path for source, _, _ in request.sources if source.path is not None}
+    base = request.method.existing_base
     return {
-        "model files": files_identity(check_model(model) or open_model(model).folder),
+        "model files": model_identity(request.recipe.model),
         "base files": None if base is None else files_identity(base.folder),
-        "calibration files": {name: file_digest(path) for name, path in sorted(texts.items())},
+        "calibration files": texts_identity(source for source, _, _ in request.sources),
     }
 
 
@@ -358,12 +363,5 @@ def _finished(folder: Path, request: Request) -> dict[str, Any] | None:
             f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
             "pass --overwrite without --resume"
         )
-    files = report.get("made_from")
-    files = files if isinstance(files, dict) else {}
-    changed = [key for key, value in made_from(request).items() if files.get(key) != value]
-    if changed:
-        raise InputError(
-            f"{folder} holds a finished run, and {', '.join(changed)} changed since: choose another -o, or pass "
-            "--overwrite without --resume"
-        )
+    refuse_changed(folder, report.get("made_from"), made_from(request))
     return {**report, "recipe": now}

@@ -70,9 +70,12 @@ def conversion_folder(path: Path) -> Path:
 
 def content_digest(folder: Path) -> str:
     """Of everything that a model and its tokenizer are read from; equal for equal bytes, wherever they lie."""
-    paths = sorted(folder.iterdir())
-    read = (path for path in paths if path.suffix in READ_BY_MODELS and path.is_file())
-    return files_digest(path for path in read if path.name not in WRITTEN_ABOUT)
+    return files_digest(path for path in sorted(folder.iterdir()) if is_read(path))
+
+
+def is_read(path: Path) -> bool:
+    """Whether a model or its tokenizer is read from `path`."""
+    return path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT and path.is_file()
 
 
 def files_digest(paths: Iterable[Path]) -> str:

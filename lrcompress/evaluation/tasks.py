@@ -111,8 +111,9 @@ def task_blocks(
     assert task.source is not None
     prefix = bos_prefix(tokenizer)
     if task.source.name == "self":
-        trust = trust_remote_code
-        blocks = sample_from_model(folder, tokenizer, limit or 8, task.seqlen, seed + 1, trust_remote_code=trust)
+        blocks = sample_from_model(
+            folder, tokenizer, limit or 8, task.seqlen, seed + 1, trust_remote_code=trust_remote_code
+        )
     else:
         ids = tokenise(evaluation_documents(task.source), tokenizer)
         blocks = cut_blocks(split_held_out(ids)[1] if held_out_only else ids, task.seqlen, prefix)

@@ -99,13 +99,6 @@ class StoredLinear(nn.Module, ABC):
         """The layer of this one that multiplies by a right factor, which others may use too; None where it has none."""
         return None
 
-    def empty_bias(self) -> Tensor | None:
-        """What stands, empty, for the dense layer's bias in formats that store theirs in a layer within.
-
-        Some architectures initialise a layer's bias by its name before anything is loaded.
-        """
-        return self.weight if self.spec.bias else None
-
     def whole_state(self) -> dict[str, Tensor]:
         """The state dict of the same weight with nothing shared."""
         return dict(self.state_dict())
@@ -143,6 +136,14 @@ class StoredLinear(nn.Module, ABC):
         """Shown by print(model)."""
         shown = ", ".join(f"{k}={v}" for k, v in self.spec.parameters.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {shown}"
+
+
+def _empty_bias(layer: StoredLinear) -> Tensor | None:
+    return layer.weight if layer.spec.bias else None
+
+
+empty_bias = property(_empty_bias)
+"""`bias` of formats that store theirs in a layer within; some architectures initialise it by its name when loading."""
 
 
 class LeafLinear(StoredLinear, nn.Linear):

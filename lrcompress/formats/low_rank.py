@@ -12,6 +12,7 @@ from lrcompress.formats.base import (
     StoredLinear,
     added_bias_bytes,
     check_rank,
+    empty_bias,
     held,
     lay_out_by_columns,
 )
@@ -30,6 +31,7 @@ class LowRank(StoredLinear):
     """
 
     name: ClassVar[str] = "low_rank"
+    bias = empty_bias
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
@@ -38,11 +40,6 @@ class LowRank(StoredLinear):
         if spec.owner is None:
             self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
         self.B = nn.Linear(rank, self.out_features, bias=spec.bias, dtype=dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Empty: see StoredLinear.empty_bias."""
-        return self.empty_bias()
 
     @classmethod
     def check(cls, spec: Spec) -> None:

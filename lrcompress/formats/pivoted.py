@@ -15,6 +15,7 @@ from lrcompress.formats.base import (
     StoredLinear,
     added_bias_bytes,
     check_rank,
+    empty_bias,
     held,
     index_dtype,
     lay_out_by_columns,
@@ -32,6 +33,7 @@ class Pivoted(StoredLinear):
     """
 
     name: ClassVar[str] = "pivoted"
+    bias = empty_bias
     order: Tensor
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
@@ -41,11 +43,6 @@ class Pivoted(StoredLinear):
         self.rest = nn.Linear(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
         self.register_buffer("order", torch.empty(self.out_features, dtype=index_dtype(self.out_features)))
         self._index: tuple[Tensor, tuple[int, int], Tensor | None] | None = None
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Empty: see StoredLinear.empty_bias."""
-        return self.empty_bias()
 
     @classmethod
     def check(cls, spec: Spec) -> None:

@@ -90,13 +90,10 @@ class Artefacts:
             try:
                 with safe_open(path, framework="pt") as file:
                     names = [name for name in file.keys() if name.startswith(site.name + "|")]
-                    keys = {
-                        name: name.rpartition("|")[2]
-                        for name in names
-                        if only is None or name.rpartition("|")[2] in only
-                    }
+                    keys = {name: name.rpartition("|")[2] for name in names}
+                    wanted = {name: key for name, key in keys.items() if only is None or key in only}
                     if names:
-                        return {key: file.get_tensor(name).clone() for name, key in keys.items()}
+                        return {key: file.get_tensor(name).clone() for name, key in wanted.items()}
             except SafetensorError as error:
                 raise InputError(f"{path} is damaged ({error}): run without --resume to start afresh") from error
         raise ValueError(f"{site.name} has not been decomposed")

@@ -277,7 +277,7 @@ class Layout:
             return torch.empty(0, dtype=self._opened.dtype)
         tensor = self._opened.reader.tensor(self._key(name))
         written = tensor.to(self._opened.written_dtype(tensor))
-        if written.is_floating_point() and not all_finite(written):
+        if written.dtype != tensor.dtype and not all_finite(written):
             raise InputError(f"{name} does not fit into {written.dtype}: write --dtype bfloat16 or float32")
         return written
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from lrcompress.checkpoint.cache import READ_BY_MODELS, WRITTEN_ABOUT
+from lrcompress.calibration.corpus import Source
+from lrcompress.checkpoint.cache import file_digest, is_read
+from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.processes import processes
@@ -236,6 +238,28 @@ def write_json(path: Path, data: Any) -> None:
         temporary.rename(path)
 
 
+def refuse_changed(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    """InputError where a finished run in `folder` was made from other files, `before`, than it would be `now`."""
+    before = before if isinstance(before, dict) else {}
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise InputError(
+            f"{folder} holds a finished run, and {', '.join(changed)} changed since: choose another -o, or pass "
+            "--overwrite without --resume"
+        )
+
+
+def model_identity(model: str) -> str:
+    """`files_identity` of MODEL."""
+    return files_identity(check_model(model) or open_model(model).folder)
+
+
+def texts_identity(sources: Iterable[Source]) -> dict[str, str]:
+    """The digest of every file among the sources of text, by its name."""
+    texts = {source.name: source.path for source in sources if source.path is not None}
+    return {name: file_digest(path) for name, path in sorted(texts.items())}
+
+
 def files_identity(model: Path) -> str:
     """A digest of a .gguf file, or of a folder's files that a model is read from.
 
@@ -244,7 +268,7 @@ def files_identity(model: Path) -> str:
     digest = hashlib.sha256()
     try:
         for path in sorted(model.iterdir()) if model.is_dir() else [model]:
-            if path.suffix in (*READ_BY_MODELS, ".gguf") and path.name not in WRITTEN_ABOUT and path.is_file():
+            if is_read(path) or (path.suffix == ".gguf" and path.is_file()):
                 stat = path.stat()
                 digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
                 with path.open("rb") as file:

@@ -79,8 +79,7 @@ def gather(
     for source, share in zip(sources, shares([s.weight for s in sources], samples), strict=True):
         most = max(1, HELD_OUT_ROWS // len(sources))
         if source.name == "self":
-            trust = trust_remote_code
-            made = sample_from_model(folder, tokenizer, share + most, seqlen, seed, trust_remote_code=trust)
+            made = sample_from_model(folder, tokenizer, share + most, seqlen, seed, trust_remote_code=trust_remote_code)
             found, kept = Rows.of_blocks(made[:share]), Rows.of_blocks(made[share:])
         else:
             read = _pairs if "," in source.field else _text
