@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrcompress.checkpoint.cache import cache_folder
 from lrcompress.checkpoint.opening import demo_file, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.folders import cache_folder
 from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts
 from lrcompress.recipe import shipped_recipes

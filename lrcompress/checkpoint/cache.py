@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -12,11 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.folders import cache_folder, named_cache_folder
+from lrcompress.kernels import native
+
 CONVERTED, EVALUATIONS, STATISTICS = "converted", "evaluations", "statistics"
-KINDS = (CONVERTED, EVALUATIONS, STATISTICS)
+KINDS = (CONVERTED, EVALUATIONS, native.FOLDER, STATISTICS)
 OWN = {
     CONVERTED: re.compile(r"[0-9a-f]{16}|\.converting-\w+"),
     EVALUATIONS: re.compile(r"[0-9a-f]{32}\.json|\.\w+\.tmp"),
+    native.FOLDER: re.compile(r"\w+-[0-9a-f]{24}\.so|\.compiling-\w+"),
     STATISTICS: re.compile(r"[0-9a-f]{32}"),
 }
 """Names that we give; whatever else lies in a named folder is somebody's."""
@@ -26,20 +29,6 @@ LABEL = "label.json"
 READ_BY_MODELS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 WRITTEN_ABOUT = ("report.json", "plan.json")
 """Our notes on how a checkpoint was made: no part of the model."""
-
-
-def cache_folder() -> Path:
-    """LRCOMPRESS_CACHE, else lrcompress in the user's cache folder."""
-    named = named_cache_folder()
-    if named is not None:
-        return named
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrcompress"
-
-
-def named_cache_folder() -> Path | None:
-    """LRCOMPRESS_CACHE, which --cache sets, or None: there alone what is large is kept."""
-    named = os.environ.get("LRCOMPRESS_CACHE")
-    return Path(named).expanduser() if named else None
 
 
 _lent: list[Path] = []
@@ -115,7 +104,7 @@ def note(key: dict[str, Any], label: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """kind: converted, evaluations or statistics; label: what it is, for people."""
+    """kind: converted, evaluations, kernels or statistics; label: what it is, for people."""
 
     kind: str
     path: Path
@@ -158,6 +147,8 @@ def _file(key: dict[str, Any]) -> Path:
 def _label(path: Path) -> str:
     if path.is_dir() and path.parent.name == CONVERTED:
         return "GGUF, dequantised"
+    if path.parent.name == native.FOLDER:
+        return f"{path.name.split('-')[0]}, compiled"
     try:
         return str(json.loads((path / LABEL if path.is_dir() else path).read_text(encoding="utf8"))["label"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -23,8 +23,9 @@ def cache(
     """List what is kept between runs, or delete it; nothing is lost but time."""
     from rich.table import Table
 
-    from lrcompress.checkpoint.cache import cache_folder, clear, entries
+    from lrcompress.checkpoint.cache import clear, entries
     from lrcompress.cli.show import console
+    from lrcompress.folders import cache_folder
 
     found = entries() if action is None else clear()
     size = sum(entry.bytes for entry in found)

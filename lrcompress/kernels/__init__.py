@@ -1,0 +1,1 @@
+"""Loops that torch has no operation for, in C: compiled when first needed, never required."""

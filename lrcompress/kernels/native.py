@@ -1,0 +1,76 @@
+"""Compile the C files beside this one with the system's compiler, once a machine, and load them."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from lrcompress.folders import cache_folder
+
+FOLDER = "kernels"
+"""Of the cache, for compiled libraries."""
+FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno")
+CURE = "install a C compiler (cc, or name one by CC) for speed; results are the same without"
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled `name`.c of this folder; None, said once by a warning, where it cannot be had.
+
+    LRCOMPRESS_NATIVE=0 asks for None. Calls into the library run without the interpreter's lock.
+    """
+    if os.environ.get("LRCOMPRESS_NATIVE") == "0":
+        _warn(name, "LRCOMPRESS_NATIVE=0")
+        return None
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    source = Path(__file__).with_name(f"{name}.c")
+    try:
+        return ctypes.CDLL(str(_compiled(source, compiler)))
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines() or ["it said nothing"]
+        _warn(name, f"{compiler[0]} failed: {lines[0]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _warn(name, str(error))
+    return None
+
+
+def _warn(name: str, reason: str) -> None:
+    warnings.warn(f"{name} runs in numpy, many times slower ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
+
+
+def _compiled(source: Path, compiler: list[str]) -> Path:
+    version = _run([*compiler, "--version"])
+    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, _processor()])
+    target = cache_folder() / FOLDER / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compiling-") as folder:
+        made = Path(folder) / target.name
+        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
+        try:
+            _run([*command, "-march=native"])
+        except subprocess.CalledProcessError:
+            _run(command)
+        made.replace(target)
+    return target
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join([platform.machine(), *sorted(set(told))])

@@ -1,0 +1,76 @@
+"""Compiling the C files: once, kept, and never required."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrcompress import kernels
+from lrcompress.checkpoint.cache import clear, entries
+from lrcompress.kernels import native
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_library_is_compiled_once_and_is_part_of_the_cache(fresh, monkeypatch):
+    assert native.library("rans").encode_words
+    (made,) = (fresh / "kernels").iterdir()
+    assert [(e.kind, e.label, e.path) for e in entries()] == [("kernels", "rans, compiled", made)]
+    native.library.cache_clear()
+    stamp = made.stat().st_mtime_ns
+    assert native.library("rans").encode_words
+    assert made.stat().st_mtime_ns == stamp
+    clear()
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LRCOMPRESS_NATIVE", "0", "LRCOMPRESS_NATIVE=0"),
+        ("CC", "no-such-compiler", "no-such-compiler"),
+        ("CC", "false", "false failed"),
+    ],
+)
+def test_without_a_compiler_there_is_one_warning(fresh, monkeypatch, name, value, said):
+    monkeypatch.setenv(name, value)
+    with pytest.warns(RuntimeWarning, match=f"{said}.*install a C compiler"):
+        assert native.library("rans") is None
+    assert native.library("rans") is None  # an error if it warned again
+    assert not list(fresh.rglob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_processor_that_the_compiler_cannot_name(fresh, monkeypatch, tmp_path):
+    compiler = tmp_path / "old-cc"
+    compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -march=native ] && exit 1; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.library("rans").encode_words
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_several_processes_compile_at_once(fresh):
+    code = "from lrcompress.kernels.native import library; assert library('rans').encode_words"
+    started = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=os.environ.copy(), cwd=ROOT) for _ in range(3)
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert len(list((fresh / "kernels").iterdir())) == 1
+
+
+def test_a_source_is_beside_its_loader():
+    assert {path.name for path in Path(kernels.__file__).parent.glob("*.c")} == {"rans.c"}
