@@ -75,7 +75,8 @@ def coded_bytes(codes: Tensor) -> int:
 def decode(stream: Tensor, shape: tuple[int, int], rows: slice | None = None, threads: int | None = None) -> Tensor:
     """The codes (m, n) of a stream, or those of `rows` (step 1) alone.
 
-    int8 where all codes of the stream fit, else int16, else int32. InputError where the stream is damaged or of another shape. Only what is decoded is checked beside the header.
+    int8 where all codes of the stream fit, else int16, else int32.
+    InputError where the stream is damaged or of another shape. Only what is decoded is checked beside the header.
     """
     data = stream.contiguous().cpu().numpy()
     header = _read(data, shape)
@@ -165,7 +166,7 @@ def _joined(shape: tuple[int, ...], size: int, plan: _Plan, energies: Part, part
         for part in (energies, *parts):
             writer.gamma(part.words + 1)
             writer.gamma(part.extra + 1)
-            writer.binary(zlib.crc32(memoryview(part.data)), 32)
+            writer.binary(zlib.crc32(part.data.data), 32)
         header = writer.data
         if length == FIXED + len(header) + len(body):
             break
@@ -245,6 +246,6 @@ def _same(data: bytes | memoryview, checksum: int) -> bool:
 def _cut(data: npt.NDArray[np.uint8], place: tuple[int, int, int, int], lanes: int) -> Part:
     start, words, extra, checksum = place
     part = data[start : start + 4 * lanes + 2 * words + extra]
-    if not _same(memoryview(part), checksum):
+    if not _same(part.data, checksum):
         raise damaged("a part and its checksum disagree")
     return Part(part, words, extra)
