@@ -77,22 +77,32 @@ static uint64_t take_gamma(Bits *bits) {
             }                                                                                                        \
             for (int64_t j = 0; j < columns; j += CHUNK) {                                                           \
                 int64_t stop = j + CHUNK < columns ? j + CHUNK : columns;                                            \
-                int careful = end - p < 2 * CHUNK;                                                                   \
-                for (int64_t k = j; k < stop; k++, flat++) {                                                         \
-                    uint32_t x = state[flat & mask];                                                                 \
-                    uint32_t entry = table[base[k] + (x & 4095)];                                                    \
-                    int8_t value = (int8_t)(entry & 255);                                                            \
-                    to[k] = value;                                                                                   \
-                    escapes += value == ESCAPE;                                                                      \
-                    x = ((entry >> 8 & 4095) + 1) * (x >> PRECISION) + (entry >> 20);                                \
-                    uint32_t refill = x < LOWER;                                                                     \
-                    if (careful && refill && p == end) {                                                             \
-                        result = WORDS;                                                                              \
-                        goto done;                                                                                   \
+                if (end - p >= 2 * CHUNK) {                                                                          \
+                    for (int64_t k = j; k < stop; k++, flat++) {                                                     \
+                        uint32_t x = state[flat & mask], entry = table[base[k] + (x & 4095)];                        \
+                        to[k] = (int8_t)entry;                                                                       \
+                        escapes += (int8_t)entry == ESCAPE;                                                          \
+                        x = ((entry >> 8 & 4095) + 1) * (x >> PRECISION) + (entry >> 20);                            \
+                        uint32_t refill = -(uint32_t)(x < LOWER); /* all ones: no branch, half of them go wrong */   \
+                        state[flat & mask] = x << (refill & 16) | (load16(p) & refill);                              \
+                        p += refill & 2;                                                                             \
                     }                                                                                                \
-                    uint32_t word = careful && !refill ? 0 : load16(p);                                              \
-                    state[flat & mask] = refill ? x << 16 | word : x;                                                \
-                    p += 2 * refill;                                                                                 \
+                    continue;                                                                                        \
+                }                                                                                                    \
+                for (int64_t k = j; k < stop; k++, flat++) {                                                         \
+                    uint32_t x = state[flat & mask], entry = table[base[k] + (x & 4095)];                            \
+                    to[k] = (int8_t)entry;                                                                           \
+                    escapes += (int8_t)entry == ESCAPE;                                                              \
+                    x = ((entry >> 8 & 4095) + 1) * (x >> PRECISION) + (entry >> 20);                                \
+                    if (x < LOWER) {                                                                                 \
+                        if (p == end) {                                                                              \
+                            result = WORDS;                                                                          \
+                            goto done;                                                                               \
+                        }                                                                                            \
+                        x = x << 16 | load16(p);                                                                     \
+                        p += 2;                                                                                      \
+                    }                                                                                                \
+                    state[flat & mask] = x;                                                                          \
                 }                                                                                                    \
             }                                                                                                        \
         }                                                                                                            \
@@ -109,6 +119,7 @@ static uint64_t take_gamma(Bits *bits) {
         for (int64_t i = 0; i < rows && (escapes || low_bits); i++) {                                                \
             TYPE *to = out + i * columns;                                                                            \
             for (int64_t j = 0; j < columns; j++) {                                                                  \
+                if (!low_bits && to[j] != ESCAPE) continue;                                                          \
                 uint32_t class = map[row[i] + column[j]];                                                            \
                 int64_t value = to[j];                                                                               \
                 if (value == ESCAPE) {                                                                               \
