@@ -45,6 +45,7 @@ class Ratio:
             "stored": stored,
             "whole_model": removed(self.checkpoint, self.checkpoint_dense),
             "params": removed(self.numbers_stored, self.numbers_dense),
+            "bpw": bits_per_weight(self.targets_stored, self.numbers_dense),
         }
 
 
@@ -58,6 +59,11 @@ def check_ratio(ratio: float) -> float:
 def removed(stored: int, dense: int) -> float:
     """Fraction removed when `dense` bytes became `stored` bytes, the float nearest to it."""
     return (dense - stored) / dense
+
+
+def bits_per_weight(stored: int, numbers: int) -> float:
+    """Bits that `stored` bytes are for each of `numbers` weights."""
+    return 8 * stored / numbers
 
 
 def kept_bytes(dense_bytes: Iterable[int], ratio: float) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lrcompress.bases import is_computed
-from lrcompress.budget import removed
+from lrcompress.budget import bits_per_weight, removed
 from lrcompress.checkpoint.opening import check_model, named_path, open_model, read_config_file, short_name
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
@@ -25,6 +25,7 @@ from lrcompress.report.summary import computing_versions, load_report, write_car
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward
 from lrcompress.stages.finish import make_report
+from lrcompress.stages.lengths import encode_all
 from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
 from lrcompress.stages.profile import Artefacts, profile
@@ -173,6 +174,8 @@ def write_checkpoint(
         processes().wait()
         note_errors(plan, summaries(opened, artefacts))
     assert artefacts is not None
+    if opened.request.method.sizes_are_estimates and not opened.request.sequential:
+        artefacts = encode_all(opened, plan, artefacts, scratch, reporter)
     if processes().first:
         write_json(folder / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
@@ -279,6 +282,8 @@ def _amount_name(recipe: Recipe) -> str:
     """The part of how much was asked for that names an output folder."""
     if recipe.size is not None:
         return recipe.size.replace(" ", "")
+    if recipe.bpw is not None:
+        return f"{recipe.bpw:g}bpw"
     if recipe.max_loss is not None:
         return f"loss-{100 * recipe.max_loss:g}%"
     if recipe.ratio is None:
@@ -306,8 +311,9 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "base": opened.request.method.base,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "ratio": {"asked": opened.request.recipe.ratio, "of": opened.request.recipe.ratio_of, "counted": plan.removed,
-                  "planned": removed(stored, dense), "whole_model": (dense - stored) / whole},
-        "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "size", "rank", "max_loss"}),
+                  "planned": removed(stored, dense), "whole_model": (dense - stored) / whole,
+                  "bpw": bits_per_weight(stored, sum(site.shape[0] * site.shape[1] for site in opened.sites))},
+        "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "bpw", "size", "rank", "max_loss"}),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),
         **({"joined": plan.joined()} if plan.joins else {}),

@@ -93,6 +93,8 @@ class Recipe(_Strict):
     """What the ratio counts: stored bytes, multiply-adds per token, or ranks."""
     size: Size | None = None
     """The whole checkpoint's bytes at most, such as 200MB, instead of a ratio."""
+    bpw: float | None = pydantic.Field(None, gt=0, le=64)
+    """Bits stored for every weight of the targets at most, everything that counts included, instead of a ratio."""
     max_loss: Loss | None = None
     """How far perplexity on held-out calibration text may rise, such as 2%, instead of a ratio."""
     rank: int | None = pydantic.Field(None, ge=0, le=2**31)
@@ -136,11 +138,11 @@ class Recipe(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _how_much(self) -> "Recipe":
-        asked = {key: getattr(self, key) for key in ("ratio", "size", "max_loss", "rank")}
+        asked = {key: getattr(self, key) for key in ("ratio", "bpw", "size", "max_loss", "rank")}
         given = [f"{key} {value}" for key, value in asked.items() if value is not None]
         if not given:
             raise ValueError(
-                "key 'ratio' is missing: say which fraction of the bytes to remove, or give size or max_loss "
+                "key 'ratio' is missing: say which fraction of the bytes to remove, or give bpw, size or max_loss "
                 "(eora: or a rank)"
             )
         if len(given) > 1:

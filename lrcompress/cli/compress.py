@@ -14,6 +14,7 @@ def compress(
     method: o.Method,
     ratio: o.Ratio = None,
     ratio_of: o.RatioOf = "bytes",
+    bpw: o.Bpw = None,
     size: o.Size = None,
     max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
@@ -54,7 +55,8 @@ def compress(
 ) -> None:
     """Compress a checkpoint and write one that transformers loads."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, ratio_of=ratio_of, size=size, max_loss=max_loss, rank=rank,
+        model=model, method=method, ratio=ratio, ratio_of=ratio_of, bpw=bpw, size=size, max_loss=max_loss,
+        rank=rank,
         base=base, refine=refine, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,

@@ -34,6 +34,10 @@ Size = Annotated[
         rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
+Bpw = Annotated[
+    float | None,
+    typer.Option(help="Bits stored for every weight of the targets, instead of a ratio.", rich_help_panel=MODEL),
+]
 MaxLoss = Annotated[
     str | None,
     typer.Option(

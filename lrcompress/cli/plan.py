@@ -8,6 +8,7 @@ def plan(
     method: o.Method,
     ratio: o.Ratio = None,
     ratio_of: o.RatioOf = "bytes",
+    bpw: o.Bpw = None,
     size: o.Size = None,
     max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
@@ -31,7 +32,8 @@ def plan(
 ) -> None:
     """Show what would be stored where, without writing a checkpoint."""
     recipe = o.recipe_from_flags(
-        model=model, method=method, ratio=ratio, ratio_of=ratio_of, size=size, max_loss=max_loss, rank=rank,
+        model=model, method=method, ratio=ratio, ratio_of=ratio_of, bpw=bpw, size=size, max_loss=max_loss,
+        rank=rank,
         base=base, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,

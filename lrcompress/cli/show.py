@@ -16,6 +16,7 @@ from lrcompress.checkpoint.opening import short_name
 from lrcompress.report.inspection import removed_by_block, sparkline
 from lrcompress.report.summary import (
     answer,
+    bits_stored,
     block_kinds,
     caution,
     change,
@@ -69,7 +70,8 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     ratio, size = plan["ratio"], plan["bytes"]
     out.print(
         f"would remove {ratio['planned']:.2%} of the targets' bytes ({size['targets_dense'] / 1e6:.1f} to "
-        f"{size['targets_stored'] / 1e6:.1f} MB), {ratio['whole_model']:.2%} of the whole model, "
+        f"{size['targets_stored'] / 1e6:.1f} MB, {bits_stored(plan):.2f} bits a weight), "
+        f"{ratio['whole_model']:.2%} of the whole model, "
         f"checkpoint {size['checkpoint'] / 1e6:.2f} MB"
     )
     out.print(f"needs {Needs(**plan['needs'])}")

@@ -59,6 +59,9 @@ class Method(ABC):
     levels_are_ranks: bool = False
     """A curve's levels are ranks of the weight itself, so that a ratio may count ranks."""
 
+    sizes_are_estimates: ClassVar[bool] = False
+    """How many bytes a weight takes is known once it is encoded; a curve's are close (stages/lengths.py)."""
+
     errors_are_exact: bool = True
     """`errors` are those of what is stored; False where they are estimates, good for comparing weights and levels."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lrcompress.budget import FEW_TARGETS
+from lrcompress.budget import FEW_TARGETS, bits_per_weight
 from lrcompress.checkpoint.reader import read_json_object
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
@@ -42,7 +42,7 @@ def peak_rss_bytes() -> int:
 def kinds_table(report: dict[str, Any], kinds: dict[str, str]) -> Table:
     """Per kind of weight: how many, formats, rank, bytes, error; kinds maps a target's name to its kind."""
     table = Table(title=f"{report['model']} · {report['method']}")
-    for column in ("weight", "count", "format", "rank", "of", "MB", "removed", "error"):
+    for column in ("weight", "count", "format", "rank", "of", "MB", "bpw", "removed", "error"):
         table.add_column(column, justify="left" if column in ("weight", "format") else "right")
     groups: dict[str, list[dict[str, Any]]] = {}
     for target in report["targets"]:
@@ -65,9 +65,10 @@ def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
     return [
         str(len(targets)),
         mix,
-        span(ranks),
-        span(full),
+        span(ranks) if any(ranks) else "-",
+        span(full) if any(ranks) else "-",
         f"{stored / 1e6:.2f}",
+        f"{bits_per_weight(stored, sum(t['shape'][0] * t['shape'][1] for t in targets)):.2f}",
         f"{1 - stored / dense:.1%}",
         error,
     ]
@@ -108,6 +109,8 @@ def answer(report: dict[str, Any], recipe: dict[str, Any]) -> str | None:
     ratio = report["ratio"]
     if recipe.get("size") is not None:
         return f"asked for a checkpoint of at most {recipe['size']}"
+    if recipe.get("bpw") is not None:
+        return f"asked for at most {recipe['bpw']:g} bits a weight of the targets"
     if ratio.get("of", "bytes") != "bytes":
         return f"asked for {ratio['asked']:.2%} of the targets' {MEASURES[ratio['of']]}, removed {ratio['counted']:.2%}"
     if search := report.get("search"):
@@ -131,9 +134,18 @@ def removed_in_words(report: dict[str, Any]) -> str:
     if share < FEW_TARGETS:
         return (
             f"removed {ratio['whole_model']:.2%} of the whole model: the targets are {share:.0%} of it, "
-            f"and {ratio['stored']:.2%} of their bytes are gone"
+            f"and {ratio['stored']:.2%} of their bytes are gone, {bits_stored(report):.2f} bits a weight are left"
         )
-    return f"removed {ratio['stored']:.2%} of the targets' bytes, {ratio['whole_model']:.2%} of the whole model"
+    return (
+        f"removed {ratio['stored']:.2%} of the targets' bytes, {bits_stored(report):.2f} bits a weight are left; "
+        f"{ratio['whole_model']:.2%} of the whole model"
+    )
+
+
+def bits_stored(report: dict[str, Any]) -> float:
+    """Bits that the targets' stored bytes are for each of their weights."""
+    numbers = sum(target["shape"][0] * target["shape"][1] for target in report["targets"])
+    return bits_per_weight(report["bytes"]["targets_stored"], numbers)
 
 
 def caution(metric: str | None, base: str | None, *, general: bool) -> str | None:
@@ -195,6 +207,7 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 |---|---|
 | removed of the compressed weights' bytes | {ratio["stored"]:.2%} |
 | removed of the whole checkpoint's bytes | {ratio["whole_model"]:.2%} |
+| bits stored for each of these weights | {bits_stored(report):.3f} |
 | checkpoint | {size["checkpoint"] / 1e6:.1f} MB |
 {few}{asked}| calibration | {text} |
 {trained}| lrcompress | {report["versions"]["lrcompress"]} |

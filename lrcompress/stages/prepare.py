@@ -1,9 +1,11 @@
 """Opening the model, finding its targets, reading its calibration text."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, 
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.processes import processes
-from lrcompress.protocols import Allocator, Site
+from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
@@ -309,6 +311,8 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
     request, curves = opened.request, [choice.asked for choice in choices]
     if request.recipe.size is not None:
         return _budget_of_size(opened, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
+    if request.recipe.bpw is not None:
+        return _budget_of_bits(opened, request.recipe.bpw, curves)
     assert request.ratio is not None
     budget = kept_bytes((curve.dense_bytes for curve in curves), request.ratio)
     least, dense = sum(int(c.bytes[0]) for c in curves), sum(c.dense_bytes for c in curves)
@@ -329,6 +333,18 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
         raise InputError(
             f"--ratio {request.ratio:g}: model {request.recipe.model} has {1 - kept / dense:.4f} of its dense weights' "
             "bytes removed already, ask for more"
+        )
+    return budget
+
+
+def _budget_of_bits(opened: Opened, bits: float, curves: Sequence[Curve]) -> int:
+    numbers = sum(site.shape[0] * site.shape[1] for site in opened.sites)
+    budget = int(Fraction(repr(bits)) * numbers / 8)
+    least, most = sum(int(c.bytes[0]) for c in curves), sum(int(c.bytes[-1]) for c in curves)
+    if not least <= budget < most:
+        raise InputError(
+            f"--bpw {bits:g} cannot be reached: method {opened.request.method.name} stores these weights in "
+            f"{math.ceil(800 * least / numbers) / 100:.2f} to less than {8 * most / numbers:.2f} bits each"
         )
     return budget
 
@@ -391,7 +407,7 @@ def header_bytes(opened: Opened) -> int:
 
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio or a size that cannot be reached, before any text is read."""
-    if opened.request.ratio is not None or opened.request.recipe.size is not None:
+    if opened.request.recipe.rank is None and opened.request.recipe.max_loss is None:
         budget_of(opened, opened.costs())
 
 

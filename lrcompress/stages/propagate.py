@@ -4,20 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
 from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.writer import disk_errors
-from lrcompress.formats import DENSE
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
-from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.lengths import Lengths
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block, double_bytes
-from lrcompress.stages.store import encode_site, installed
+from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block
+from lrcompress.stages.store import installed
 
 
 def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path, reporter: Reporter) -> Artefacts:
@@ -26,7 +25,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     `first` are the artefacts of the dense model's pass, where one was made: its gradients serve here too. With
     toward_dense every weight aims at what the dense model gives for the same text.
     """
-    artefacts = Artefacts(scratch / "sequential")
+    artefacts, lengths = Artefacts(scratch / "sequential"), Lengths(opened, plan)
     blocks = len(opened.blocks)
     paired = opened.request.method.options.toward_dense > 0
     dense = HiddenWalk(opened, scratch / "hidden", calibrate=paired)
@@ -36,6 +35,8 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     if not processes().least(all(walk.there(finished) for walk in walks)):
         finished = 0
     start = min(walk.start(finished) for walk in walks)
+    for block in range(start):
+        lengths.recall(artefacts, block)
     with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
         for block in range(blocks):
             if block < start:
@@ -49,7 +50,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                     beside = dense.calibration(block) if paired else None
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
                 found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
-                encoded = _encoded(opened, plan, found)
+                encoded = lengths.encode(found, block)
                 with reporter.timed("calibrate"):
                     _run_compressed(opened, plan, block, module, encoded, own, tick)
                 artefacts.save(block, _kept(found, encoded))
@@ -59,7 +60,10 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     outside = opened.sites_of(blocks)
     if outside and not artefacts.done(blocks):
         inputs = collect_outside(opened.walker, own.ids, own.calibration(blocks), outside, own.weights)
-        artefacts.save(blocks, decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter))
+        found = decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter)
+        artefacts.save(blocks, _kept(found, lengths.encode(found, blocks)))
+    elif outside:
+        lengths.recall(artefacts, blocks)
     return artefacts
 
 
@@ -70,17 +74,6 @@ def _with_gradients(
     kept = {} if first is None else {site.name: first.load(site, ("gradients",)) for site in sites}
     gradients = {name: tensors["gradients"].double() for name, tensors in kept.items() if tensors}
     return with_gradients(inputs, gradients, sites) if gradients else inputs
-
-
-def _encoded(opened: Opened, plan: Plan, found: Found) -> Found:
-    """The stored tensors of the sites that are not dense, decomposed as in `found` by this process."""
-    sites = [site for site in opened.sites if site.name in found and plan.specs[site.name].format != DENSE]
-
-    def encoded(site: Site) -> dict[str, Tensor]:
-        return encode_site(opened, site, plan.specs[site.name], found[site.name])
-
-    stored = side_by_side(encoded, sites, double_bytes, opened.request.device)
-    return {site.name: tensors for site, tensors in zip(sites, stored, strict=True)}
 
 
 @torch.no_grad()

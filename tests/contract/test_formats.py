@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lrcompress.errors import InputError
 from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
+from lrcompress.formats.coded import Coded, Scales
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.semi_sparse import SemiSparse, top_two
 from lrcompress.formats.sparse_dictionary import SparseDictionary
@@ -23,7 +24,8 @@ DICTIONARY = "sparse_dictionary"
 TRANSPOSED = "transposed_dictionary"
 BASES = ["quantized", "semi_sparse"]
 SUMS = ["sum 16 of quantized", "sum 8 of quantized", "sum 4 of semi_sparse"]
-ALL = [*FACTORED, *BASES, *SUMS, DICTIONARY, TRANSPOSED]
+CODED = "coded"
+ALL = [*FACTORED, *BASES, *SUMS, DICTIONARY, TRANSPOSED, CODED]
 SHAPES = [(24, 40), (40, 24), (24, 24)]
 BITS = {1: (8, 5), 5: (4, 7), 11: (3, 7), 23: (2, 64), 96: (3, 64)}
 """Bits and group of the example that stands for a rank."""
@@ -60,6 +62,8 @@ def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
         return dictionary_example(shape, rank, bias)
     if name == TRANSPOSED:
         return transposed_example(shape, rank, bias)
+    if name == CODED:
+        return coded_example(shape, rank, bias)
     generator = torch.Generator().manual_seed(rank)
     left = torch.randn(shape[0], rank, generator=generator)
     right = torch.randn(rank, shape[1], generator=generator)
@@ -78,6 +82,20 @@ def example(name: str, shape: tuple[int, int], rank: int, bias: bool):
     elif bias:
         stored = {**stored, "bias": values}
     return Spec(form, shape, bias, bias, parameters=parameters), stored, weight, values
+
+
+def coded_example(shape: tuple[int, int], rank: int, bias: bool):
+    """Codes of about `rank` in size and scales over some octaves, which lie where the grid has them to 1 / 510."""
+    generator = torch.Generator().manual_seed(rank)
+    codes = (rank * torch.randn(shape, generator=generator)).round().int()
+    rows, columns = (torch.exp2(torch.linspace(-2, 1, size)) for size in shape)
+    values = torch.randn(shape[0], generator=generator) if bias else None
+    scales = Scales.nearest(rows, columns)
+    assert float((scales.rows / rows).log2().abs().max()) <= 3 / 510 + 1e-6
+    stored = Coded.encode(codes, scales, values)
+    weight = torch.tensor([[float(code) for code in row] for row in codes.tolist()])
+    weight *= scales.rows[:, None] * scales.columns
+    return Spec(CODED, shape, bias, bias, parameters={"length": len(stored["stream"])}), stored, weight, values
 
 
 def base_example(name: str, shape: tuple[int, int], rank: int, generator: torch.Generator):
@@ -254,6 +272,9 @@ GOOD = {
         ("quantized", {"bits": 4}, "groups of None"),
         ("semi_sparse", {"pattern": "4:8"}, "4:8"),
         ("semi_sparse", {}, "pattern"),
+        ("coded", {}, "stream of None"),
+        ("coded", {"length": True}, "stream of True"),
+        ("coded", {"length": 2**40}, "stream of"),
         ("sum", {}, "base"),
         ("sum", {"base": "rtn", "correction": {}}, "base"),
         ("sum", {**GOOD, "base": {"format": "x"}}, "unknown format"),
@@ -309,6 +330,7 @@ def test_multiply_adds_are_those_that_torch_counts(name, rows):
         ("sum 8 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + 2 * 2 * 24 * 40 + 5 * (24 + 40) * (1 + 2 * 2) + 2 * 5),
         ("sparse_dictionary", 2 * 10 * 40 + 2 * 24 * 10),  # codes decoded once and kept
         ("transposed_dictionary", 2 * 10 * 24 + 2 * 40 * 10),
+        ("coded", 24 * 40 + 2 * (24 + 40)),
     ],
 )
 def test_touched_bytes_in_bfloat16(name, moved):

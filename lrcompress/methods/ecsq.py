@@ -1,0 +1,156 @@
+"""ECSQ: rounding with feedback to both sides, one step for the whole model, codes through an entropy coder."""
+
+import math
+from typing import ClassVar, Literal
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from lrcompress.formats.coded import Coded, Scales
+from lrcompress.linalg.rates import rates_of
+from lrcompress.linalg.two_sided import expected_sizes, offsets, round_two_sided, unit_factor
+from lrcompress.methods.base import METHODS, Method, MethodOptions
+from lrcompress.methods.spectral import Metric
+from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+
+BITS = [*(0.05 * k for k in range(1, 40)), *(2 + k / 16 for k in range(168))]
+"""Bits a weight of a curve's levels, the scales aside: 0.05 to 12.4."""
+
+
+class EcsqOptions(MethodOptions):
+    """Options of ecsq."""
+
+    metric: Metric = "two_sided"
+    propagation: Literal["one_pass", "sequential"] = "sequential"
+    toward_dense: float = pydantic.Field(0.5, ge=0.0, le=1.0)
+    damping: float = pydantic.Field(0.01, ge=0.0)
+    """Added to the inputs' second moment, relative to its mean."""
+    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
+    """Added to the output gradients' second moment, relative to its mean (metric=two_sided)."""
+
+
+@METHODS.register
+class Ecsq(Method):
+    """W ≈ row scale ∘ integers ∘ column scale, the integers' entropy being what is stored.
+
+    The loss tr(C_g E C_x Eᵀ) of E = Ŵ - W is Σ D_g,i D_x,j T_ij² (linalg/two_sided.py), and the step of entry (i, j) is
+    one number for the whole model over sqrt(D_g,i D_x,j): every entry then adds the same to the loss per bit, as
+    WaterSIC has it for the inputs' side (arXiv 2603.04956). A curve's level is a number of bits; equal slopes of all
+    curves are equal steps.
+    """
+
+    name: ClassVar[str] = "ecsq"
+    title: ClassVar[str] = "ECSQ"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2603.04956"
+    summary: ClassVar[str] = "entropy-coded integers, rounded with feedback to inputs and outputs, one step for all"
+    Options: ClassVar[type[MethodOptions]] = EcsqOptions
+    formats: ClassVar[tuple[str, ...]] = ("coded",)
+    default_allocator: ClassVar[str] = "marginal_error"
+    sizes_are_estimates: ClassVar[bool] = True
+    errors_are_exact = False
+    options: EcsqOptions
+
+    @property
+    def metric(self) -> str:
+        return self.options.metric
+
+    @property
+    def needs_gradient_gram(self) -> bool:
+        return self.metric == "two_sided"
+
+    def curve(self, site: Site, element_size: int) -> Curve:
+        dense = site.dense_bytes(element_size)
+        costs = [Coded.beside(site.shape) + self._length(site.shape, bits) for bits in BITS]
+        levels = [level for level, cost in enumerate(costs) if cost < dense and cost > ([0, *costs][level])]
+        ranks = torch.tensor([*levels, len(BITS)])
+        return Curve(site.name, ranks, torch.tensor([*(costs[level] for level in levels), dense]), dense)
+
+    def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        inputs, gradients = self._grams(weight, statistics)
+        by_column, by_row = inputs.diagonal().argsort(descending=True), gradients.diagonal().argsort(descending=True)
+        left, row = unit_factor(gradients[by_row][:, by_row], self._gradient_damping)
+        right, column = unit_factor(inputs[by_column][:, by_column], self._damping)
+        scales = Scales.nearest(row.rsqrt(), column.rsqrt())
+        row, column = scales.rows.double(), scales.columns.double()
+        target = weight.double()[by_row][:, by_column] / row[:, None] / column
+        left, right = left * row[:, None] / row, right * column[:, None] / column
+        rates = rates_of(target, left, right)
+        total = (left.T @ target @ right).square().sum()
+        return {
+            "target": target.float(),
+            "left": left.float(),
+            "right": right.float(),
+            "row": row.float(),
+            "column": column.float(),
+            "by_row": by_row,
+            "by_column": by_column,
+            "rates": rates,
+            "energies": total[None],
+        }
+
+    @property
+    def _damping(self) -> float:
+        return self.options.damping if self.needs_statistics else 0.0
+
+    @property
+    def _gradient_damping(self) -> float:
+        return self.options.gradient_damping if self.needs_gradient_gram else 0.0
+
+    def _grams(self, weight: Tensor, statistics: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        """(in, in) and (out, out) float64: what an error of the inputs, and of the outputs, is weighed by."""
+        m, n = weight.shape
+        own = torch.eye(m, dtype=torch.float64, device=weight.device)
+        if statistics is None or not self.needs_statistics:
+            return torch.eye(n, dtype=torch.float64, device=weight.device), own
+        inputs = statistics.gram(centred=self.metric == "centred")
+        if self.metric == "two_sided":
+            assert statistics.gradients is not None
+            own = statistics.gradients
+        elif self.metric == "trace":
+            own = own * statistics.gradient_squares().mean()
+        return inputs, own
+
+    @staticmethod
+    def _length(shape: tuple[int, int], bits: float) -> int:
+        """Bytes, about, of a stream of so many bits an entry."""
+        return math.ceil(bits * shape[0] * shape[1] / 8) + _overhead(shape)
+
+    def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        """Expected ones: the squared error of the step that makes as many bits."""
+        bits, _, errors = artefact["rates"]
+        found = torch.tensor([_interpolated(BITS[level], bits, errors.log2()) for level in curve.ranks[:-1].tolist()])
+        return torch.cat([torch.exp2(found.double()).cummin(0).values, torch.zeros(1, dtype=torch.float64)])
+
+    def total(self, artefact: dict[str, Tensor]) -> float:
+        return float(artefact["energies"].sum())
+
+    def spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        parameters = {"length": self._length(site.shape, BITS[rank])}
+        return Spec(Coded.name, site.shape, site.bias, False, site.conv1d, parameters)
+
+    def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        """The stream is about as long as the spec says, not exactly: the step is that of the length."""
+        target = artefact["target"]
+        bits, steps, _ = artefact["rates"]
+        wanted = 8 * (spec.parameters["length"] - _overhead(spec.shape)) / target.numel()
+        step = 2.0 ** _interpolated(wanted, bits, steps)
+        scaled = target / step
+        rounded = round_two_sided(scaled, artefact["left"], artefact["right"], offsets(expected_sizes(scaled)))
+        codes = torch.empty_like(rounded)
+        rows, columns = torch.empty_like(artefact["row"]), torch.empty_like(artefact["column"])
+        by_row, by_column = artefact["by_row"], artefact["by_column"]
+        codes[by_row[:, None], by_column] = rounded
+        rows[by_row], columns[by_column] = artefact["row"] * step, artefact["column"]
+        return Coded.encode(codes.to(torch.int32), Scales(rows, columns), bias)
+
+
+def _interpolated(bits: float, rates: Tensor, values: Tensor) -> float:
+    """Of values (steps,) at decreasing `rates` (steps,), the one at `bits`; beyond them the outermost."""
+    return float(np.interp(bits, rates.flip(0).cpu().numpy(), values.flip(0).cpu().numpy()))
+
+
+def _overhead(shape: tuple[int, int]) -> int:
+    """Bytes of a stream that code no entries, about: header, tables, the energies of rows and columns."""
+    return 90 + sum(shape) // 3
