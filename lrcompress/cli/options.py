@@ -77,7 +77,8 @@ Allocator = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Stored format: auto (what the method finds smallest), low_rank or pivoted.", rich_help_panel=MODEL
+        help="Stored format: auto (the smallest that the method finds), low_rank, pivoted; auto: coded by default.",
+        rich_help_panel=MODEL,
     ),
 ]
 Set = Annotated[

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost, double_bytes
 from lrcompress.stages.workspace import write_json
+
+LENGTH = "length"
+"""The parameter of a spec that encoding finds: that of the stored tensor `stream`."""
 
 LOUD_LOSS = 5.0
 """Held-out perplexity above this many times the dense one is worth a warning."""
@@ -99,6 +103,13 @@ def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tens
         assert isinstance(opened.reader, Multiplied)
         return as_stored(opened, site, opened.reader.stored(site.name))
     return as_stored(opened, site, opened.request.method.encode(spec, artefact, dense_bias(opened, site)))
+
+
+def as_encoded(spec: Spec, stored: dict[str, Tensor]) -> Spec:
+    """`spec` with the length that a stream of entropy-coded numbers turned out to have."""
+    if LENGTH not in spec.parameters:
+        return spec
+    return replace(spec, parameters={**spec.parameters, LENGTH: len(stored["stream"])})
 
 
 def dense_bias(opened: Opened, site: Site) -> Tensor | None:
