@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.fp8 import readable
 from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
@@ -105,15 +106,26 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+CURES = {
+    "gptq": "compress its dense checkpoint, or correct this one: --method eora --base it",
+    "compressed-tensors": "compress its dense checkpoint, or correct this one: --method eora --base it",
+    "bitsandbytes": "multiply it out with transformers: from_pretrained, then dequantize(), then save_pretrained",
+    "mxfp4": "multiply it out with transformers: from_pretrained with Mxfp4Config(dequantize=True), save_pretrained",
+    "lrcompress": "start from its dense checkpoint",
+    "fp8": "its experts are packed in four bits; compress a checkpoint in bfloat16 or in fp8 alone",
+}
+"""What to do with checkpoints that are stored otherwise than dense or in fp8, by quant_method."""
+
+
 def refuse_compressed(opened: OpenedModel) -> None:
-    """InputError where the folder's config says that its weights are quantised or already compressed."""
+    """InputError where the folder's config says that its weights are compressed, or quantised and not read here."""
     config = read_config_file(opened.folder)
     found = config.get("quantization_config") or config.get("compression_config")
-    if found:
-        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise InputError(
-            f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint"
-        )
+    if not found or readable(found):
+        return
+    kind = str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+    cure = CURES.get(kind, "compress the dense checkpoint that it was made from")
+    raise InputError(f"model {opened.label} is already compressed or quantised ({kind}): {cure}")
 
 
 def read_sound_config(folder: Path, *, trust_remote_code: bool = False) -> object:
