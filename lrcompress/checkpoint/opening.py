@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint.fp8 import readable
+from lrcompress.checkpoint.gguf_parts import only_gguf, stem_of
 from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
@@ -59,7 +60,9 @@ def check_model(model: str) -> Path | None:
     if model == "demo":
         return demo_file()
     path = named_path(model, "model")
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir():
+        return only_gguf(path) or path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_file():
         raise InputError(f"model {model} is a file but no .gguf: give the checkpoint's folder")
@@ -76,11 +79,11 @@ def is_gguf(model: str) -> bool:
 
 def short_name(model: str) -> str:
     """The part of MODEL that names an output folder."""
-    return "demo" if model == "demo" else Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return "demo" if model == "demo" else stem_of(Path(model.rstrip("/")).name)
 
 
 def open_model(model: str) -> OpenedModel:
-    """MODEL as a folder; a GGUF file is dequantised tensor by tensor into one."""
+    """MODEL as a folder; a GGUF file, and the parts that belong to it, are dequantised tensor by tensor into one."""
     path = check_model(model)
     if path is None:
         path = _download(model)
