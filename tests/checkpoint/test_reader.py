@@ -98,6 +98,7 @@ def test_code_that_comes_with_a_checkpoint_of_the_hub_is_fetched(monkeypatch, tm
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda _, allow_patterns: wanted.extend(allow_patterns) or str(tmp_path)
     )
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     open_model("someone/something")
     files = ["config.json", "modeling_own.py", "own/blocks.py", "model.safetensors", "pytorch_model.bin", "a.pkl"]
     kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=wanted))
