@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lrcompress.checkpoint.opening import open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.evaluation.loading import load_network
 from tests.conftest import compress_tiny
 
 SETTINGS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
@@ -124,6 +125,27 @@ def test_it_is_compressed_and_no_longer_named_fp8(folder, tmp_path):
     meant = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     assert all(size == 2 * meant[f"{name}.weight"].numel() for name, size in sizes.items())
     assert not any("scale" in name for name in CheckpointReader(result.folder).names())
+
+
+def test_the_loaded_model_is_the_one_that_is_compressed(make_model, tmp_path):
+    """With blocks that are cut at the edges, where transformers' own reading divides by other scales or fails."""
+    meant = AutoModelForCausalLM.from_pretrained(make_model("llama"), dtype=torch.float32).eval()
+    folder = tmp_path / "cut"
+    shutil.copytree(make_model("llama"), folder, copy_function=shutil.copyfile)
+    tensors = {}
+    for name, tensor in meant.state_dict().items():
+        if "_proj" not in name:
+            tensors[name] = tensor.clone()
+            continue
+        tensors[name], tensors[f"{name}_scale_inv"] = codes, scale = in_blocks(tensor, 20)
+        spread = scale.repeat_interleave(20, 0).repeat_interleave(20, 1)[: tensor.shape[0], : tensor.shape[1]]
+        tensor.copy_((codes.float() * spread).bfloat16())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    describe(folder, {**SETTINGS, "weight_block_size": [20, 20]})
+    _, loaded = load_network(str(folder), device="cpu")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, meant(ids).logits)
 
 
 @pytest.mark.parametrize(
