@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.opening import open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
@@ -161,3 +162,26 @@ def test_what_is_stored_otherwise_is_named_with_a_cure(folder, settings, cure):
     describe(folder, settings)
     with pytest.raises(InputError, match=rf"\({settings['quant_method']}\): .*{cure}"):
         open_dense(str(folder))
+
+
+def test_experts_are_read_as_those_of_a_checkpoint_that_is_not_quantised(make_model, tmp_path):
+    """A mixture of DeepSeek-V3's, its layers in fp8, and beside it what they stand for, in bfloat16."""
+    source = make_model("deepseek_v3")
+    names = CheckpointReader(source).names()
+    stored, meant = {}, {}
+    for name, tensor in CheckpointReader(source).read(names):
+        stored[name] = meant[name] = tensor.bfloat16()
+        if "_proj" in name and tensor.dim() == 2:
+            codes, scale = in_blocks(tensor.float(), 16)
+            stored[name], stored[f"{name}_scale_inv"] = codes, scale
+            spread = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[: tensor.shape[0], : tensor.shape[1]]
+            meant[name] = (codes.float() * spread).bfloat16()
+    assert any(".experts.1." in name for name in stored if name.endswith("_scale_inv"))
+    for folder, tensors in ((tmp_path / "fp8", stored), (tmp_path / "plain", meant)):
+        shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    describe(tmp_path / "fp8", SETTINGS)
+    readers = [open_skeleton(tmp_path / name)[1] for name in ("fp8", "plain")]
+    assert readers[0].names() == readers[1].names()
+    for (name, ours), (_, theirs) in zip(*(reader.read(reader.names()) for reader in readers), strict=True):
+        assert torch.equal(ours, theirs), name
