@@ -50,10 +50,13 @@ def statistics_folder() -> Path | None:
     return named / STATISTICS if named is not None else _lent[-1] if _lent else None
 
 
-def conversion_folder(path: Path) -> Path:
-    """The folder for what file `path` was converted to, by its place, size and time of change."""
-    stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+def conversion_folder(paths: Iterable[Path], reading: int) -> Path:
+    """The folder for what the parts of a file were converted to, by their places, sizes and times of change.
+
+    `reading` is the number of the way they are read: what another one made is not found.
+    """
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    key = f"{reading} {[(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]}"
     return cache_folder() / CONVERTED / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ from lrcompress.calibration.corpus import held_out_documents
 from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.harness import Measured, measurable, run_lm_eval
@@ -80,6 +81,8 @@ class _Comparison:
         self.spec, self.options, self.reporter = spec, options, reporter
         self.labels = [model] if spec.against is None else [model, spec.against]
         self.folders = [open_model(label).folder for label in self.labels]
+        for said in filter(None, map(remark, self.folders)):
+            reporter.warn(said)
         check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]

@@ -8,8 +8,10 @@ from torch import nn
 
 import lrcompress  # noqa: F401 (registers the stored formats)
 from lrcompress.checkpoint.opening import load_tokenizer, open_model, read_sound_config
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
+from lrcompress.model.skeleton import empty_model
 from lrcompress.report.summary import load_report
 
 
@@ -39,18 +41,15 @@ def load_network(
     """Folder and model on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     folder = open_model(label).folder
-    read_sound_config(folder, trust_remote_code=trust_remote_code)
+    config = read_sound_config(folder, trust_remote_code=trust_remote_code)
     where = resolve_device(device)
     wanted: Any = compute_dtype(where, torch.bfloat16) if dtype == "auto" else resolve_dtype(dtype, torch.float32)
     if dtype == "auto" and wanted != torch.float32:
         wanted = "auto"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        model, info = _from_files(folder, config, wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
             raise ResourceError(f"out of memory while model {label} was loaded") from error
@@ -60,3 +59,23 @@ def load_network(
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise InputError(f"model {label} lacks weights ({names}): its files and its config do not belong together")
     return folder, model.to(where).eval()
+
+
+def _from_files(folder: Path, config: Any, dtype: Any, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and what transformers notes about its loading; weights in fp8 as they are read for compression.
+
+    transformers takes blocks of fp8 for equal parts of a weight, and those at its edge may be cut.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    files = CheckpointReader(folder)
+    if not files.in_fp8:
+        options |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+        found: tuple[nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return found
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind: Any = type(empty_model(config, trust_remote_code=trust_remote_code))
+    found = kind.from_pretrained(None, config=config, state_dict=dict(files.read(files.names())), **options)
+    return found

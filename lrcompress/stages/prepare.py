@@ -34,6 +34,7 @@ from lrcompress.checkpoint.opening import (
     refuse_compressed,
 )
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
 from lrcompress.methods import Method, make_method
@@ -224,10 +225,15 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
             f"model {recipe.model} has an adapter beside its weights ({ADAPTER}), which transformers loads with it: "
             "merge it into the weights with PEFT's merge_and_unload, or move it out of the folder"
         )
+    said = remark(model.folder)
+    if said is not None:
+        reporter.warn(said)
     config = read_sound_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     experts = linearise(skeleton)
     reader = _tensors(request, model, skeleton)
+    if reader.in_fp8:
+        reporter.say(f"its weights in fp8 are read as {str(reader.dtype).removeprefix('torch.')}, and count as such")
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
     if isinstance(reader, Multiplied):

@@ -17,6 +17,7 @@ from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
+from lrcompress.checkpoint.shards import NAMED
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
@@ -362,7 +363,8 @@ def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
     recipe = opened.request.recipe
     copy_files_beside(opened.model.folder, folder, code=recipe.trust_remote_code)
     config = read_config_file(opened.model.folder)
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", NAMED):
+        config.pop(key, None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
     method = opened.request.method
     manifest = make_manifest(
