@@ -142,6 +142,14 @@ def test_offload_to_disk(compressed, tmp_path, recipe, how):
     torch.testing.assert_close(logits(model, IDS), logits(load(folder), IDS))
 
 
+def test_what_is_offloaded_is_not_multiplied_out(compressed, tmp_path):
+    """Without its numbers it would be another model."""
+    model = load(compressed("gpt2"), device_map={"": "disk"}, offload_folder=str(tmp_path))
+    with pytest.raises(InputError, match="is offloaded, .* load the model without a device_map"):
+        model.dequantize()
+    torch.testing.assert_close(logits(model, IDS), logits(load(compressed("gpt2")), IDS))
+
+
 def test_factors_train(compressed):
     model = load(compressed())
     model(input_ids=IDS, labels=IDS).loss.backward()
