@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
-from lrcompress.model.skeleton import checkpoint_names, find_blocks
+from lrcompress.model.skeleton import checkpoint_names, find_blocks, tie_as_stored
 from lrcompress.protocols import TensorSource
 
 
@@ -39,6 +39,7 @@ class BlockWalker:
     """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
 
     How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named.
+    `untied` names parameters that the config ties to others while the files hold another matrix for each.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
@@ -54,7 +55,7 @@ class BlockWalker:
         prefixes = tuple(block + "." for block in self.blocks)
         outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
         self.model.load_state_dict(self._read(outside), strict=False, assign=True)
-        self.model.tie_weights()  # type: ignore[operator]
+        self.untied = tie_as_stored(self.model, self.names)
         for module_name, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta" and f"{module_name}.{name}" not in self.names:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -64,9 +65,9 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
                 durable = writer.flush()
                 journalled.result()
                 journalled = disk.submit(_journal, journal, durable, writer.done)
+            if check is not None:
+                check.step(block, tensors, plan)
             if block < len(opened.blocks):
-                if check is not None:
-                    check.step(block, tensors, plan)
                 tick()
         journalled.result()
     writer.close()
@@ -295,7 +296,10 @@ class Layout:
 
 
 class HeldOutCheck:
-    """Walks held-out windows through the compressed blocks, as written, and compares with the dense model."""
+    """Walks held-out windows through the model as it is written, and compares with the dense one.
+
+    What is outside of the blocks comes first, and is kept: embeddings are read with it, and logits.
+    """
 
     def __init__(self, opened: Opened, scratch: Path) -> None:
         assert opened.calibration is not None
@@ -303,24 +307,31 @@ class HeldOutCheck:
         self._ids = opened.calibration.held_out
         self._before = "less compressed" if isinstance(opened.reader, Multiplied) else "dense"
         self._dense = HiddenWalk(opened, scratch / "hidden").held_out(len(opened.blocks))
-        with torch.no_grad():
-            self._hidden = [opened.walker.embed(ids) for ids in self._ids]
+        self._outside: dict[str, tuple[Spec, dict[str, Tensor]]] = {}
+        self._hidden: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, block: int, encoder: Encoder, plan: Plan) -> None:
-        """Run the windows through one compressed block."""
+        """Run the windows through one compressed block, or through what comes before all of them."""
         walker, opened = self._opened.walker, self._opened
         compressed = [s for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE]
-        with walker.block(block) as module:
-            with installed(opened, {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}):
-                self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
+        stored = {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}
+        if block == len(opened.blocks):
+            self._outside = stored
+            with installed(opened, stored):
+                self._hidden = [walker.embed(ids) for ids in self._ids]
+            return
+        with walker.block(block) as module, installed(opened, stored):
+            self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
 
     @torch.no_grad()
     def judge(self, reporter: Reporter) -> None:
         """Warn where the compressed model is far worse."""
         if not len(self._ids):
             return
-        dense, compressed = (self._perplexity(states) for states in (self._dense, self._hidden))
+        dense = self._perplexity(self._dense)
+        with installed(self._opened, self._outside):
+            compressed = self._perplexity(self._hidden)
         reporter.say(
             f"held-out calibration text ({len(self._ids)} windows): "
             f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
@@ -367,8 +378,17 @@ def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
         config.pop(key, None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
     method = opened.request.method
+    if opened.walker.untied and not opened.skeleton.all_tied_weights_keys:
+        untie(config)
     manifest = make_manifest(
         method.name, opened.sites, plan.specs, stand_ins_of(opened, plan), freeze_dense=method.freezes_dense
     )
     config["quantization_config"] = manifest.as_json()
     write_json(folder / "config.json", config)
+
+
+def untie(config: dict[str, Any]) -> None:
+    """Have config.json say that embeddings and head are two matrices: a compressed one has nothing to compare."""
+    language = config.get("text_config")
+    for part in [config, *([language] if isinstance(language, dict) else [])]:
+        part["tie_word_embeddings"] = False
