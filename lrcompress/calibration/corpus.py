@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.model.generation import written
+from lrcompress.model.limits import check_tokens, known_tokens
 from lrcompress.model.skeleton import library_errors
 
 MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
@@ -271,27 +273,22 @@ def shares(weights: Sequence[float], samples: int) -> list[int]:
 def sample_from_model(
     folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int, *, trust_remote_code: bool = False
 ) -> Tensor:
-    """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
+    """(samples, seqlen) tokens drawn from the dense model at temperature 1 and nothing else, from one token on.
+
+    No setting of the folder's generation config counts, and no token is forbidden: behind an end of text the model
+    writes on as it will. Needs the whole model in memory.
+    """
     from transformers import AutoModelForCausalLM
 
+    start = tokenizer.bos_token_id
+    start = (tokenizer.eos_token_id if start is None else start) or 0
+    ids = torch.full((samples, 1), start, dtype=torch.int64)
     with library_errors("the model cannot write text of its own", "use shorter blocks or a text file"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         ).eval()
-        start = tokenizer.bos_token_id
-        start = tokenizer.eos_token_id if start is None else start
-        ids = torch.full((samples, 1), start or 0, dtype=torch.int64)
+        check_tokens(ids, known_tokens(model), str(folder))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                min_new_tokens=seqlen - 1,
-                max_new_tokens=seqlen - 1,
-                pad_token_id=start or 0,
-            )
+            made = written(model, ids, seqlen - 1, draw=True)
     return made[:, :seqlen].to(torch.int64)

@@ -22,6 +22,7 @@ from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
 from lrcompress.model.device import memory_errors
+from lrcompress.model.limits import known_tokens
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -198,7 +199,7 @@ class _Comparison:
             self.reporter.say(f"{task.given} of both models: from the cache")
             return found
         mine, reference = self._load(0).model, self._load(1).model
-        if _vocabulary(mine) != _vocabulary(reference):
+        if known_tokens(mine) != known_tokens(reference):
             return None
         found = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
         kept.write(f"{self.labels[0]} against {self.labels[1]}, {task.key}", found)
@@ -254,10 +255,6 @@ def _timed(run: Callable[[], None]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 def _flat(tasks: Sequence[Task], measured: dict[str, Results]) -> Results:
