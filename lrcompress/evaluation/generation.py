@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lrcompress.calibration.files import read_text
 from lrcompress.checkpoint.opening import check_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import LoadedModel, load_model
@@ -25,11 +26,7 @@ PROMPTS = (
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank; InputError where it cannot be read or has none."""
-    try:
-        lines = path.read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"--prompts {path} cannot be read: {reason}") from error
+    lines = read_text(path).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--prompts {path} holds no prompt: write one a line")

@@ -8,6 +8,8 @@ from lrcompress.errors import InputError
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx")
 """What configs call the number of positions."""
+_SPARE_ROWS = 8
+"""A table of positions has up to so many rows more than positions."""
 
 
 def known_tokens(model: nn.Module) -> int:
@@ -35,7 +37,7 @@ def guard_tokens(model: nn.Module, label: str) -> None:
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for given in (*args, *kwargs.values()):
-            if isinstance(given, Tensor):
+            if isinstance(given, Tensor) and not given.is_floating_point():
                 check_tokens(given, known, label)
 
     model.get_input_embeddings().register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[operator]
@@ -46,3 +48,19 @@ def longest_context(config: Any) -> int | None:
     language = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = (getattr(language, key, None) for key in _CONTEXT_KEYS)
     return next((value for value in named if isinstance(value, int) and value > 0), None)
+
+
+def length_warning(model: nn.Module, length: int) -> str | None:
+    """What to say of blocks of so many tokens where they are longer than the model's context, None where they are not.
+
+    InputError where the model has learnt its positions, and so has none beyond them.
+    """
+    context = longest_context(model.config)
+    if context is None or length <= context:
+        return None
+    said = f"blocks of {length} tokens are longer than the model's context, {context} positions"
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    if any(0 <= table.num_embeddings - context < _SPARE_ROWS for table in tables):
+        raise InputError(f"{said}, and it has learnt no others: use a shorter length")
+    return f"{said}: what it computes beyond them may be of little use"

@@ -40,7 +40,7 @@ from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
-from lrcompress.model.limits import check_tokens, known_tokens
+from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching
 from lrcompress.processes import processes
@@ -198,7 +198,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     opened = open_parts(request, reporter)
     check_amount(opened)
     if calibrate:
-        calibrate_model(opened)
+        calibrate_model(opened, reporter)
     return opened
 
 
@@ -412,12 +412,14 @@ def check_amount(opened: Opened) -> None:
         budget_of(opened, opened.costs())
 
 
-def calibrate_model(opened: Opened) -> None:
+def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
 
     A method that needs no statistics still gets the held-out windows, to judge the result by.
     """
     recipe = opened.request.recipe
+    if warning := length_warning(opened.skeleton, max(spec.seqlen for spec in recipe.calibration)):
+        reporter.warn(f"--seqlen: {warning}")
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
     sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
