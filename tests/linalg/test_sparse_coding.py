@@ -262,3 +262,11 @@ def test_a_dictionary_that_is_exact_stays_exact(dtype):
         assert (target.double() - c @ dictionary.double()).norm() <= bound
     drawn_to_zero = least_squares_dictionary(target, codes)
     assert (target.double() - c @ drawn_to_zero.double()).norm() > 1.5 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_rounds_on_an_exact_target_leave_rounding_alone(dtype):
+    """A round tells codes apart by their energies, sums of k products each: it takes worse ones by k u of them at most."""
+    target = (decaying(30, 20) @ random(20, 3) @ random(3, 20, seed=5)).to(dtype)
+    code = solve(target, 12, 6, "htp", 20)
+    assert code.error(target) <= 12 * torch.finfo(dtype).eps / 2 * target.double().square().sum()
