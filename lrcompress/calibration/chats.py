@@ -57,7 +57,7 @@ def _message(turn: Any) -> dict[str, Any]:
     if isinstance(turn, dict) and isinstance(turn.get("role"), str):
         return {"content": None} | {key: value for key, value in turn.items() if value is not None}
     if isinstance(turn, dict) and isinstance(turn.get("value"), str) and "from" in turn:
-        if turn["from"] not in _SHAREGPT:
+        if not isinstance(turn["from"], str) or turn["from"] not in _SHAREGPT:
             raise InputError(f"a chat has a turn of {turn['from']!r} (known: {', '.join(_SHAREGPT)})")
         return {"role": _SHAREGPT[turn["from"]], "content": turn["value"]}
     known = ", ".join(map(str, turn)) if isinstance(turn, dict) else type(turn).__name__

@@ -173,6 +173,7 @@ def test_chats_of_tables(tmp_path, chatty):
     [
         ({"messages": [{"role": "narrator", "content": "x"}]}, r"cannot write record 1 of .*unknown role narrator"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "record 1 of .*has a turn of 'narrator'"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "has a turn of .*'gpt'"),
         ({"messages": [{"content": "x"}]}, "a turn without role and content"),
         ({"messages": ["x"]}, "a turn without role and content"),
         ({"messages": []}, "a chat has no messages"),
