@@ -124,7 +124,12 @@ def _record_texts(path: Path, field: str, tokenizer: Any) -> list[str]:
             what = f"the model's chat template cannot write record {number} of {path}"
             with library_errors(what, "mend its roles, or write it as text into a field of its own"):
                 texts.append(rendered(chat, tokenizer, opening))
-        elif not (kind_of(path) in PARQUET and field in record and value is None):
+        elif kind_of(path) in PARQUET and field in record:
+            if value is not None:
+                raise InputError(
+                    f"{path} has no text in column {field!r} but {type(value).__name__}: write {path}:FIELD"
+                )
+        else:
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise InputError(
                 f"{path} has a record without the text field {field!r} (it has: {known}): write {path}:FIELD"

@@ -418,8 +418,6 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     A method that needs no statistics still gets the held-out windows, to judge the result by.
     """
     recipe = opened.request.recipe
-    if warning := length_warning(opened.skeleton, max(spec.seqlen for spec in recipe.calibration)):
-        reporter.warn(f"--seqlen: {warning}")
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
     sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
@@ -431,6 +429,8 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
     check_tokens(ids, opened.vocabulary, recipe.model)
+    if warning := length_warning(opened.skeleton, ids.shape[1]):
+        reporter.warn(f"--seqlen: {warning}")
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)

@@ -50,7 +50,7 @@ def test_compress_eval_and_heal_say_it(llama, tmp_path):
 
 def test_learnt_positions_refuse_longer_texts(make_model, tmp_path):
     gpt2 = make_model("gpt2")
-    calibration = {"source": "self", "samples": 1, "seqlen": 264}
+    calibration = {"source": "python-docs", "samples": 1, "seqlen": 264}
     with pytest.raises(InputError, match="learnt no others"):
         compress_tiny(gpt2, tmp_path / "out", calibration=calibration)
     assert not (tmp_path / "out").exists()
