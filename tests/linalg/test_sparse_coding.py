@@ -97,7 +97,10 @@ def test_singular_targets(solver, kind, dtype):
     assert torch.isfinite(code.codes).all()
     assert torch.isfinite(code.dictionary).all()
     if kind in ("zero", "rank one", "few tokens"):  # of rank at most s: exactly representable
-        assert code.error(target) <= (1e-9 if dtype == torch.float32 else 1e-17) * target.double().square().sum()
+        share = 1e-9 if dtype == torch.float32 else 1e-17
+        if solver == "ksvd":  # s products in this dtype, solved for on dependent atoms: a ridge r passes on 1 / (2 √r)
+            share = max(share, (6 * torch.finfo(dtype).eps / 2) ** 2 / (4 * 1e-9))
+        assert code.error(target) <= share * target.double().square().sum()
 
 
 @pytest.mark.parametrize("solver", ALL)
