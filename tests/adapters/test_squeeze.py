@@ -375,3 +375,27 @@ def test_patterns_tell_layer_1_from_layer_11():
         assert chosen == [1, 2, 3, 4, 5]
     assert config["rank_pattern"]["h.11.a"] == 2  # unmistakable: as PEFT itself writes it
     assert config["lora_alpha"] == config["r"] == 5
+
+
+def test_a_base_whose_tokenizer_makes_tokens_that_it_does_not_know_is_bad_input(make_adapter, llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["the", "ing", "and", "not", "for", "all"])
+    tokenizer.save_pretrained(base)
+    inputs = Inputs(str(base), [CalibrationSpec(samples=3, seqlen=48)])
+    with pytest.raises(InputError, match=r"base makes token 32\d, the model knows 320"):
+        squeeze(str(make_adapter()), tmp_path / "out", Amount(rank=3), inputs=inputs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_beside_an_adapter_comes_along(make_adapter, llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, templates = make_adapter(), {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
