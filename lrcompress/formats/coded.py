@@ -15,6 +15,10 @@ from lrcompress.protocols import Spec
 GRID_BYTES = 16
 """Four little-endian float32: of rows, then of columns, the log2 of the smallest scale and the step between two."""
 
+FEW_ROWS = 4
+"""Up to so many rows torch's product with int8 weights is faster than one with codes that are converted first: a row of
+bfloat16 with 8192 x 2048 codes takes 0.46 ms instead of 22, 16 rows of float32 3 times as long."""
+
 LEVELS = 255
 """Largest index of a scale."""
 
@@ -154,8 +158,22 @@ class Coded(LeafLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         codes, rows, columns = self.parts()
-        y = nn.functional.linear(x * columns, codes.to(x.dtype)) * rows
+        x = x * columns
+        if self._takes_integers(x, codes):
+            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), codes, rows)
+            y = y.reshape(*x.shape[:-1], self.out_features)
+        else:
+            y = nn.functional.linear(x, codes.to(x.dtype)) * rows
         return y if self.bias is None else y + self.bias
+
+    def _takes_integers(self, x: Tensor, codes: Tensor) -> bool:
+        """Whether torch's product with int8 weights is right, and the faster one, for these rows.
+
+        It has no gradients, and in bfloat16 errs where a row is no multiple of 16 (torch 2.13).
+        """
+        right = codes.dtype == torch.int8 and codes.device.type == "cpu" and not torch.is_grad_enabled()
+        whole = x.dtype != torch.bfloat16 or self.in_features % 16 == 0
+        return right and whole and 0 < x.numel() <= FEW_ROWS * self.in_features
 
 
 def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
