@@ -1,7 +1,7 @@
 """ECSQ: rounding with feedback to both sides, one step for the whole model, codes through an entropy coder."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import pydantic
@@ -23,8 +23,6 @@ class EcsqOptions(MethodOptions):
     """Options of ecsq."""
 
     metric: Metric = "two_sided"
-    propagation: Literal["one_pass", "sequential"] = "sequential"
-    toward_dense: float = pydantic.Field(0.5, ge=0.0, le=1.0)
     damping: float = pydantic.Field(0.01, ge=0.0)
     """Added to the inputs' second moment, relative to its mean."""
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
