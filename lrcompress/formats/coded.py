@@ -46,7 +46,7 @@ class Scales:
             if not bool(torch.isfinite(logs).all()):
                 raise ValueError("a scale is not a positive, finite number")
             low = struct.unpack("<f", struct.pack("<f", float(logs.min())))[0]
-            step = struct.unpack("<f", struct.pack("<f", float(logs.max() - low) / LEVELS))[0]
+            step = struct.unpack("<f", struct.pack("<f", max(0.0, float(logs.max()) - low) / LEVELS))[0]
             grid += [low, step]
             index = ((logs - low) / step).round() if step > 0 else torch.zeros_like(logs)
             indices.append(index.clamp(0, LEVELS).to(torch.uint8))
