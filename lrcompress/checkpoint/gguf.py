@@ -175,7 +175,7 @@ def _names(model: Any, file: _File, architecture: str) -> tuple[dict[str, str], 
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    known = get_gguf_hf_weights_map(model, processor)
+    known = get_gguf_hf_weights_map(model, processor, architecture)
     # Experts are no modules of their own in the model, so that transformers' names for them lack this ending.
     found = {t.name: known.get(t.name) or known.get(t.name.removesuffix(".weight")) for t in file.tensors}
     return {name: known for name, known in found.items() if known is not None}, processor

@@ -118,8 +118,8 @@ def settle(config: Any, metadata: Metadata) -> None:
     if known.has("query_pre_attn_scalar") and not metadata.get("attention.scale"):
         wide = config.num_hidden_layers in DIVIDED_BY_WIDTH
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if wide else head_width(config)
-    if rotates_by_kind(config) and "attention.sliding_window" not in metadata.values:
-        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    if "attention.sliding_window" not in metadata.values:
+        _slide_nowhere(config)
 
 
 def changes_nothing(key: str, value: Any) -> bool:
@@ -139,6 +139,17 @@ def rotates_by_kind(config: Any) -> bool:
     """Whether full and sliding layers have rotary parameters of their own."""
     found = getattr(config, "rope_parameters", None)
     return isinstance(found, dict) and "sliding_attention" in found
+
+
+def _slide_nowhere(config: Any) -> None:
+    """Without a window in the file no layer has one, but where some do by their kind and all rotate alike.
+
+    There llama.cpp has the window that the config has by itself (src/models/gemma2.cpp).
+    """
+    if rotates_by_kind(config):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    elif "sliding_attention" not in (getattr(config, "layer_types", None) or []) and hasattr(config, "sliding_window"):
+        config.sliding_window = None
 
 
 class _Known:

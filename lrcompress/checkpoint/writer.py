@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrcompress.checkpoint.beside import CODE, files_in_folders, is_beside
 from lrcompress.checkpoint.reader import DTYPE_NAMES, read_header
+from lrcompress.checkpoint.shards import weight_files
 from lrcompress.errors import InputError, ResourceError
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
@@ -158,7 +159,7 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Every file is replaced whole or not at all; ValueError, before anything is written, where a tensor does not fit.
     """
-    headers = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    headers = {path: read_header(path) for path in weight_files(folder)}
     where = {name: path for path, (places, _) in headers.items() for name in places}
     for name, tensor in tensors.items():
         entry = headers[where[name]][0][name] if name in where else {}

@@ -268,6 +268,15 @@ def test_keys_that_change_nothing_are_no_reason(llama):
     agree(*llama({"rope_type": "default"}, said, common={"general.type": "model", "quantize.imatrix.chunks_count": 9}))
 
 
+def test_a_window_of_which_the_file_says_nothing(llama):
+    """A class of models has one by itself; the file's model, called so by its name alone, has none."""
+    path, model = llama({"rope_type": "default"}, {}, common={"general.name": "mistral"})
+    agree(path, model)
+    config = t.AutoConfig.from_pretrained(open_dense(str(path)).folder)
+    assert type(config)().sliding_window
+    assert config.sliding_window is None
+
+
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
 def test_a_file_that_is_no_model_says_so(llama, kind):
     path, _ = llama({"rope_type": "default"}, {}, common={"general.type": kind})
