@@ -72,22 +72,23 @@ class Coded(LeafLinear):
 
     In files: stream (length,) uint8, the codes (coding/stream.py), and scales (16 + out + in,) uint8 (`Scales`). Loaded
     (`lay_out`): codes (out, in) of the smallest integers that hold them, row_scale (out,) and column_scale (in,); a
-    state dict has what the files have.
+    state dict has what the files have. These three are buffers, and only once they are there: accelerate looks for
+    every parameter of a layer that it offloads in the state dict.
     """
 
     name: ClassVar[str] = "coded"
     stream: Tensor | None
     scales: Tensor | None
     codes: Tensor | None
+    row_scale: Tensor | None
+    column_scale: Tensor | None
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         self.register_buffer("stream", torch.empty(spec.parameters["length"], dtype=torch.uint8))
         size = GRID_BYTES + self.out_features + self.in_features
         self.register_buffer("scales", torch.empty(size, dtype=torch.uint8))
-        self.register_buffer("codes", None, persistent=False)
-        self.row_scale: nn.Parameter | None = None
-        self.column_scale: nn.Parameter | None = None
+        self._hold(None, None, None)
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
         self.register_state_dict_post_hook(_as_stored)
         self.register_load_state_dict_pre_hook(_make_room)
@@ -128,10 +129,18 @@ class Coded(LeafLinear):
             return
         codes, rows, columns = self.parts()
         dtype = self.weight.dtype
-        self.codes = codes
-        self.row_scale = nn.Parameter(rows.to(dtype))
-        self.column_scale = nn.Parameter(columns.to(dtype))
+        self._hold(codes, rows.to(dtype), columns.to(dtype))
         self.stream = None
+
+    def _hold(self, *tensors: Tensor | None) -> None:
+        """Set codes, row_scale and column_scale."""
+        for name, tensor in zip(("codes", "row_scale", "column_scale"), tensors, strict=True):
+            if hasattr(self, name):
+                delattr(self, name)
+            if tensor is None:
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (out, in) and the scales of rows and of columns, decoded where they have not been laid out."""
@@ -182,8 +191,6 @@ def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadat
     if module.codes is None:
         return
     codes, rows, columns = module.parts()
-    for name in ("row_scale", "column_scale"):
-        state.pop(prefix + name)
     state[prefix + "stream"] = encode(codes)
     if not all(map(torch.equal, (rows, columns), module.stored_scales())):
         state[prefix + "scales"] = Scales(rows, columns).stored()
@@ -193,5 +200,5 @@ def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: obj
     """Take a stream again where one is to be loaded."""
     assert isinstance(module, Coded)
     if prefix + "stream" in state and module.codes is not None:
-        module.stream, module.codes = torch.empty_like(state[prefix + "stream"]), None
-        module.row_scale = module.column_scale = None
+        module.stream = torch.empty_like(state[prefix + "stream"])
+        module._hold(None, None, None)

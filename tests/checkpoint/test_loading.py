@@ -129,6 +129,7 @@ STORED = {
     "lord": {},
     "auto": {"method": "auto", "target": ["lm_head", "model.layers.*"]},
     "sharing a dictionary": {"method": {"name": "cospadi", "group": 2}, "form": "sparse_dictionary"},
+    "an entropy coder": {"method": "ecsq", "form": "coded", "ratio": 0.6},
     "eora": {"method": "eora", "form": "sum", "base": "rtn:4:32", "ratio": 0.5},
 }
 
