@@ -4,6 +4,8 @@ Imported by `import lrcompress` as soon as transformers is (see _autoload).
 """
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,16 +66,9 @@ class LrcompressQuantizer(HfQuantizer):
         connect(model, manifest.modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name in self.quantization_config.manifest().modules:
-            module = model.get_submodule(name)
-            assert isinstance(module, StoredLinear)
-            if any(tensor.is_meta for tensor in module.state_dict().values()):
-                continue  # offloaded
-            try:
-                module.check_indices()
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from error
-            module.lay_out()
+        # Streams of coded weights are decoded, by code that lets other threads run.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Without the conversions into fused experts: we store experts as they are here."""
@@ -116,6 +111,18 @@ class LrcompressQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """torch.compile works on the formats."""
         return True
+
+
+def _lay_out(model: nn.Module, name: str) -> None:
+    module = model.get_submodule(name)
+    assert isinstance(module, StoredLinear)
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        return  # offloaded
+    try:
+        module.check_indices()
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    module.lay_out()
 
 
 def _check_shape(name: str, module: nn.Module, shape: tuple[int, int], conv1d: bool) -> None:
