@@ -63,7 +63,7 @@ class LrcompressQuantizer(HfQuantizer):
                 raise InputError(f"the manifest names {name}, which this model does not have") from error
             _check_shape(name, replaced, spec.shape, spec.conv1d)
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
-        connect(model, manifest.modules)
+        connect(model, manifest.modules, manifest.tied)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         # Streams of coded weights are decoded, by code that lets other threads run.

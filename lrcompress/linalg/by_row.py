@@ -85,7 +85,7 @@ def round_by_row(target: Tensor, right: Tensor, offset: Tensor, strip: int = STR
     As `two_sided.round_two_sided` with nothing to tell one row from another: target (m, n) in steps, right M (n, n),
     offset (m, n).
     """
-    m, n = target.shape
+    n = target.shape[1]
     wanted, cut = target.T.contiguous(), offset.T.contiguous()
     error = torch.empty_like(wanted)
     codes = torch.empty_like(wanted)
