@@ -120,7 +120,7 @@ def _like(cls: type, module: nn.Module) -> Any:
 class TiedHead(nn.Module):
     """An output head that multiplies by the codes of a table; nothing of it is stored.
 
-    `weight` is empty, as that of a table, so that what ties both by name finds something.
+    `weight` is empty and in no state dict: it is there for what ties both by name.
     """
 
     weight: Tensor
@@ -129,7 +129,7 @@ class TiedHead(nn.Module):
         super().__init__()
         self._tied = (table,)  # no child: the table's tensors have one name
         self.out_features, self.in_features, self.bias = table.out_features, table.in_features, None
-        self.register_buffer("weight", table.weight)
+        self.register_buffer("weight", table.weight, persistent=False)
 
     @property
     def table(self) -> Table:
