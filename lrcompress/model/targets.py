@@ -57,8 +57,8 @@ def find_sites(
 
     Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
     `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
-    InputError. With `tokens` patterns may match the input embeddings too, which stand first; a head that is tied to them
-    follows them.
+    InputError. With `tokens` patterns may match the input embeddings too, which stand first; a head that is tied to
+    them follows.
     """
     embeddings = input_embeddings(model)
     if embeddings is not None and target and not tokens:
@@ -171,7 +171,8 @@ def refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
     for site in sites:
         others = sorted(tied.get(f"{site.name}.weight", ()))
         if others:
+            cure = "leave it out" if site.head is None else "name the embeddings, and both are compressed as one"
             raise InputError(
-                f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed; "
-                "leave it out"
+                f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed "
+                f"by itself; {cure}"
             )

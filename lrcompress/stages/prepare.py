@@ -252,6 +252,7 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
     for name in walker.untied:
         reporter.say(f"{name} is no copy of the tensor that the config ties it to: both are kept, as transformers does")
+        sites = [replace(site, head=None) if site.lookup and f"{site.head}.weight" == name else site for site in sites]
     with library_errors(f"model {recipe.model} cannot be run as its config says"):
         sites = _called(sites, walker, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)

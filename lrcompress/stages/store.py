@@ -229,7 +229,8 @@ class Layout:
         self._stand_ins = stand_ins_of(opened, plan)
         self._empty = {f"{holder}.{key}" for holder, keys in self._stand_ins.items() for key in keys}
         self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
-        self._following = {f"{site.head}.weight" for site in opened.embeddings if site.name in self._compressed}
+        embeddings = [site for site in opened.embeddings if site.name in self._compressed]
+        self._following = {f"{site.head}.weight": f"{site.name}.weight" for site in embeddings}
         stems = {block + ".": i for i, block in enumerate(opened.blocks)}
         for name in self._names():
             index = next((i for stem, i in stems.items() if name.startswith(stem)), len(stems))
@@ -247,9 +248,8 @@ class Layout:
         """
         experts = self._opened.experts
         found: dict[str, None] = {}
-        for name in self._opened.walker.names:
-            if name in self._following:
-                continue
+        for known in self._opened.walker.names:
+            name = self._following.get(known, known)
             holder = experts_of(name, experts)
             if holder is None:
                 found[name] = None
