@@ -65,7 +65,7 @@ class Method(ABC):
     sizes_are_estimates: bool = False
     """How many bytes a weight takes is known once it is encoded; a curve's are close (stages/lengths.py)."""
 
-    takes_tokens: ClassVar[bool] = False
+    takes_tokens: bool = False
     """Whether input embeddings may be targets, and no token is compared with another in an output head."""
 
     errors_are_exact: bool = True
