@@ -1,6 +1,7 @@
 """Input embeddings and output heads as targets: their metric, what is stored of them, what is loaded again."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -266,17 +267,18 @@ def test_a_table_may_be_offloaded(compressed, tmp_path, device):
             torch.testing.assert_close(model(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.parametrize("metric", ["two_sided", "plain", "trace"])
-@pytest.mark.parametrize("propagation", ["one_pass", "sequential"])
+@pytest.mark.parametrize(
+    ("metric", "propagation"),
+    [("two_sided", "sequential"), ("plain", "one_pass"), ("trace", "one_pass"), ("input", "sequential")],
+)
 def test_every_metric_and_both_ways_of_propagation(make_model, tmp_path, metric, propagation):
-    if metric == "plain" and propagation == "sequential":
-        propagation = "one_pass"
     method = {"name": "ecsq", "metric": metric, "propagation": propagation, "toward_dense": 0.0}
-    (found, _), result = perplexity_said(
+    (found, _), _ = perplexity_said(
         make_model("gemma3"), tmp_path / "out", method=method, ratio=0.7, target=["model.embed_tokens", "*.mlp.*"]
     )
     assert found == pytest.approx(perplexity(tmp_path / "out"), rel=1e-3)
-    assert result.report["ratio"]["stored"] >= 0.7
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert 0.7 <= report["ratio"]["stored"] < 0.705
 
 
 def test_an_untied_head_needs_no_matrix_of_the_vocabularys_gradients(llama, tmp_path, monkeypatch):
@@ -291,9 +293,10 @@ def test_an_untied_head_needs_no_matrix_of_the_vocabularys_gradients(llama, tmp_
     monkeypatch.setattr(gradients, "add_gram", refuse)
     method = {"name": "ecsq", "metric": "two_sided"}
     target = ["lm_head", "model.embed_tokens", "*.q_proj"]
-    (found, _), result = perplexity_said(llama, tmp_path / "out", method=method, ratio=0.7, target=target)
+    (found, _), _ = perplexity_said(llama, tmp_path / "out", method=method, ratio=0.7, target=target)
     assert found == pytest.approx(perplexity(tmp_path / "out"), rel=1e-3)
-    assert {t["name"]: t["format"] for t in result.report["targets"]}["lm_head"] == "coded"
+    formats = {t["name"]: t["format"] for t in json.loads((tmp_path / "out/report.json").read_text())["targets"]}
+    assert (formats["lm_head"], formats["model.embed_tokens"]) == ("coded", "table")
 
 
 def test_files_that_hold_the_tied_matrix_under_the_heads_name_alone(make_model, tmp_path):
@@ -306,8 +309,9 @@ def test_files_that_hold_the_tied_matrix_under_the_heads_name_alone(make_model, 
     whole = {"method": ECSQ, "ratio": 0.7, "target": ["model.embed_tokens"]}
     compress_tiny(tmp_path / "model", tmp_path / "out", **whole)
     compress_tiny(make_model("qwen3"), tmp_path / "same", **whole)
-    one, two = (folder / "model.safetensors" for folder in (tmp_path / "out", tmp_path / "same"))
-    assert one.read_bytes() == two.read_bytes()
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "same"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_other_methods_and_tied_heads_are_refused_in_words(make_model, tmp_path):
