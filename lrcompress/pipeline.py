@@ -262,7 +262,8 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
     """Statistics and decompositions on the dense model's inputs; None where nothing that follows needs them."""
     request = opened.request
     if request.sequential and not request.method.needs_gradients and not needs_artefacts(opened):
-        return None
+        if not opened.embeddings:  # they are rounded before any block, by what the dense model's pass says
+            return None
     walk = profile_backward if request.method.needs_gradients else profile
     artefacts = walk(opened, scratch, reporter)
     if request.allocator.needs_sensitivity and request.recipe.rank is None:

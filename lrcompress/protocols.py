@@ -31,6 +31,15 @@ class Site:
     """Bytes of a number of the weight where it stays dense, if not of the checkpoint's dtype."""
     by_outputs: bool = False
     """Statistics are of its outputs W x (without bias): fewer than its inputs, and all that the method asks for."""
+    lookup: bool = False
+    """The matrix of the input embeddings: a row is what a token is looked up as."""
+    head: str | None = None
+    """The output head that multiplies by the weight: a row makes a token's logit. Its own name but where `lookup`."""
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether rows are tokens of the vocabulary, of which none is compared with another."""
+        return self.lookup or self.head is not None
 
     def dense_bytes(self, element_size: int) -> int:
         """Bytes of the dense weight in a checkpoint of `element_size` bytes a number."""
@@ -119,6 +128,18 @@ class Curve:
 
 
 @dataclass
+class Lookups:
+    """What a text says of the matrix that its tokens are looked up in.
+
+    counts: (vocabulary,) float64, how often each token was; gradients: (width, width) float64 second moment of the
+    loss's gradients at the rows, None where none were gathered.
+    """
+
+    counts: Tensor
+    gradients: Tensor | None = None
+
+
+@dataclass
 class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
@@ -127,6 +148,8 @@ class InputStatistics:
     gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
     where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
+    lookups: of the input embeddings, which have no inputs; where a head multiplies by the same matrix, the others are
+    the head's.
     rows: how many there were, whatever their weights; share: the part of the block's tokens that they count for, less
     than 1 for an expert's. reached: False where the loss has no gradient at the layer, so that `gradients` are made up.
     """
@@ -140,6 +163,7 @@ class InputStatistics:
     share: float = 1.0
     of_outputs: bool = False
     reached: bool = True
+    lookups: Lookups | None = None
 
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu", outputs: int | None = None) -> "InputStatistics":

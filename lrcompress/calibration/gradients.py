@@ -22,7 +22,8 @@ CHUNK = 256
 class GradientCollector:
     """Context manager: while open, the gradient rows g at every site's output are added up during a backward pass.
 
-    `gram`: sums of g gᵀ (out, out), otherwise of the squares (out,) only; products in float32 within a call.
+    `gram`: sums of g gᵀ (out, out), otherwise of the squares (out,) only, as always for rows that are tokens; products
+    in float32 within a call.
     `whole`: everything between the sites and the loss is differentiated, so that a layer without a gradient has none,
     as one that only chooses tokens; otherwise it is an InputError. Rows are counted as they go forward: those that no
     gradient comes back to have one of zero.
@@ -51,7 +52,7 @@ class GradientCollector:
             total = self._sums.get(site.name)
             if total is None:
                 total = self._zeros(site, device)
-            elif self._gram:
+            elif self._compares(site):
                 total = symmetric(total)
             count = total.new_tensor(float(self._counts.get(site.name, 0)))
             processes().add_up([total, count])
@@ -59,15 +60,18 @@ class GradientCollector:
                 found[site.name] = total / count
         return found
 
+    def _compares(self, site: Site) -> bool:
+        return self._gram and not site.of_tokens
+
     def _zeros(self, site: Site, device: torch.device) -> Tensor:
-        return torch.zeros([site.shape[0]] * (2 if self._gram else 1), dtype=torch.float64, device=device)
+        return torch.zeros([site.shape[0]] * (2 if self._compares(site) else 1), dtype=torch.float64, device=device)
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def add(gradient: Tensor) -> None:
             rows = gradient.detach().flatten(0, -2).float()
             if site.name not in self._sums:
                 self._sums[site.name] = self._zeros(site, rows.device)
-            if self._gram:
+            if self._compares(site):
                 add_gram(self._sums[site.name], rows)
             else:
                 self._sums[site.name] += rows.square().sum(0)
@@ -121,6 +125,39 @@ def loss_gradients(
             assert hidden.grad is not None
             out.write(sample, hidden.grad)
     return collector.moments(walker.device)
+
+
+def lookup_gradients(walker: BlockWalker, ids: Tensor, entering: HiddenStates, embeddings: nn.Module) -> Tensor:
+    """(width, width) float64 second moment, per token, of the loss's gradients at what module `embeddings` puts out.
+
+    entering: the gradients at the hidden states that enter the first block for samples ids (samples, length); over the
+    rows of all processes.
+    """
+    reached: list[Tensor] = []
+
+    def start(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        reached.append(output.detach().requires_grad_(True))
+        return reached[-1]
+
+    total, count = None, 0
+    handle = embeddings.register_forward_hook(start)
+    try:
+        for sample in range(len(entering)):
+            reached.clear()
+            with torch.enable_grad():
+                hidden = walker.embed(ids[sample])
+                hidden.backward(entering.read(sample).to(walker.device, hidden.dtype))
+            rows = torch.cat([part.grad.flatten(0, -2).float() for part in reached if part.grad is not None])
+            if total is None:
+                total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+            add_gram(total, rows)
+            count += ids[sample].numel()
+    finally:
+        handle.remove()
+    assert total is not None
+    total, counted = symmetric(total), total.new_tensor(float(count))
+    processes().add_up([total, counted])
+    return total / counted
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,8 @@ def with_shares(
     the layer its share of the block's energy tr(Γ W G Wᵀ): as much for each of its numbers as the others have on
     average. A block without any has nothing to share, and zeros stay zeros. `weight` gives W (out, in).
     """
-    known = [(site, statistics[site.name]) for site in sites if site.name in statistics]
+    inside = [site for site in sites if not site.lookup]  # a token is reached where its row is
+    known = [(site, statistics[site.name]) for site in inside if site.name in statistics]
     reached = [(site, one) for site, one in known if bool((one.gradient_squares() > 0).any())]
     if len(reached) == len(known):
         return statistics

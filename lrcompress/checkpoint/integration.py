@@ -63,7 +63,9 @@ class LrcompressQuantizer(HfQuantizer):
                 raise InputError(f"the manifest names {name}, which this model does not have") from error
             _check_shape(name, replaced, spec.shape, spec.conv1d)
             install(model, name, spec, replaced.weight.dtype)  # type: ignore[arg-type]
-        connect(model, manifest.modules)
+        connect(model, manifest.modules, manifest.tied)
+        for head in manifest.tied:  # there is no parameter of this name to tie
+            model.all_tied_weights_keys.pop(f"{head}.weight", None)  # type: ignore[operator,union-attr]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         # Streams of coded weights are decoded, by code that lets other threads run.
@@ -91,7 +93,10 @@ class LrcompressQuantizer(HfQuantizer):
                 "a switch for them, or compress with metric=input",
                 stacklevel=2,
             )
-        return densify(model, wanted)
+        dense = densify(model, wanted)
+        if self.quantization_config.manifest().tied:
+            dense.all_tied_weights_keys = dense.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+        return dense
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """save_pretrained writes the stored formats."""

@@ -12,6 +12,7 @@ from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, FORMATS, possible_places, stored_tensors
+from lrcompress.formats.table import Table
 from lrcompress.protocols import Site, Spec
 
 QUANT_METHOD = "lrcompress"
@@ -23,12 +24,14 @@ class Manifest:
     """modules: spec per compressed weight; frozen: weights left dense that healing must not train.
 
     experts: modules whose fused experts are linear layers here, with the fused weights that an empty tensor stands for.
+    tied: output heads that multiply by a table of embeddings, and store nothing, with the module of the table.
     """
 
     method: str
     modules: dict[str, Spec]
     frozen: list[str] = field(default_factory=list)
     experts: dict[str, list[str]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -39,6 +42,7 @@ class Manifest:
             "modules": {name: spec.as_json() for name, spec in self.modules.items()},
             "frozen": self.frozen,
             **({"experts": self.experts} if self.experts else {}),
+            **({"tied": self.tied} if self.tied else {}),
         }
 
     @classmethod
@@ -58,7 +62,13 @@ class Manifest:
         for name, spec in specs.items():
             FORMATS.get(spec.format).check(spec)
             _check_owner(name, spec.owner, specs)
-        return cls(str(data.get("method", "")), specs, [str(name) for name in frozen], experts)
+        tied = data.get("tied", {})
+        if not isinstance(tied, dict) or any(
+            not isinstance(owner, str) or owner not in specs or specs[owner].format != Table.name or head in specs
+            for head, owner in tied.items()
+        ):
+            raise InputError("the manifest ties output heads to what is no table of embeddings: write it again")
+        return cls(str(data.get("method", "")), specs, [str(name) for name in frozen], experts, tied)
 
 
 def _is_experts(data: object) -> bool:
@@ -135,4 +145,5 @@ def make_manifest(
     """The manifest of a finished plan; experts as there."""
     modules = {site.name: specs[site.name] for site in sites if specs[site.name].format != DENSE}
     frozen = [site.name for site in sites if site.name not in modules] if freeze_dense else []
-    return Manifest(method, modules, frozen, experts)
+    tied = {site.head: site.name for site in sites if site.lookup and site.head is not None and site.name in modules}
+    return Manifest(method, modules, frozen, experts, tied)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.base import held
+from lrcompress.formats.table import TiedHead
 from lrcompress.model.experts import is_fused
 from lrcompress.model.targets import is_conv1d
 
@@ -28,6 +29,7 @@ def counted(model: nn.Module, run: Callable[[], Any]) -> tuple[Work, Any]:
     def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         rows = x.numel() // x.shape[-1]
+        layer = layer.table if isinstance(layer, TiedHead) else layer
         if isinstance(layer, StoredLinear):
             work.multiply_adds += rows * layer.multiply_adds(rows)
             work.weight_bytes += layer.touched_bytes(rows)
@@ -54,6 +56,8 @@ def counted(model: nn.Module, run: Callable[[], Any]) -> tuple[Work, Any]:
 
 def _linear_layers(module: nn.Module) -> list[nn.Module]:
     """The outermost: not the factors that a stored format holds."""
-    if isinstance(module, StoredLinear | nn.Linear) or is_conv1d(module):
+    if isinstance(module, nn.Embedding):
+        return []
+    if isinstance(module, StoredLinear | TiedHead | nn.Linear) or is_conv1d(module):
         return [module]
     return [layer for child in module.children() for layer in _linear_layers(child)]

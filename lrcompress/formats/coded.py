@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.coding import decode, encode
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, LeafLinear, added_bias_bytes, held
+from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
 from lrcompress.protocols import Spec
 
 GRID_BYTES = 16
@@ -66,8 +66,7 @@ class Scales:
         return cls(*found)
 
 
-@FORMATS.register
-class Coded(LeafLinear):
+class CodedWeight(StoredLinear):
     """W = row_scale ∘ codes ∘ column_scale: y = row_scale ∘ (codes (column_scale ∘ x)).
 
     In files: stream (length,) uint8, the codes (coding/stream.py), and scales (16 + out + in,) uint8 (`Scales`). Loaded
@@ -77,6 +76,7 @@ class Coded(LeafLinear):
     """
 
     name: ClassVar[str] = "coded"
+    bias: nn.Parameter | None
     stream: Tensor | None
     scales: Tensor | None
     codes: Tensor | None
@@ -185,9 +185,14 @@ class Coded(LeafLinear):
         return right and whole and 0 < x.numel() <= FEW_ROWS * self.in_features
 
 
+@FORMATS.register
+class Coded(CodedWeight, LeafLinear):  # type: ignore[misc]
+    """A linear layer of a CodedWeight."""
+
+
 def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
     """Put what the files have in the place of what was laid out; scales that moved get a grid of their own."""
-    assert isinstance(module, Coded)
+    assert isinstance(module, CodedWeight)
     if module.codes is None:
         return
     codes, rows, columns = module.parts()
@@ -198,7 +203,7 @@ def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadat
 
 def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Take a stream again where one is to be loaded."""
-    assert isinstance(module, Coded)
+    assert isinstance(module, CodedWeight)
     if prefix + "stream" in state and module.codes is not None:
         module.stream = torch.empty_like(state[prefix + "stream"])
         module._hold(None, None, None)

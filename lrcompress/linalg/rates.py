@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.two_sided import expected_sizes, offsets
+from lrcompress.linalg.two_sided import expected_at, offsets
 
 COARSEST, FINEST = 3, 13
 """Octaves of the steps that are tried above and below the entries' root mean square."""
@@ -31,17 +31,36 @@ def rates_of(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     before it is rounded is E - T with E = N⁻ᵀ T M⁻¹; T is about white, so that its variance is that of T times the
     squared norms of a column of N⁻¹ and of M⁻¹, less one. Sampled entries get normal noise of that variance.
     """
-    device, (m, n) = target.device, target.shape
+    row, column = _sampled(target)
+    return _rates(target, row, column, _amplification(left)[row] * _amplification(right)[column])
+
+
+def rates_by_row(target: Tensor, right: Tensor, group: Tensor) -> Tensor:
+    """`rates_of` rows that are rounded by themselves, row v with the factor right[group[v]] of right (groups, n, n)."""
+    row, column = _sampled(target)
+    amplification = torch.stack([_amplification(factor) for factor in right])
+    return _rates(target, row, column, amplification[group[row], column])
+
+
+def _sampled(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of at most SAMPLED entries, of all where there are no more."""
+    m, n = target.shape
+    count = min(SAMPLED, m * n)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.outer(_amplification(left), _amplification(right)).sub_(1).clamp_min_(0).sqrt_()
+    place = torch.randperm(m * n, generator=generator)[:count] if count < m * n else torch.arange(m * n)
+    place = place.to(target.device)
+    return place // n, place % n
+
+
+def _rates(target: Tensor, row: Tensor, column: Tensor, amplification: Tensor) -> Tensor:
+    """`rates_of`, from the entries at row (count,) and column (count,), E's variance over T's at each of them."""
     scale = float(target.square().mean().sqrt())
     if scale == 0:
         scale = 1.0
-    count = min(SAMPLED, m * n)
-    place = torch.randperm(m * n, generator=generator)[:count].to(device) if count < m * n else torch.arange(m * n)
-    drawn = torch.randn(count, generator=generator, dtype=torch.float64).to(device)
-    expected = expected_sizes(target).flatten()[place].double()
-    values, spread = target.flatten()[place].double(), noise.flatten()[place].double() * drawn
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(len(row), generator=generator, dtype=torch.float64).to(target.device)
+    values, spread = target[row, column].double(), (amplification.double() - 1).clamp_min(0).sqrt() * drawn
+    expected = expected_at(target, row, column).double()
     classes = (expected.clamp_min(1e-9).log2() * CLASSES).round().long()
     classes -= classes.min()
     found: list[tuple[float, float, float]] = []
@@ -51,7 +70,7 @@ def rates_of(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
             bits, error = found[-1][0] + 1 / PER_OCTAVE, found[-1][2] / 4 ** (1 / PER_OCTAVE)
         else:
             codes, squared = _settled(values / step, spread, offsets(expected / step))
-            bits, error = _entropy(codes.long(), classes), squared * step**2 * m * n
+            bits, error = _entropy(codes.long(), classes), squared * step**2 * target.numel()
         if found and bits <= found[-1][0]:  # sampled zeros alone
             bits = found[-1][0] + 1e-9
         found.append((bits, math.log2(step), error))

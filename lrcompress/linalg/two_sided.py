@@ -41,8 +41,20 @@ def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def expected_sizes(target: Tensor) -> Tensor:
     """(m, n) size of an entry as its row's and its column's mean size have it, of target (m, n)."""
+    rows, columns = _mean_sizes(target)
+    return rows[:, None] * columns
+
+
+def expected_at(target: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(count,) `expected_sizes` of the entries at row (count,) and column (count,)."""
+    rows, columns = _mean_sizes(target)
+    return rows[row] * columns[column]
+
+
+def _mean_sizes(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean sizes of rows (m,), and of columns (n,) over the mean of all."""
     size = target.abs()
-    return size.mean(1, keepdim=True) * size.mean(0) / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
+    return size.mean(1), size.mean(0) / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def offsets(expected: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lrcompress.errors import InputError
 from lrcompress.formats.coded import Coded
 from lrcompress.formats.sparse_dictionary import SparseDictionary
+from lrcompress.formats.table import Table
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.cospadi import Cospadi, CospadiOptions
@@ -69,6 +70,7 @@ class Auto(Method):
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
         if codes:
             self.sizes_are_estimates, self.cut = self._coded.sizes_are_estimates, self._coded.cut
+            self.takes_tokens = self._coded.takes_tokens
         self.errors_are_exact = self.levels_are_ranks = self.retruncates = self.format in ("low_rank", "pivoted")
 
     @property
@@ -133,6 +135,7 @@ class Auto(Method):
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         parts: dict[str, Method] = {
             Coded.name: self._coded,
+            Table.name: self._coded,
             SparseDictionary.name: self._by_output,
             TransposedDictionary.name: self._by_input,
         }

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.formats.coded import Coded, Scales
+from lrcompress.formats.table import Table
 from lrcompress.linalg.rates import rates_of
 from lrcompress.linalg.two_sided import expected_sizes, offsets, round_two_sided, unit_factor
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
+from lrcompress.methods.tokens import decompose_tokens, round_tokens, token_parts
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 BITS = [*(0.05 * k for k in range(1, 40)), *(2 + k / 16 for k in range(168))]
@@ -47,6 +49,7 @@ class Ecsq(Method):
     formats: ClassVar[tuple[str, ...]] = ("coded",)
     default_allocator: ClassVar[str] = "marginal_error"
     sizes_are_estimates = True
+    takes_tokens = True
     cut = 0.125
     errors_are_exact = False
     options: EcsqOptions
@@ -67,6 +70,8 @@ class Ecsq(Method):
         return Curve(site.name, ranks, torch.tensor([*(costs[level] for level in levels), dense]), dense)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        if site.of_tokens:
+            return decompose_tokens(weight, token_parts(site, weight, statistics, self.metric), self._damping)
         inputs, gradients = self._grams(weight, statistics)
         by_column, by_row = inputs.diagonal().argsort(descending=True), gradients.diagonal().argsort(descending=True)
         left, row = unit_factor(gradients[by_row][:, by_row], self._gradient_damping)
@@ -126,7 +131,8 @@ class Ecsq(Method):
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
         parameters = {"length": self._length(site.shape, BITS[rank])}
-        return Spec(Coded.name, site.shape, site.bias, False, site.conv1d, parameters)
+        name = Table.name if site.lookup else Coded.name
+        return Spec(name, site.shape, site.bias, False, site.conv1d, parameters)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         """The stream is about as long as the spec says, not exactly: the step is that of the length."""
@@ -134,14 +140,24 @@ class Ecsq(Method):
         bits, steps, _ = artefact["rates"]
         wanted = 8 * (spec.parameters["length"] - _overhead(spec.shape)) / target.numel()
         step = 2.0 ** _interpolated(wanted, bits, steps)
+        if "group" in artefact:
+            scales = Scales(artefact["row"] * step, _unsorted(artefact["column"], artefact["by_column"]))
+            codes = round_tokens(artefact, step)
+            return Table.encode(codes, scales) if spec.format == Table.name else Coded.encode(codes, scales, bias)
         scaled = target / step
         rounded = round_two_sided(scaled, artefact["left"], artefact["right"], offsets(expected_sizes(scaled)))
         codes = torch.empty_like(rounded)
-        rows, columns = torch.empty_like(artefact["row"]), torch.empty_like(artefact["column"])
         by_row, by_column = artefact["by_row"], artefact["by_column"]
         codes[by_row[:, None], by_column] = rounded
-        rows[by_row], columns[by_column] = artefact["row"] * step, artefact["column"]
-        return Coded.encode(codes.to(torch.int32), Scales(rows, columns), bias)
+        scales = Scales(_unsorted(artefact["row"] * step, by_row), _unsorted(artefact["column"], by_column))
+        return Coded.encode(codes.to(torch.int32), scales, bias)
+
+
+def _unsorted(values: Tensor, order: Tensor) -> Tensor:
+    """Of values (n,) in the `order` (n,) of places, those in the places' own order."""
+    found = torch.empty_like(values)
+    found[order] = values
+    return found
 
 
 def _interpolated(bits: float, rates: Tensor, values: Tensor) -> float:

@@ -1,10 +1,13 @@
 """Putting stored formats in the place of linear layers, and back."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear, build
+from lrcompress.formats.table import Table, TableEmbedding, TiedHead, table_like
 from lrcompress.model.experts import fuse
 from lrcompress.protocols import Spec
 
@@ -12,11 +15,30 @@ from lrcompress.protocols import Spec
 def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None:
     """Replace module `name` by the format of `spec`, on the meta device, its tensors to be loaded."""
     with torch.device("meta"):
-        model.set_submodule(name, build(spec, dtype))
+        put(model, name, build(spec, dtype))
 
 
-def connect(model: nn.Module, modules: dict[str, Spec]) -> None:
-    """Tell every installed module that shares something where it is stored."""
+def put(model: nn.Module, name: str, stored: StoredLinear, heads: Sequence[str] = ()) -> None:
+    """Put a stored format in the place of module `name`, and of the `heads` that multiply by it."""
+    original = model.get_submodule(name)
+    if isinstance(stored, Table):
+        if not isinstance(original, nn.Embedding):
+            raise InputError(f"the manifest says that {name} is a table of embeddings, which it is not in this model")
+        stored = table_like(original, stored)
+    model.set_submodule(name, stored)
+    connect(model, {}, dict.fromkeys(heads, name))
+
+
+def connect(model: nn.Module, modules: dict[str, Spec], tied: dict[str, str]) -> None:
+    """Tell every installed module that shares something where it is stored; `tied` heads follow tables."""
+    for head, holder in tied.items():
+        try:
+            replaced, table = model.get_submodule(head), model.get_submodule(holder)
+        except AttributeError as error:
+            raise InputError(f"the manifest names {head}, which this model does not have") from error
+        if not isinstance(replaced, nn.Linear) or not isinstance(table, Table):
+            raise InputError(f"the manifest ties {head} to {holder}, which are no head and no embeddings in this model")
+        model.set_submodule(head, TiedHead(table))
     for name, spec in modules.items():
         if spec.owner is not None:
             module, owner = model.get_submodule(name), model.get_submodule(spec.owner)
@@ -38,8 +60,13 @@ def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
                 f"{name} is offloaded, so that there is nothing to multiply out: load the model without a device_map, "
                 "or run lrcompress export --to dense"
             )
+    made: dict[nn.Module, nn.Module] = {}
     for name, module in layers.items():
-        model.set_submodule(name, dense_layer(module, dtype))
+        made[module] = dense_layer(module, dtype)
+        model.set_submodule(name, made[module])
+    for name, head in [*model.named_modules()]:
+        if isinstance(head, TiedHead):
+            model.set_submodule(name, _tied_layer(head, made[head.table]))
     fuse(model)
     return model
 
@@ -53,13 +80,23 @@ def stored_layers(model: nn.Module) -> dict[str, StoredLinear]:
     return found
 
 
+def _tied_layer(head: TiedHead, embeddings: nn.Module) -> nn.Module:
+    """nn.Linear of the weight of `embeddings`."""
+    with torch.device("meta"):
+        layer = nn.Linear(head.in_features, head.out_features, bias=False)
+    layer.weight = embeddings.weight  # type: ignore[assignment]
+    return layer
+
+
 @torch.no_grad()
 def dense_layer(module: StoredLinear, dtype: torch.dtype | None = None) -> nn.Module:
-    """nn.Linear, or Conv1D where the dense model had that, equal to `module` up to rounding."""
+    """nn.Linear, or Conv1D or embeddings where the dense model had those, equal to `module` up to rounding."""
     from transformers.pytorch_utils import Conv1D
 
     weight, bias = dense_parts(module)
     dtype = dtype or module.weight.dtype
+    if isinstance(module, TableEmbedding):
+        return module.dense_embedding(weight.to(dtype))
     with torch.device("meta"):
         layer: nn.Module = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
         if module.spec.conv1d:

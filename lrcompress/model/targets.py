@@ -1,9 +1,9 @@
-"""Which weights are compressed: linear layers of the decoder blocks, by structure and patterns."""
+"""Which weights are compressed: linear layers of the decoder blocks, by structure and patterns; embeddings if asked."""
 
 import copy
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from lrcompress.errors import InputError, nearest
 from lrcompress.model.experts import linear_experts
+from lrcompress.model.lookups import input_embeddings, readers_of, row_scale
 from lrcompress.model.skeleton import tied_names
 from lrcompress.protocols import Site
 
@@ -44,26 +45,70 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], ignore: Sequence[str]) -> list[Site]:
+def find_sites(
+    model: nn.Module,
+    blocks: Sequence[str],
+    target: Sequence[str],
+    ignore: Sequence[str],
+    *,
+    tokens: bool = False,
+) -> list[Site]:
     """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
 
     Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
     `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
-    InputError.
+    InputError. With `tokens` patterns may match the input embeddings too, which stand first; a head that is tied to
+    them follows.
     """
+    embeddings = input_embeddings(model)
+    if embeddings is not None and target and not tokens:
+        _refuse_embeddings(model, embeddings[0], target)
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
+    lookups = dict([embeddings]) if tokens and embeddings is not None else {}
     if target:
-        wanted = set(_matching(linears, target, "--target"))
+        wanted = set(_matching({**lookups, **linears}, target, "--target"))
     else:
         wanted = {name for name in linears if _block(name, blocks) < len(blocks)} - _routers(model, linears)
-    dropped = set(_matching(linears, ignore, "--ignore"))
-    sites = []
+    dropped = set(_matching({**lookups, **linears}, ignore, "--ignore"))
+    sites = [_embedding_site(model, name, blocks) for name in lookups if name in wanted - dropped]
+    following = {site.head for site in sites}
     for name in linears:
-        if name in wanted and name not in dropped:
-            sites.append(_site(linears[name], name, blocks))
+        if name in wanted and name not in dropped | following:
+            site = _site(linears[name], name, blocks)
+            head = tokens and linears[name] is model.get_output_embeddings()  # type: ignore[operator]
+            sites.append(replace(site, head=name) if head else site)
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")
     return sites
+
+
+def _embedding_site(model: nn.Module, name: str, blocks: Sequence[str]) -> Site:
+    """The input embeddings, in a block of their own: what they are rounded by is known last, they are used first."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Embedding)
+    row_scale(module)
+    heads = readers_of(model, name)
+    for reader in heads:
+        linear = model.get_submodule(reader)
+        if len(heads) > 1 or type(linear) is not nn.Linear or linear.bias is not None:
+            raise InputError(
+                f"{name} shares its weight with {', '.join(heads)}, which is more than an output head without a bias: "
+                "leave it out of the targets"
+            )
+    shape = (module.num_embeddings, module.embedding_dim)
+    head = heads[0] if heads else None
+    return Site(name, shape, len(blocks) + 1, name, False, kind=name, lookup=True, head=head)
+
+
+def _refuse_embeddings(model: nn.Module, name: str, target: Sequence[str]) -> None:
+    """InputError where a pattern names the input embeddings and no linear layer."""
+    linears = [other for other, module in model.named_modules() if is_linear(module)]
+    for pattern in target:
+        if names_matching(pattern, [name], "--target") and not names_matching(pattern, linears, "--target"):
+            raise InputError(
+                f"--target {pattern!r} names the input embeddings, which this method does not compress: "
+                "use --method ecsq, or leave them out"
+            )
 
 
 def _routers(model: nn.Module, linears: Iterable[str]) -> set[str]:
@@ -101,7 +146,7 @@ def _block(name: str, blocks: Sequence[str]) -> int:
     return int(head) if name.startswith(stem) and head.isdigit() else len(blocks)
 
 
-def _matching(linears: dict[str, nn.Module], patterns: Sequence[str], option: str) -> list[str]:
+def _matching(linears: Mapping[str, nn.Module], patterns: Sequence[str], option: str) -> list[str]:
     matched: list[str] = []
     for pattern in patterns:
         hits = names_matching(pattern, linears, option)
@@ -126,7 +171,8 @@ def refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
     for site in sites:
         others = sorted(tied.get(f"{site.name}.weight", ()))
         if others:
+            cure = "leave it out" if site.head is None else "name the embeddings, and both are compressed as one"
             raise InputError(
-                f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed; "
-                "leave it out"
+                f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed "
+                f"by itself; {cure}"
             )

@@ -33,7 +33,7 @@ def inspect_model(
     manifest = read_manifest(opened.folder) or Manifest("dense", {})
     skeleton, reader = open_skeleton(opened.folder, manifest.modules, trust_remote_code=trust_remote_code)
     named = sorted(manifest.modules)
-    sites = find_sites(skeleton, find_blocks(skeleton), named, []) if named else []
+    sites = find_sites(skeleton, find_blocks(skeleton), named, [], tokens=True) if named else []
     inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
     size, sizes = reader.dtype.itemsize, counted(reader, sites)
     targets = []

@@ -13,6 +13,7 @@ from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import UNREACHED, Artefacts, HiddenWalk, decompose_block
+from lrcompress.stages.vocabulary import embedding_statistics, heads_of, keep_heads, kept_heads
 
 NAMED = 12
 """Layers that a warning names one by one."""
@@ -65,6 +66,13 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.gradient_path(block + 2).unlink(missing_ok=True)
             walk.drop(block + 1, keep_last=True)
+    embeddings = blocks + 1
+    if opened.embeddings and not artefacts.done(embeddings):
+        with reporter.timed("calibrate"):
+            heads = kept_heads(walk.folder, heads_of(opened.embeddings), opened.walker.device)
+            statistics = embedding_statistics(opened, heads, walk.ids, walk.gradients(walk.gradient_path(0)))
+        kept.save(embeddings, statistics)
+        artefacts.save(embeddings, decompose_block(opened, embeddings, statistics, reporter))
     return artefacts
 
 
@@ -88,9 +96,9 @@ def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts,
                 with opened.walker.block(block):
                     artefacts.save(block, decompose_block(opened, block, kept.load(block), reporter))
             tick()
-    outside = len(opened.blocks)
-    if opened.sites_of(outside) and not artefacts.done(outside):
-        artefacts.save(outside, decompose_block(opened, outside, kept.load(outside), reporter))
+    for outside in range(len(opened.blocks), len(opened.blocks) + 2):
+        if opened.sites_of(outside) and not artefacts.done(outside):
+            artefacts.save(outside, decompose_block(opened, outside, kept.load(outside), reporter))
 
 
 def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None:
@@ -108,18 +116,20 @@ def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None
 def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:
     """The gradient that enters the last block from behind, and the sites outside of the blocks."""
     blocks, outside = len(opened.blocks), opened.sites_of(len(opened.blocks))
+    heads = heads_of(opened.embeddings)
     ids, last = walk.ids, walk.calibration(blocks)
     inputs: dict[str, InputStatistics] = {}
-    if outside:
-        inputs = collect_outside(opened.walker, ids, last, outside, walk.weights)
+    if outside or heads:
+        inputs = collect_outside(opened.walker, ids, last, [*outside, *heads], walk.weights)
     temporary = walk.gradient_path(blocks).with_suffix(".tmp")
     with disk_errors(temporary.parent):
         gram = opened.request.method.needs_gradient_gram
         seed = opened.request.recipe.seed if opened.request.method.options.labels == "sampled" else None
         gradients = loss_gradients(
-            opened.walker, ids, last, walk.gradients(temporary), outside,
+            opened.walker, ids, last, walk.gradients(temporary), [*outside, *heads],
             gram=gram, sample_seed=seed, numbers=walk.numbers,
         )  # fmt: skip
+        keep_heads(walk.folder, with_gradients(inputs, gradients, heads), heads)
         if outside:
             statistics = with_gradients(inputs, gradients, outside)
             kept.save(blocks, statistics)

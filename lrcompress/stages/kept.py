@@ -14,12 +14,13 @@ from lrcompress.checkpoint.cache import LABEL, content_digest, statistics_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
 from lrcompress.processes import processes
-from lrcompress.protocols import InputStatistics
+from lrcompress.protocols import InputStatistics, Lookups
 from lrcompress.report.summary import computing_versions
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.workspace import write_json
 
 COUNTS, TOTAL, SECOND, GRADIENTS = "|counts", "|total", "|second", "|gradients"
+LOOKUPS, LOOKUP_GRADIENTS = "|lookups", "|lookup gradients"
 
 
 class KeptStatistics:
@@ -65,7 +66,10 @@ class KeptStatistics:
                 parts[stem] = InputStatistics(
                     count, found[stem + TOTAL], tensor, rows=int(rows), of_outputs=stem in self._by_outputs
                 )
-            elif bar + kind == GRADIENTS:
+                if stem + LOOKUPS in found:
+                    parts[stem].gradients = found.get(stem + GRADIENTS)
+                    parts[stem].lookups = Lookups(found[stem + LOOKUPS], found.get(stem + LOOKUP_GRADIENTS))
+            elif bar + kind == GRADIENTS and stem + LOOKUPS not in found:
                 gradients[stem] = tensor
         return with_gradients(parts, gradients, self._sites) if gradients else parts
 
@@ -82,6 +86,10 @@ class KeptStatistics:
                 tensors |= {site.group + key: tensor for key, tensor in sums.items()}
                 if found.gradients is not None:
                     tensors[site.name + GRADIENTS] = found.gradients
+                if found.lookups is not None:
+                    tensors[site.name + LOOKUPS] = found.lookups.counts
+                    if found.lookups.gradients is not None:
+                        tensors[site.name + LOOKUP_GRADIENTS] = found.lookups.gradients
         with contextlib.suppress(OSError, ResourceError):
             write_tensors(self._path(self._folder, block), tensors)
 
@@ -111,7 +119,7 @@ def statistics_key(opened: Opened) -> dict[str, Any]:
         "model": content_digest(opened.model.folder),
         "text": opened.calibration.digest(),
         "tokens": list(opened.calibration.ids.shape),
-        "sites": [(site.name, site.group, site.by_outputs) for site in opened.sites],
+        "sites": [(site.name, site.group, site.by_outputs, site.of_tokens) for site in opened.sites],
         "sink_share": method.options.sink_share,
         "gradients": gradients,
         "compute": [opened.request.device.type, str(opened.walker.dtype)],

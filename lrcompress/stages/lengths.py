@@ -16,7 +16,7 @@ from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import STORED, Artefacts, Found, double_bytes
-from lrcompress.stages.store import LENGTH, as_encoded, encode_site
+from lrcompress.stages.store import LENGTH, STREAMS, as_encoded, encode_site
 
 LARGEST_SHIFT = 0.25
 """Bits a weight by which the step may move from the plan's, but for the last weights."""
@@ -67,8 +67,9 @@ class Lengths:
         """Tell the plan the sizes of a block that an earlier run encoded."""
         for site in self._opened.sites_of(block):
             if site.name in self._planned:
-                stored = artefacts.load(site, (STORED + "stream",))
-                self._note(site.name, as_encoded(self._plan.specs[site.name], {"stream": stored[STORED + "stream"]}))
+                stored = artefacts.load(site, [STORED + name for name in STREAMS])
+                stored = {name.removeprefix(STORED): tensor for name, tensor in stored.items()}
+                self._note(site.name, as_encoded(self._plan.specs[site.name], stored))
 
     def _shift(self, names: Sequence[str]) -> float:
         """Bits a number, more than planned, that the weights still to come may have."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrcompress.budget import parse_size
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.errors import ResourceError
+from lrcompress.linalg.by_row import GROUPS
 from lrcompress.processes import processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
@@ -76,10 +77,11 @@ def memory_need(opened: Opened) -> int:
     Calibration activations are in files, a sample at a time in memory, whatever their number. The source `self`,
     a search for max_loss and refinement load the whole model.
     """
-    blocks = range(len(opened.blocks) + 1)
+    blocks = range(len(opened.blocks) + 2)
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
     # Logits, their log-softmax and its input in float32, and the head as a product rearranges it.
-    rows = _length(opened) if opened.sites_of(len(opened.blocks)) else min(CHUNK, _length(opened))
+    outside = any(site.block >= len(opened.blocks) for site in opened.sites)
+    rows = _length(opened) if outside else min(CHUNK, _length(opened))
     logits = 4 * (3 * rows * opened.vocabulary + _embeddings(opened).numel())
     # A tensor that is written as it is: the file's pages, a copy of them and another in the dtype to write.
     copied = 3 * max(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, opened.reader.names()))
@@ -107,7 +109,7 @@ def disk_need(opened: Opened) -> int:
     method = opened.request.method
     factors = sum(4 * _kept_numbers(opened, site) for site in opened.sites)
     if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
-        factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
+        factors += factors + sum(4 * _compared(opened, s) ** 2 for s in opened.sites)
     if method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     if method.keeps_gram:
@@ -127,7 +129,9 @@ def disk_need(opened: Opened) -> int:
 def _kept_numbers(opened: Opened, site: Site) -> int:
     """Of an artefact: both factors, or a weight that is still to be rounded and the factors of both its Grams."""
     (m, n), rounds = site.shape, opened.request.method.sizes_are_estimates
-    return m * n + m * m + n * n if rounds else min(m, n) * (m + n)
+    if rounds:
+        return m * n + n * n * GROUPS if site.of_tokens else m * n + m * m + n * n
+    return min(m, n) * (m + n)
 
 
 def _cuts(opened: Opened) -> int:
@@ -150,11 +154,11 @@ def seconds_need(opened: Opened) -> float:
     passes = 1 + 3 * method.needs_gradients + 2 * opened.request.sequential + 1  # the last one is reading and writing
     single = tokens * passes * sum(s.shape[0] * s.shape[1] for s in opened.sites)
     single += tokens * sum(_moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
-    single += tokens * sum(s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
+    single += tokens * sum(_compared(opened, s) ** 2 for s in opened.sites)
     double = sum(_decomposing(opened, site) for site in opened.sites)
     coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
     if method.sizes_are_estimates:
-        coding = sum(ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape) for s in opened.sites)
+        coding = sum(ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape[s.of_tokens :]) for s in opened.sites)
     device = opened.walker.device
     return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
 
@@ -164,8 +168,8 @@ def _decomposing(opened: Opened, site: Site) -> float:
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
     if opened.request.method.sizes_are_estimates:  # two Cholesky factors and an inverse of each
-        return times * (m**3 + n**3)
-    eigenproblems = k**3 + (m**3 if opened.request.method.needs_gradient_gram else 0)
+        return times * (_compared(opened, site) ** 3 + n**3)
+    eigenproblems = k**3 + _compared(opened, site) ** 3
     moment = 0 if site.by_outputs else m * n * n
     return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
 
@@ -190,7 +194,7 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def _block_weights(opened: Opened, block: int) -> int:
     """Bytes of a block's weights to compute with, and as they are stored: their pages are resident while read."""
-    if block == len(opened.blocks):
+    if block >= len(opened.blocks):
         return 0
     keys = [key for name, key in opened.walker.names.items() if name.startswith(opened.blocks[block] + ".")]
     metas = [opened.reader.meta(key) for key in keys]
@@ -201,8 +205,13 @@ def _statistics(opened: Opened, block: int) -> int:
     """Bytes of the moments that are gathered at once in a block."""
     method, sites = opened.request.method, opened.sites_of(block)
     inputs = sum(8 * _moment(s) for s in sites if s.group == s.name) if method.needs_statistics else 0
-    outputs = sum(8 * s.shape[0] ** 2 if method.needs_gradient_gram else 8 * s.shape[0] for s in sites)
+    outputs = sum(8 * max(_compared(opened, s) ** 2, s.shape[0]) for s in sites)
     return inputs + (outputs if method.needs_gradients else 0)
+
+
+def _compared(opened: Opened, site: Site) -> int:
+    """Outputs whose gradients are compared with one another: none of tokens."""
+    return 0 if site.of_tokens or not opened.request.method.needs_gradient_gram else site.shape[0]
 
 
 def _moment(site: Site) -> int:
@@ -219,7 +228,7 @@ def _decomposition(opened: Opened, block: int) -> int:
     def work(site: Site) -> int:
         (m, n), k = site.shape, min(site.shape)
         numbers = 2 * _moment(site) + 4 * k * k + 4 * m * n
-        numbers += 7 * m * m if method.needs_gradient_gram else 0
+        numbers += 7 * _compared(opened, site) ** 2
         numbers += 4 * n * n if method.base is not None else 0
         return 8 * numbers
 

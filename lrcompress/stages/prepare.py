@@ -131,8 +131,13 @@ class Opened:
         request, size = self.request, self.dtype.itemsize
         return costs(request.method, self.sites, len(self.blocks), size, request.recipe.ratio_of, joins)
 
+    @property
+    def embeddings(self) -> list[Site]:
+        """The site of the input embeddings, if they are a target."""
+        return [site for site in self.sites if site.lookup]
+
     def sites_of(self, block: int) -> list[Site]:
-        """The sites of one block; block len(blocks) is everything outside."""
+        """The sites of one block; block len(blocks) is everything outside, but for embeddings, which are the next."""
         return [site for site in self.sites if site.block == block]
 
 
@@ -206,7 +211,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
 def open_parts(request: Request, reporter: Reporter) -> Opened:
     """Open the model and the base, without a look at how much is asked for."""
     opened = open_targets(request, reporter)
-    refuse_tied(opened.skeleton, opened.sites)
+    refuse_tied(opened.skeleton, [site for site in opened.sites if not site.lookup])
     warn_few_targets(opened.skeleton, opened.sites, reporter)
     open_base(opened)
     return opened
@@ -237,7 +242,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     if reader.in_fp8:
         reporter.say(f"its weights in fp8 are read as {str(reader.dtype).removeprefix('torch.')}, and count as such")
     blocks = find_blocks(skeleton)
-    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
+    tokens = request.method.takes_tokens
+    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore, tokens=tokens)
     if isinstance(reader, Multiplied):
         sites = _stored_sites(reader, sites, recipe.model)
         reader.add_biases(skeleton)
@@ -246,6 +252,7 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
     for name in walker.untied:
         reporter.say(f"{name} is no copy of the tensor that the config ties it to: both are kept, as transformers does")
+        sites = [replace(site, head=None) if site.lookup and f"{site.head}.weight" == name else site for site in sites]
     with library_errors(f"model {recipe.model} cannot be run as its config says"):
         sites = _called(sites, walker, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
@@ -382,7 +389,7 @@ def other_bytes(opened: Opened) -> int:
 
     The headers of the files are among them.
     """
-    weights = {site.name + ".weight" for site in opened.sites}
+    weights = {f"{name}.weight" for site in opened.sites for name in (site.name, site.head)}
     biases = {site.name + ".bias" for site in opened.sites}
     total = header_bytes(opened)
     added = {site.name + ".bias" for site in opened.sites if not site.bias}
@@ -444,7 +451,7 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     if warning := length_warning(opened.skeleton, ids.shape[1]):
         reporter.warn(f"--seqlen: {warning}")
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
-        groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
+        groups = opened.walker.probe(ids[0], [site.name for site in opened.sites if not site.lookup])
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
 
 

@@ -24,6 +24,7 @@ from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import AT_ONCE, side_by_side
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
+from lrcompress.stages.vocabulary import embedding_statistics, heads_of
 
 AIM_DAMPING = 0.01
 """Of the Gram that a weight's aim at the dense model is solved with, relative to its mean eigenvalue."""
@@ -128,14 +129,34 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
                         kept.save(block, statistics)
                 artefacts.save(block, decompose_block(opened, block, statistics, reporter))
             walk.drop(block - 1)
-    if outside:
-        if known:
-            statistics = kept.load(blocks)
-        else:
-            statistics = collect_outside(opened.walker, walk.ids, walk.calibration(blocks), outside, walk.weights)
-            kept.save(blocks, statistics)
-        artefacts.save(blocks, decompose_block(opened, blocks, statistics, reporter))
+    if outside or opened.embeddings:
+        _profile_outside(opened, walk, kept if known else None, kept, artefacts, reporter)
     return artefacts
+
+
+def _profile_outside(
+    opened: Opened,
+    walk: "HiddenWalk",
+    known: KeptStatistics | None,
+    kept: KeptStatistics,
+    artefacts: Artefacts,
+    reporter: Reporter,
+) -> None:
+    """The sites outside of the blocks, and the embeddings, from `known` statistics where there are some."""
+    blocks, heads = len(opened.blocks), heads_of(opened.embeddings)
+    sites = {blocks: opened.sites_of(blocks), blocks + 1: opened.embeddings}
+    if known is not None:
+        found = {block: known.load(block) for block, own in sites.items() if own}
+    elif opened.request.method.needs_statistics:
+        last, gathered = walk.calibration(blocks), [*sites[blocks], *heads]
+        inputs = collect_outside(opened.walker, walk.ids, last, gathered, walk.weights) if gathered else {}
+        found = {blocks: inputs, blocks + 1: embedding_statistics(opened, inputs, walk.ids, None)}
+    else:
+        found = {block: {} for block in sites}
+    for block, own in sites.items():
+        if own:
+            kept.save(block, found[block])
+            artefacts.save(block, decompose_block(opened, block, found[block], reporter))
 
 
 class HiddenWalk:
@@ -319,7 +340,7 @@ def _share(method: Method, statistics: InputStatistics | None) -> float:
 
     Those of an expert by its tokens; nothing where the loss has no gradient at the whole block.
     """
-    if statistics is None or method.metric == "plain":
+    if statistics is None or method.metric == "plain" or statistics.lookups is not None:
         return 1.0
     if method.needs_gradients and not bool((statistics.gradient_squares() > 0).any()):
         return 0.0
@@ -330,5 +351,7 @@ def _check_finite(statistics: InputStatistics) -> None:
     check_gram(statistics.second, "its outputs" if statistics.of_outputs else "its inputs")
     if statistics.gradients is not None:
         check_gram(statistics.gradients, "its output gradients")
+    if statistics.lookups is not None and statistics.lookups.gradients is not None:
+        check_gram(statistics.lookups.gradients, "its lookups' gradients")
     if statistics.drift is not None:
         check_gram(statistics.drift, "its inputs and the dense model's")

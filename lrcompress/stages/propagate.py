@@ -4,18 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
 from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.processes import processes
-from lrcompress.protocols import InputStatistics, Site
+from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.lengths import Lengths
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block
+from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block, decomposition_cost
 from lrcompress.stages.store import installed
 
 
@@ -34,7 +34,12 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     walks, finished = [own, dense] if walk_dense else [own], artefacts.leading(blocks)
     if not processes().least(all(walk.there(finished) for walk in walks)):
         finished = 0
-    start = min(walk.start(finished) for walk in walks)
+    embeddings = _embed(opened, plan, first, artefacts, lengths)
+    starts = []
+    for walk in walks:
+        with installed(opened, embeddings if walk is own else {}):
+            starts.append(walk.start(finished))
+    start = min(starts)
     for block in range(start):
         lengths.recall(artefacts, block)
     with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
@@ -65,6 +70,27 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     elif outside:
         lengths.recall(artefacts, blocks)
     return artefacts
+
+
+def _embed(
+    opened: Opened, plan: Plan, first: Artefacts | None, artefacts: Artefacts, lengths: Lengths
+) -> dict[str, tuple[Spec, dict[str, Tensor]]]:
+    """The input embeddings as they will be stored: they come before all blocks, by the statistics of the first pass."""
+    block, sites = len(opened.blocks) + 1, opened.embeddings
+    if sites and artefacts.done(block):
+        lengths.recall(artefacts, block)
+    elif sites:
+        assert first is not None
+        mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
+        found = {site.name: first.load(site) for site in mine}
+        artefacts.save(block, _kept(found, lengths.encode(found, block)))
+        processes().wait()
+    stored = {}
+    for site in sites:
+        tensors = {k.removeprefix(STORED): t for k, t in artefacts.load(site).items() if k.startswith(STORED)}
+        if tensors:
+            stored[site.name] = plan.specs[site.name], tensors
+    return stored
 
 
 def _with_gradients(

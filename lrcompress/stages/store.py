@@ -25,6 +25,7 @@ from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, possible_places, restored, stored_tensors
 from lrcompress.model.device import decomposition_device
 from lrcompress.model.experts import experts_of, stand_ins
+from lrcompress.model.surgery import put
 from lrcompress.processes import processes
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
@@ -35,7 +36,10 @@ from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decompositi
 from lrcompress.stages.workspace import write_json
 
 LENGTH = "length"
-"""The parameter of a spec that encoding finds: that of the stored tensor `stream`."""
+"""The parameter of a spec that encoding finds."""
+
+STREAMS = ("stream", "table.stream")
+"""What the stored tensor of that length is called."""
 
 LOUD_LOSS = 5.0
 """Held-out perplexity above this many times the dense one is worth a warning."""
@@ -111,7 +115,8 @@ def as_encoded(spec: Spec, stored: dict[str, Tensor]) -> Spec:
     """`spec` with the length that a stream of entropy-coded numbers turned out to have."""
     if LENGTH not in spec.parameters:
         return spec
-    return replace(spec, parameters={**spec.parameters, LENGTH: len(stored["stream"])})
+    stream = next(stored[name] for name in STREAMS if name in stored)
+    return replace(spec, parameters={**spec.parameters, LENGTH: len(stream)})
 
 
 def dense_bias(opened: Opened, site: Site) -> Tensor | None:
@@ -224,6 +229,8 @@ class Layout:
         self._stand_ins = stand_ins_of(opened, plan)
         self._empty = {f"{holder}.{key}" for holder, keys in self._stand_ins.items() for key in keys}
         self._compressed = {n: s for n, s in plan.specs.items() if s.format != DENSE}
+        embeddings = [site for site in opened.embeddings if site.name in self._compressed]
+        self._following = {f"{site.head}.weight": f"{site.name}.weight" for site in embeddings}
         stems = {block + ".": i for i, block in enumerate(opened.blocks)}
         for name in self._names():
             index = next((i for stem, i in stems.items() if name.startswith(stem)), len(stems))
@@ -237,11 +244,12 @@ class Layout:
     def _names(self) -> list[str]:
         """Names of the dense model's tensors, experts fused as there unless one of theirs is compressed.
 
-        Those follow the empty tensors that stand for the fused ones.
+        Those follow the empty tensors that stand for the fused ones. A head that follows embeddings has none.
         """
         experts = self._opened.experts
         found: dict[str, None] = {}
-        for name in self._opened.walker.names:
+        for known in self._opened.walker.names:
+            name = self._following.get(known, known)
             holder = experts_of(name, experts)
             if holder is None:
                 found[name] = None
@@ -314,7 +322,8 @@ class HeldOutCheck:
     def step(self, block: int, encoder: Encoder, plan: Plan) -> None:
         """Run the windows through one compressed block, or through what comes before all of them."""
         walker, opened = self._opened.walker, self._opened
-        compressed = [s for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE]
+        beside = opened.embeddings if block == len(opened.blocks) else []
+        compressed = [s for s in [*beside, *opened.sites_of(block)] if plan.specs[s.name].format != DENSE]
         stored = {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}
         if block == len(opened.blocks):
             self._outside = stored
@@ -357,12 +366,17 @@ class HeldOutCheck:
 
 @contextmanager
 def installed(opened: Opened, stored: dict[str, tuple[Spec, dict[str, Tensor]]]) -> Iterator[None]:
-    """While open, the loaded block has the named layers in their stored formats, given as spec and tensors."""
+    """While open, the loaded model has the named layers in their stored formats, given as spec and tensors.
+
+    A head that follows embeddings is among them.
+    """
     walker = opened.walker
-    originals = {name: walker.model.get_submodule(name) for name in stored}
+    followed = {site.name: [site.head] for site in opened.embeddings if site.head is not None}
+    changed = [other for name in stored for other in (name, *followed.get(name, ()))]
+    originals = {name: walker.model.get_submodule(name) for name in changed}
     try:
         for name, (spec, tensors) in stored.items():
-            walker.model.set_submodule(name, restored(spec, tensors, walker.dtype, walker.device))
+            put(walker.model, name, restored(spec, tensors, walker.dtype, walker.device), followed.get(name, ()))
         yield
     finally:
         for name, original in originals.items():

@@ -1,0 +1,80 @@
+"""What the matrix of input embeddings is rounded by: statistics of its lookups, and of the head that is tied to it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lrcompress.calibration.gradients import lookup_gradients
+from lrcompress.calibration.hidden import HiddenStates
+from lrcompress.checkpoint.writer import write_tensors
+from lrcompress.model.lookups import row_scale
+from lrcompress.protocols import InputStatistics, Lookups, Site
+from lrcompress.stages.prepare import Opened
+
+COUNTS, TOTAL, SECOND, GRADIENTS = "counts", "total", "second", "gradients"
+
+
+def heads_of(embeddings: Sequence[Site]) -> list[Site]:
+    """The output heads that are tied to input embeddings, as sites of their own."""
+    return [
+        replace(site, name=site.head, group=site.head, lookup=False) for site in embeddings if site.head is not None
+    ]
+
+
+def keep_heads(folder: Path, statistics: dict[str, InputStatistics], heads: Sequence[Site]) -> None:
+    """Write what the loss says of `heads` into a process's scratch `folder`, for `embedding_statistics`."""
+    for head in heads:
+        found = statistics[head.name]
+        assert found.gradients is not None
+        counts = found.total.new_tensor([found.count, found.rows])
+        tensors = {COUNTS: counts, TOTAL: found.total, SECOND: found.second, GRADIENTS: found.gradients}
+        write_tensors(_path(folder, head), {key: tensor.cpu() for key, tensor in tensors.items()})
+
+
+def kept_heads(folder: Path, heads: Sequence[Site], device: torch.device) -> dict[str, InputStatistics]:
+    """What `keep_heads` has written."""
+    found = {}
+    for head in heads:
+        with safe_open(_path(folder, head), framework="pt") as file:
+            counts, total, second, gradients = (
+                file.get_tensor(key).to(device) for key in (COUNTS, TOTAL, SECOND, GRADIENTS)
+            )
+        count, rows = counts.tolist()
+        found[head.name] = InputStatistics(count, total, second, gradients, rows=int(rows))
+    return found
+
+
+def _path(folder: Path, head: Site) -> Path:
+    return folder / f"{head.name}.safetensors"
+
+
+def embedding_statistics(
+    opened: Opened, heads: dict[str, InputStatistics], ids: Tensor, entering: HiddenStates | None
+) -> dict[str, InputStatistics]:
+    """Of every embedding site: its lookups, beside the statistics of its head among `heads` by name.
+
+    entering: the loss's gradients at the hidden states that enter the first block, of this process's samples `ids`, for
+    methods that need them.
+    """
+    assert opened.calibration is not None
+    found, device, every = {}, opened.walker.device, opened.calibration.ids
+    for site in opened.embeddings:
+        counts = torch.bincount(every.flatten(), minlength=site.shape[0]).double().to(device)
+        gradients = None if entering is None else _gradients(opened, site, ids, entering)
+        if site.head is None:
+            statistics = InputStatistics.zeros(site.shape[1], device)
+            statistics.count, statistics.rows = float(every.numel()), every.numel()
+        else:
+            statistics = heads[site.head]
+        found[site.name] = replace(statistics, lookups=Lookups(counts, gradients))
+    return found
+
+
+def _gradients(opened: Opened, site: Site, ids: Tensor, entering: HiddenStates) -> Tensor:
+    module = opened.walker.model.get_submodule(site.name)
+    assert isinstance(module, torch.nn.Embedding)
+    return row_scale(module) ** 2 * lookup_gradients(opened.walker, ids, entering, module)
