@@ -1,5 +1,6 @@
 """Which weights are compressed: linear layers of the decoder blocks, by structure and patterns; embeddings if asked."""
 
+import contextlib
 import copy
 import fnmatch
 import re
@@ -52,13 +53,14 @@ def find_sites(
     ignore: Sequence[str],
     *,
     tokens: bool = False,
+    whole: bool = False,
 ) -> list[Site]:
     """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
 
     Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
     `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
     InputError. With `tokens` patterns may match the input embeddings too, which stand first; a head that is tied to
-    them follows.
+    them follows. `whole`: without patterns both are sites as well, where they can be.
     """
     embeddings = input_embeddings(model)
     if embeddings is not None and target and not tokens:
@@ -69,6 +71,7 @@ def find_sites(
         wanted = set(_matching({**lookups, **linears}, target, "--target"))
     else:
         wanted = {name for name in linears if _block(name, blocks) < len(blocks)} - _routers(model, linears)
+        wanted |= _of_tokens(model, lookups, linears, blocks) if whole else set()
     dropped = set(_matching({**lookups, **linears}, ignore, "--ignore"))
     sites = [_embedding_site(model, name, blocks) for name in lookups if name in wanted - dropped]
     following = {site.head for site in sites}
@@ -80,6 +83,19 @@ def find_sites(
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")
     return sites
+
+
+def _of_tokens(
+    model: nn.Module, lookups: Iterable[str], linears: Mapping[str, nn.Module], blocks: Sequence[str]
+) -> set[str]:
+    """The embeddings, unless what reads them has no place in a table of codes, and a head that is a layer by itself."""
+    found = {name for name, layer in linears.items() if layer is model.get_output_embeddings()}  # type: ignore[operator]
+    tied = {name for name in found for _ in tied_names(model).get(f"{name}.weight", ())}
+    for name in lookups:
+        with contextlib.suppress(InputError):
+            _embedding_site(model, name, blocks)
+            found.add(name)
+    return found if found & set(lookups) else found - tied
 
 
 def _embedding_site(model: nn.Module, name: str, blocks: Sequence[str]) -> Site:

@@ -242,8 +242,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     if reader.in_fp8:
         reporter.say(f"its weights in fp8 are read as {str(reader.dtype).removeprefix('torch.')}, and count as such")
     blocks = find_blocks(skeleton)
-    tokens = request.method.takes_tokens
-    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore, tokens=tokens)
+    tokens, whole = request.method.takes_tokens, recipe.size is not None  # a size is the whole model's
+    sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore, tokens=tokens, whole=tokens and whole)
     if isinstance(reader, Multiplied):
         sites = _stored_sites(reader, sites, recipe.model)
         reader.add_biases(skeleton)
