@@ -59,7 +59,7 @@ def configs() -> dict[str, Any]:
             lru_width=32, attention_window_size=16, num_key_value_heads=1, head_dim=8, **sizes
         ),
         "gemma4": t.Gemma4TextConfig(
-            hidden_size_per_layer_input=0, num_kv_shared_layers=0, head_dim=8, global_head_dim=8,
+            hidden_size_per_layer_input=0, num_kv_shared_layers=0, head_dim=8, global_head_dim=16,
             num_global_key_value_heads=2, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
             sliding_window=16, layer_types=layers, **grouped,
         ),

@@ -52,12 +52,20 @@ def check_sizes(config: object, tensors: int, numbers: int) -> None:
         limits |= {"head_dim": numbers, "num_attention_heads": numbers, "num_key_value_heads": numbers}
         limits |= {"max_position_embeddings": max(numbers, MOST_POSITIONS)}  # they need no numbers where they rotate
         limits |= {"vocab_size": numbers, **{key: experts for key in vars(language) if "experts" in key}}
-        asked = {key: getattr(language, key, 0) for key in limits}
-    for key, limit in limits.items():
-        if isinstance(asked[key], int) and asked[key] > limit:
-            raise InputError(
-                f"the config has {key} {asked[key]}, which its checkpoint of {numbers} numbers cannot hold"
-            )
+        asked = ((key, limit, value) for key, limit in limits.items() for value in _in_layers(language, key))
+        too_much = next(((key, value) for key, limit, value in asked if isinstance(value, int) and value > limit), None)
+    if too_much is not None:
+        raise InputError(
+            f"the config has {too_much[0]} {too_much[1]}, which its checkpoint of {numbers} numbers cannot hold"
+        )
+
+
+def _in_layers(config: Any, key: str) -> Iterator[Any]:
+    """What a config says of `key`, once, or for every layer where layers differ: then it refuses to be asked once."""
+    try:
+        yield getattr(config, key, 0)
+    except RuntimeError:
+        yield from (getattr(layer, key, 0) for layer in config.per_layer_config)
 
 
 def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
