@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
-from lrcompress.model.skeleton import library_errors
+from lrcompress.model.skeleton import auto_class, library_errors, read_config
 
 MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
 """Held-out windows a source that the result is judged by: one for so many calibration samples."""
@@ -272,12 +272,9 @@ def sample_from_model(
     folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int, *, trust_remote_code: bool = False
 ) -> Tensor:
     """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
-    from transformers import AutoModelForCausalLM
-
+    auto = auto_class(read_config(folder, trust_remote_code=trust_remote_code))
     with library_errors("the model cannot write text of its own", "use shorter blocks or a text file"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code
-        ).eval()
+        model = auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=trust_remote_code).eval()
         start = tokenizer.bos_token_id
         start = tokenizer.eos_token_id if start is None else start
         ids = torch.full((samples, 1), start or 0, dtype=torch.int64)

@@ -10,6 +10,7 @@ import lrcompress  # noqa: F401 (registers the stored formats)
 from lrcompress.checkpoint.opening import load_tokenizer, open_model, read_sound_config
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
+from lrcompress.model.skeleton import auto_class
 from lrcompress.report.summary import load_report
 
 
@@ -39,16 +40,15 @@ def load_network(
     """Folder and model on `device`; dtype `auto` is float32 on CPU and the checkpoint's own elsewhere."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     folder = open_model(label).folder
-    read_sound_config(folder, trust_remote_code=trust_remote_code)
+    config = read_sound_config(folder, trust_remote_code=trust_remote_code)
     where = resolve_device(device)
     wanted: Any = compute_dtype(where, torch.bfloat16) if dtype == "auto" else resolve_dtype(dtype, torch.float32)
     if dtype == "auto" and wanted != torch.float32:
         wanted = "auto"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

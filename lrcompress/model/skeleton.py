@@ -68,14 +68,39 @@ def _in_layers(config: Any, key: str) -> Iterator[Any]:
         yield from (getattr(layer, key, 0) for layer in config.per_layer_config)
 
 
-def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of `config` with its parameters on the meta device and its buffers real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+def auto_class(config: object) -> Any:
+    """transformers' auto class for the class that a config names, which may hold more than its language model.
 
-    with library_errors("no causal language model can be built from its config"):
+    AutoModelForCausalLM where it names none, or one that is no language model with a head.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    own = getattr(config, "auto_map", None) or {}
+    known = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    fitting = [auto for auto in known if auto.__name__ in own or type(config) in auto._model_mapping]
+    named = set(getattr(config, "architectures", None) or ())
+    for auto in fitting:
+        if named & _class_names(auto, config, own):
+            return auto
+    return fitting[0] if fitting else AutoModelForCausalLM
+
+
+def _class_names(auto: Any, config: object, own: Mapping[str, Any]) -> set[str]:
+    """Names of the classes that an auto class builds from such configs, with the checkpoint's own code or without."""
+    found = {str(own[auto.__name__]).rpartition(".")[2]} if auto.__name__ in own else set()
+    if type(config) in auto._model_mapping:
+        classes = auto._model_mapping[type(config)]
+        found |= {cls.__name__ for cls in (classes if isinstance(classes, (tuple, list)) else [classes])}
+    return found
+
+
+def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module:
+    """The language model of `config`, in the class that it names, parameters on the meta device and buffers real."""
+    from accelerate import init_empty_weights
+
+    with library_errors("no language model can be built from its config"):
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
         return model.eval().requires_grad_(False)
 
@@ -157,18 +182,19 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Module names of the decoder blocks: the largest ModuleList whose members are of one class.
+    """Module names of the decoder blocks: the largest ModuleList whose members are of one class, nearest to the text.
 
     Members of several classes are blocks too, as in models that mix attention with other layers, where they are as many
-    as the config says.
+    as the config says. Beside a language model there may be towers for images and sound: its own blocks share most of
+    their path with the embeddings of its tokens.
     """
-    best: tuple[int, str, int] = (0, "", 0)
+    best: tuple[tuple[int, int], str, int] = ((0, 0), "", 0)
     config: Any = getattr(model, "config", None)
     language = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count = getattr(language, "num_hidden_layers", None)
+    count, text = getattr(language, "num_hidden_layers", None), _embeddings_path(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
-            size = sum(p.numel() for p in module.parameters())
+            size = (_shared(name.split("."), text), sum(p.numel() for p in module.parameters()))
             if size > best[0] and (len({type(m) for m in module}) == 1 or len(module) == count):
                 best = (size, name, len(module))
     if not best[1]:
@@ -176,3 +202,17 @@ def find_blocks(model: nn.Module) -> list[str]:
             "no list of decoder blocks was found in this model: only decoder-only models can be compressed"
         )
     return [f"{best[1]}.{i}" for i in range(best[2])]
+
+
+def _embeddings_path(model: nn.Module) -> list[str]:
+    """The parts of the name of the module that embeds tokens; none where a model does not say which one does."""
+    try:
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return []
+    return next((name.split(".") for name, module in model.named_modules() if module is embeddings), [])
+
+
+def _shared(one: list[str], two: list[str]) -> int:
+    """How many parts two paths begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
