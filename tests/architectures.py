@@ -63,8 +63,27 @@ def configs() -> dict[str, Any]:
             num_global_key_value_heads=2, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
             sliding_window=16, layer_types=layers, **grouped,
         ),
+        "gemma4_small": t.Gemma4TextConfig(  # an embedding of every token for every block; the last two share keys
+            hidden_size_per_layer_input=8, num_kv_shared_layers=2, head_dim=8, global_head_dim=16, sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=VOCABULARY,
+            **{**grouped, "num_hidden_layers": 4},
+        ),
+        "glm_dsa": t.GlmMoeDsaConfig(  # a block without an indexer reads the tokens that the one before has chosen
+            **{**moe, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}, moe_intermediate_size=24,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, q_lora_rank=12,
+            kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, index_topk=8, index_head_dim=8,
+            index_n_heads=2, indexer_types=["full", "shared", "full"],
+        ),
+        "deepseek_v4": t.DeepseekV4Config(  # four streams of hidden states; experts chosen by the token itself
+            **{**moe, "num_key_value_heads": 1}, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+            q_lora_rank=12, o_lora_rank=12, o_groups=2, qk_rope_head_dim=4, index_topk=8, index_head_dim=8,
+            index_n_heads=2,
+        ),
     }  # fmt: skip
 
+
+CARRYING = ["gemma4_small", "glm_dsa", "deepseek_v4"]
+"""Those whose blocks read more than the hidden states of the block before."""
 
 FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon",

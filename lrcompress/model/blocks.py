@@ -2,32 +2,35 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.calls import (
+    Call,
+    Probed,
+    call_of,
+    handed_by,
+    handing_on,
+    hidden_of,
+    passed_on,
+    same_calls,
+    tuple_length,
+    with_hidden,
+)
+from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.protocols import TensorSource
 
-
-@dataclass
-class Call:
-    """How the model called a block: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_key: str | None
-    tuple_length: int
-    """0 where the block returns a tensor, else the length of the tuple that begins with it."""
-
-
 PROBED = 16
 """Tokens that a model is run on to see what its blocks and layers read."""
+
+
+UNWALKABLE = "lrcompress cannot calibrate such a model yet, please report its type"
 
 
 class _HiddenCaptured(Exception):
@@ -35,10 +38,19 @@ class _HiddenCaptured(Exception):
         self.hidden = hidden
 
 
+class _Ran(Exception):
+    """A block has run, and nothing behind it needs to."""
+
+    def __init__(self, handed: Handed) -> None:
+        self.handed = handed
+
+
 class BlockWalker:
     """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
 
-    How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named.
+    How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named. Where
+    blocks read more than the hidden states of the one before, a sample's state holds everything that it carries
+    (`carried.Layout`), and the model itself calls a block, the others left out; otherwise it is the hidden states.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
@@ -47,6 +59,9 @@ class BlockWalker:
         self.names = checkpoint_names(model, source.names())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
+        self.layouts: list[Layout] = []
+        """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
+        self._width = 0
         self._last = 0
         self._load_resident()
 
@@ -94,26 +109,61 @@ class BlockWalker:
         return {k: v for k, v in self.names.items() if k.startswith(self.blocks[index] + ".")}
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states (1, length, width) after block `index`, called as the model calls it."""
+        """A sample's state (1, length, width) after block `index`, called as the model calls it."""
+        if self.layouts:
+            return self._run_within(index, module, hidden)
         call = self.calls[index]
         if call.hidden_key is None:
             output = module(hidden, *call.args, **call.kwargs)
         else:
             output = module(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
-        result: Tensor = output[0] if _tuple_length(output) else output
+        result: Tensor = output[0] if tuple_length(output) else output
         return result
 
+    def _run_within(self, index: int, module: nn.Module, state: Tensor) -> Tensor:
+        """As `run`, by running the whole model with the blocks before left out and those behind not reached."""
+        ids, handed = self.layouts[index].unpack(state)
+        forward = module.forward
+
+        def step(block: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if block < index:
+                    return handing_on(handed, self.calls[block].tuple_length)
+                if index == 0:
+                    args, kwargs = with_hidden(args, kwargs, handed.hidden)
+                into = containers(args, kwargs)
+                for place in into.keys() & handed.kept.keys():
+                    put(into[place], handed.kept[place])
+                raise _Ran(handed_by(forward(*args, **kwargs), into, handed.kept))
+
+            return call
+
+        try:
+            with self._blocks_replaced(step):
+                self._forward(ids)
+        except _Ran as ran:
+            return self.layouts[index + 1].pack(ids, ran.handed, self._width, self.dtype)
+        raise InputError(f"the model never called {self.blocks[index]}: it cannot be walked block by block")
+
+    def hidden(self, state: Tensor) -> Tensor:
+        """The hidden states in a sample's state that left the last block or any that gives as many."""
+        return self.layouts[-1].hidden(state) if self.layouts else state
+
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states (1, length, width) that enter the first block for ids (length,)."""
+        """The state (1, length, width) of the sample ids (length,) that enters the first block."""
+        found: list[Handed] = []
 
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+            found.append(handed_by(hidden_of(args, kwargs)[0], containers(args, kwargs), {}))
+            raise _HiddenCaptured(found[0].hidden)
 
         first = self.model.get_submodule(self.blocks[0])
         handle = first.register_forward_pre_hook(capture, with_kwargs=True)
         try:
             self._forward(ids)
         except _HiddenCaptured as captured:
+            if self.layouts:
+                return self.layouts[0].pack(ids.to(self.device), found[0], self._width, self.dtype)
             return captured.hidden
         finally:
             handle.remove()
@@ -129,19 +179,20 @@ class BlockWalker:
         own = {name for name in names if any(name.startswith(self.blocks[index] + ".") for index in tried)}
         experts = linear_experts(self.model)
         seen = {name for name in own if experts_of(name, experts) is not None}
-        length = 0
+        before: list[Any] = []
 
         def run(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal length
-                hidden, _ = _hidden(args, kwargs)
+                hidden, _ = hidden_of(args, kwargs)
+                if containers(args, kwargs):  # what a later block finds in there, any block may have put in
+                    tried[:] = range(tried[-1] + 1)
                 if index not in tried:
-                    return _passed_on(hidden, length)
+                    return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
                 with self.block(index):
                     output = forward(*args, **kwargs)
-                length = _tuple_length(output)
+                before[:] = [output]
                 if index == tried[-1]:
                     raise _HiddenCaptured(hidden)
                 return output
@@ -173,10 +224,11 @@ class BlockWalker:
         return [0, *(index for index in first.values() if index)]
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
+        """(1, length, vocabulary) for the state that left the last block; ids are those it came from, or a part."""
+        left = self.hidden(hidden)
 
         def skip(index: int) -> Callable[..., Any]:
-            return lambda *_, **__: _passed_on(hidden, self.calls[index].tuple_length)
+            return lambda *_, **__: passed_on(left, self.calls[index].tuple_length)
 
         with self._blocks_replaced(skip):
             output: Tensor = self._forward(ids).logits
@@ -187,29 +239,61 @@ class BlockWalker:
 
         Runs the whole model once on the first PROBED of them, a block in memory at a time, then on all what calls the
         blocks; on all of it too where blocks hand each other more than hidden states. Returns for every site the first
-        site that reads what it reads. InputError where blocks read more of the text than hidden states.
+        site that reads what it reads. InputError where blocks read what no sample's state can carry.
         """
-        groups, handed_on = self._run_probed(ids[:PROBED], sites)
+        self.layouts, short = [], ids[: max(1, min(PROBED, len(ids) // 2))]
+        first = self._run_probed(short, sites)
 
         def learn(text: Tensor) -> list[Call]:
-            if handed_on:
+            if first.handed_on:
                 self._run_probed(text, [])
             else:
                 self._note_calls(text)
             return self.calls
 
-        other, self.calls = learn(ids.flip(0)), learn(ids)
-        self._check_same(other)
+        if first.between or (first.handed_on and not self._same_for(short.flip(0))):
+            self._carry(ids, first, len(short))
+        else:
+            other, self.calls = learn(ids.flip(0)), learn(ids)
+            if not same_calls(self.calls, other):
+                self._carry(ids, first, len(short))
+        groups = first.groups
         return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
 
-    def _check_same(self, other: list[Call]) -> None:
-        """InputError where blocks were called otherwise for another text: then one text's calls are not another's."""
-        for block, one, two in zip(self.blocks, self.calls, other, strict=True):
-            if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
-                raise InputError(
-                    f"{block} reads more of the text than the hidden states of the block before it: "
-                    "this architecture cannot be walked block by block"
-                )
+    def _same_for(self, ids: Tensor) -> bool:
+        """Whether blocks are called for ids as they were last."""
+        known = self.calls
+        self._run_probed(ids, [])
+        return same_calls(known, self.calls)
+
+    def _carry(self, ids: Tensor, short: Probed, length: int) -> None:
+        """Learn what samples as long as ids carry from block to block, and make sure that it is all they need."""
+        whole = self._run_probed(ids, [])
+        try:
+            pairs = zip(whole.handed, short.handed, strict=True)
+            self.layouts = [Layout(one, two, (len(ids), length)) for one, two in pairs]
+        except ValueError as error:
+            raise InputError(f"{self._stem} hand each other {error}: {UNWALKABLE}") from error
+        self._width = max(layout.channels for layout in self.layouts)
+        with torch.no_grad():
+            state = self.embed(ids)
+            for index in range(len(self.blocks)):
+                with self.block(index) as module:
+                    state = self.run(index, module, state)
+            found, expected = self.logits(ids, state).float(), whole.logits.float()
+        if not bool((found - expected).abs().max() <= self._tolerance * expected.abs().max()):
+            raise InputError(
+                f"{self._stem} do not give what the whole model does when they run one by one: {UNWALKABLE}"
+            )
+
+    @property
+    def _stem(self) -> str:
+        return "the blocks " + self.blocks[0].rpartition(".")[0]
+
+    @property
+    def _tolerance(self) -> float:
+        """Of the largest logit: what rounding in the compute dtype may make of it."""
+        return 64 * float(torch.finfo(self.dtype).eps) ** 0.9
 
     def _note_calls(self, ids: Tensor) -> None:
         """Learn how blocks are called for ids, of a model whose blocks are known already and are left out."""
@@ -217,11 +301,11 @@ class BlockWalker:
 
         def note(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                hidden, key = _hidden(args, kwargs)
-                noted.append(_call(args, kwargs, key, lengths[index]))
+                hidden, key = hidden_of(args, kwargs)
+                noted.append(call_of(args, kwargs, key, lengths[index]))
                 if index + 1 == len(self.blocks):
                     raise _HiddenCaptured(hidden)
-                return _passed_on(hidden, lengths[index])
+                return passed_on(hidden, lengths[index])
 
             return call
 
@@ -236,13 +320,9 @@ class BlockWalker:
                 f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
             )
 
-    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> tuple[dict[str, str], bool]:
-        """Run the whole model on ids, and learn how its blocks are called.
-
-        Returns the sites that were called, as `probe` does, and whether blocks hand each other more than hidden states.
-        """
-        groups: dict[str, str] = {}
-        handed_on = False
+    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> Probed:
+        """Run the whole model on ids, a block in memory at a time, and learn how its blocks are called."""
+        found = Probed()
         self.calls = []
         first: dict[tuple[Any, ...], str] = {}
         alive: list[Tensor] = []
@@ -252,36 +332,29 @@ class BlockWalker:
                 x = args[0]
                 alive.append(x)  # kept, so that no other tensor takes its address
                 key = (x.data_ptr(), x.numel(), x.shape[-1], 0 if x.is_inference() else x._version)
-                groups[name] = first.setdefault(key, name)
+                found.groups[name] = first.setdefault(key, name)
 
             return hook
 
-        first_output: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def walk(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                nonlocal handed_on
+                hidden, key = hidden_of(args, kwargs)
+                into = containers(args, kwargs)
+                if not outputs:
+                    found.note(handed_by(hidden, into, {}))
                 with self.block(index):
                     output = forward(*args, **kwargs)
-                hidden, key = _hidden(args, kwargs)
-                if hidden.dim() != 3 or hidden.shape[:2] != (1, len(ids)):
-                    raise InputError(
-                        f"{self.blocks[index]} reads hidden states of shape {tuple(hidden.shape)} for {len(ids)} "
-                        "tokens: this architecture cannot be walked block by block"
-                    )
-                if first_output and hidden.data_ptr() != first_output[-1].data_ptr():
-                    raise InputError(
-                        f"{self.blocks[index]} does not read the output of the block before it: "
-                        "this architecture cannot be walked block by block"
-                    )
-                length = _tuple_length(output)
-                extras = output[1:] if length else ()
-                handed_on |= any(extra is not None for extra in extras)
-                handed_on |= any(isinstance(value, dict) for value in kwargs.values())
-                self.calls.append(_call(args, kwargs, key, length))
-                first_output[:] = [output[0] if length else output]
+                found.between |= hidden.dim() != 3 or hidden.shape[:2] != (1, len(ids))
+                found.between |= bool(outputs) and hidden.data_ptr() != outputs[-1].data_ptr()
+                handed = handed_by(output, into, found.kept)
+                found.handed_on |= bool(into) or any(extra is not None for extra in handed.extras)
+                found.note(handed)
+                self.calls.append(call_of(args, kwargs, key, tuple_length(output)))
+                outputs[:] = [handed.hidden]
                 alive.clear()
                 first.clear()
                 return output
@@ -291,12 +364,12 @@ class BlockWalker:
         handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in sites]
         try:
             with self._blocks_replaced(walk):
-                self._forward(ids)
+                found.logits = self._forward(ids).logits
         finally:
             for handle in handles:
                 handle.remove()
         self._check_calls()
-        return groups, handed_on
+        return found
 
     @contextmanager
     def _blocks_replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -334,38 +407,3 @@ def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource)
                 f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
                 f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
             )
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None, tuple_length: int) -> Call:
-    """A block's call, without the hidden states that came by keyword `key`, or first."""
-    rest = {k: v for k, v in kwargs.items() if k != key}
-    return Call(args[1:] if key is None else args, rest, key, tuple_length)
-
-
-def _tuple_length(output: Any) -> int:
-    """The length of a block's output where it is a tuple or a list, 0 where it is a tensor."""
-    return len(output) if isinstance(output, (tuple, list)) else 0
-
-
-def _passed_on(hidden: Tensor, tuple_length: int) -> Any:
-    """What a block returns that leaves the hidden states as they are."""
-    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Whether all tensors in two arguments of a block, or within their containers, are equal."""
-    if torch.is_tensor(one) or torch.is_tensor(two):
-        return torch.is_tensor(one) and torch.is_tensor(two) and torch.equal(one, two)
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
-    if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
-        return len(one) == len(two) and all(map(_same, one, two))
-    return True
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
-    """The hidden states of a block's call, and the keyword they came by (None: first positional argument)."""
-    if args:
-        return args[0], None
-    key = "hidden_states" if "hidden_states" in kwargs else next(k for k, v in kwargs.items() if torch.is_tensor(v))
-    return kwargs[key], key
