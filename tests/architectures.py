@@ -79,6 +79,15 @@ def configs() -> dict[str, Any]:
             q_lora_rank=12, o_lora_rank=12, o_groups=2, qk_rope_head_dim=4, index_topk=8, index_head_dim=8,
             index_n_heads=2,
         ),
+        "sarvam_moe": t.AutoConfig.for_model(  # queries, keys and values are one tensor in its files
+            "sarvam_moe", moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            n_shared_experts=1, first_k_dense_replace=1, **moe,
+        ),
+        "olmo_hybrid": t.OlmoHybridConfig(  # a convolution is three tensors in its files
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            **{**grouped, "num_key_value_heads": 4},
+        ),
     }  # fmt: skip
 
 

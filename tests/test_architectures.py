@@ -220,6 +220,32 @@ def test_blocks_that_read_more_than_hidden_states(make_model, tmp_path, family, 
     generates(loaded)
 
 
+@pytest.mark.parametrize(
+    ("family", "stored", "named"),
+    [
+        ("sarvam_moe", "attention.query_key_value.weight", "self_attn.k_proj.weight"),
+        ("olmo_hybrid", "linear_attn.k_conv1d.weight", "linear_attn.conv1d.weight"),
+    ],
+)
+def test_tensors_that_are_joined_or_split_on_loading(make_model, tmp_path, family, stored, named):
+    """Some of what is made from one tensor is compressed, some not; it loads, is saved and is exported."""
+    files = load_file(make_model(family) / "model.safetensors")
+    assert any(name.endswith(stored) for name in files)
+    assert not any(name.endswith(named) for name in files)
+    method = {"name": "lord", "metric": "input"}
+    result = compress_tiny(make_model(family), tmp_path / "out", method=method, ignore=["*.v_proj"], calibration=SHORT)
+    loaded, dense = load(result.folder), load(make_model(family))
+    expected = logits(with_dense_weights(dense, loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+    kept = {name: t for name, t in loaded.state_dict().items() if name.endswith(("v_proj.weight", "conv1d.weight"))}
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in kept.items())
+    assert kept
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    export_dense(str(result.folder), tmp_path / "dense")
+    assert (logits(load(tmp_path / "dense")) - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("family", "router"), [("gemma4", "router.proj"), ("hunyuan", "gate.wg")])
 def test_what_chooses_experts_is_no_target_unless_it_is_named(family, router):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

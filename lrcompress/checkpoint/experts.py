@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.checkpoint.converted import ConvertedReader
 from lrcompress.checkpoint.opening import read_sound_config
-from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import Renaming, empty_model
@@ -41,7 +41,7 @@ class Fused:
         return all(len(names) == 1 for names in self.sources.values())
 
 
-class ExpertReader(CheckpointReader):
+class ExpertReader(ConvertedReader):
     """A folder whose fused experts are read under the names that they have as linear layers in `model`.
 
     transformers' own conversions are applied, to one expert at a time. The fused parameters can be read too. Modules
@@ -49,7 +49,7 @@ class ExpertReader(CheckpointReader):
     """
 
     def __init__(self, folder: Path, model: nn.Module, compressed: Iterable[str] = ()) -> None:
-        super().__init__(folder)
+        super().__init__(folder, model)
         self._model = model
         modules = linear_experts(model)
         stored = {experts_of(name, modules) for name in compressed}

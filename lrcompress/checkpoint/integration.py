@@ -76,15 +76,16 @@ class LrcompressQuantizer(HfQuantizer):
             module.lay_out()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Without the conversions into fused experts: we store experts as they are here."""
+        """Without the conversions into fused experts and compressed weights: those are stored as they are here."""
         modules = linear_experts(model)
-        fused = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
+        own = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
+        own += [f"{name}.weight" for name in self.quantization_config.manifest().modules]
 
-        def makes_fused(conversion: Any) -> bool:
+        def makes_own(conversion: Any) -> bool:
             patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-            return any(pattern in name for name in fused for pattern in patterns)
+            return any(pattern in name for name in own for pattern in patterns)
 
-        return [conversion for conversion in weight_conversions if not makes_fused(conversion)]
+        return [conversion for conversion in weight_conversions if not makes_own(conversion)]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name

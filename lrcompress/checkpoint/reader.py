@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class CheckpointReader:
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._files)
+
+    def made(self) -> Collection[str]:
+        """Those of the names that are the model's own already, whose tensors are made from what is stored."""
+        return ()
+
+    def kept_as(self, name: str) -> list[str]:
+        """The stored tensors that a written checkpoint must hold in the place of tensor `name`; none: itself."""
+        return []
 
     def meta(self, name: str) -> Tensor:
         """A meta tensor of the stored shape and dtype."""

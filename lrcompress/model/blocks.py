@@ -56,7 +56,7 @@ class BlockWalker:
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
         self.blocks = find_blocks(model)
-        self.names = checkpoint_names(model, source.names())
+        self.names = checkpoint_names(model, source.names(), source.made())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
         self.layouts: list[Layout] = []

@@ -1,6 +1,6 @@
 """A transformers model on the meta device: its structure without its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,13 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
         return model.eval().requires_grad_(False)
 
 
-def checkpoint_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the checkpoint of every tensor of the model's state dict that has one of its own; tied ones may lack."""
+def checkpoint_names(model: nn.Module, stored: Iterable[str], made: Collection[str] = ()) -> dict[str, str]:
+    """Name in the checkpoint of every tensor of the model's state dict that has one of its own; tied ones may lack.
+
+    `made` are those of the `stored` names that are the model's already.
+    """
     state, tied = model.state_dict(), _tied_names(model)
-    found = stored_names(model, stored)
+    found = stored_names(model, (name for name in stored if name not in made)) | {name: name for name in made}
     missing = [name for name in state if name not in found and name not in tied]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -131,7 +134,7 @@ def stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
         if pattern is not None and name in state:
             raise InputError(
                 f"{name} is made from several tensors of the checkpoint ({source} and others): "
-                "this architecture cannot be compressed yet"
+                "start from the dense checkpoint as it was published"
             )
         if name in state:
             found[name] = source
