@@ -34,7 +34,7 @@ from benchmarks.tiny import VOCABULARY, tiny_config
 from benchmarks.toys import tokenizer_of
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.model.experts import is_fused
-from lrcompress.model.skeleton import find_blocks, library_errors
+from lrcompress.model.skeleton import find_blocks, language_model, library_errors
 from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.model.targets import find_sites
 from lrcompress.pipeline import compress
@@ -198,8 +198,9 @@ def tokenizer() -> Any:
 
 
 def run(model: nn.Module) -> torch.Tensor:
-    """Logits of a text."""
+    """Logits of a text, by the language model inside where the whole asks for an image."""
     with torch.no_grad():
+        model = language_model(model, find_blocks(model))
         logits: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
         return logits
 

@@ -41,6 +41,18 @@ class Fused:
         return all(len(names) == 1 for names in self.sources.values())
 
 
+class _OneExpert(nn.Module):
+    """What a conversion asks for the shape that its result must have, of which one expert's slice is made."""
+
+    def __init__(self, slice_of: Tensor) -> None:
+        super().__init__()
+        self._slice = nn.Parameter(slice_of)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The slice, whatever is asked for."""
+        return self._slice
+
+
 class ExpertReader(ConvertedReader):
     """A folder whose fused experts are read under the names that they have as linear layers in `model`.
 
@@ -145,7 +157,9 @@ class ExpertReader(ConvertedReader):
         converter, name = copy.deepcopy(fused.converter), f"{fused.experts}.{fused.parameter}"
         for pattern, piece in slices.items():
             converter.add_tensor(name, name, pattern, piece)
-        made: dict[str, Any] = converter.convert(name, model=self._model, config=self._model.config)
+        shape = self._modules[fused.experts].fused_shapes()[fused.parameter]
+        model = _OneExpert(torch.empty((1, *shape[1:]), device="meta"))
+        made: dict[str, Any] = converter.convert(name, model=model, config=self._model.config)
         result = made[name]
         whole: Tensor = result[0] if isinstance(result, list) else result
         return whole[0]

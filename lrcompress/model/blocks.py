@@ -23,7 +23,7 @@ from lrcompress.model.calls import (
 from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
-from lrcompress.model.skeleton import checkpoint_names, find_blocks
+from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model
 from lrcompress.protocols import TensorSource
 
 PROBED = 16
@@ -62,6 +62,7 @@ class BlockWalker:
         self.layouts: list[Layout] = []
         """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
         self._width = 0
+        self._text = language_model(model, self.blocks)
         self._last = 0
         self._load_resident()
 
@@ -143,7 +144,7 @@ class BlockWalker:
                 self._forward(ids)
         except _Ran as ran:
             return self.layouts[index + 1].pack(ids, ran.handed, self._width, self.dtype)
-        raise InputError(f"the model never called {self.blocks[index]}: it cannot be walked block by block")
+        raise InputError(f"the model never called {self.blocks[index]}: {UNWALKABLE}")
 
     def hidden(self, state: Tensor) -> Tensor:
         """The hidden states in a sample's state that left the last block or any that gives as many."""
@@ -167,19 +168,19 @@ class BlockWalker:
             return captured.hidden
         finally:
             handle.remove()
-        raise InputError("the model never called its first block: it cannot be walked block by block")
+        raise InputError(f"the model never called its first block: {UNWALKABLE}")
 
     def uncalled(self, names: Sequence[str]) -> list[str]:
         """Those of the layers `names` that their block does not call when it runs: it reads their weights.
 
         Of the blocks that hold layers of the same names the first one is run, and stands for all. An expert to which
-        nothing was sent counts as called.
+        nothing was sent counts as called. Blocks that a text does not reach are no longer among `blocks`.
         """
         tried = self._different_blocks(names)
-        own = {name for name in names if any(name.startswith(self.blocks[index] + ".") for index in tried)}
         experts = linear_experts(self.model)
-        seen = {name for name in own if experts_of(name, experts) is not None}
+        seen = {name for name in names if experts_of(name, experts) is not None}
         before: list[Any] = []
+        reached: set[int] = set()
 
         def run(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
@@ -188,13 +189,12 @@ class BlockWalker:
                 hidden, _ = hidden_of(args, kwargs)
                 if containers(args, kwargs):  # what a later block finds in there, any block may have put in
                     tried[:] = range(tried[-1] + 1)
+                reached.add(index)
                 if index not in tried:
                     return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
                 with self.block(index):
                     output = forward(*args, **kwargs)
                 before[:] = [output]
-                if index == tried[-1]:
-                    raise _HiddenCaptured(hidden)
                 return output
 
             return call
@@ -202,17 +202,19 @@ class BlockWalker:
         def note(name: str) -> Callable[..., None]:
             return lambda *_: seen.add(name)
 
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
         try:
             with torch.no_grad(), self._blocks_replaced(run):
                 tokens: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
                 self._forward(torch.arange(4) % tokens)
-        except _HiddenCaptured:
-            return [name for name in names if name in own - seen]
         finally:
             for handle in handles:
                 handle.remove()
-        raise InputError(f"the model never called {self.blocks[tried[-1]]}: it cannot be walked block by block")
+        own = {name for name in names if any(name.startswith(self.blocks[i] + ".") for i in reached & {*tried})}
+        self.blocks = [block for index, block in enumerate(self.blocks) if index in reached]
+        if not self.blocks:
+            raise InputError(f"the model never called a block for a text: {UNWALKABLE}")
+        return [name for name in names if name in own - seen]
 
     def _different_blocks(self, names: Sequence[str]) -> list[int]:
         """The first block of those whose layers among `names` are called the same, for each such set of names."""
@@ -317,7 +319,7 @@ class BlockWalker:
     def _check_calls(self) -> None:
         if len(self.calls) != len(self.blocks):
             raise InputError(
-                f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
+                f"the model called blocks {len(self.calls)} times, of which it has {len(self.blocks)}: {UNWALKABLE}"
             )
 
     def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> Probed:
@@ -384,7 +386,7 @@ class BlockWalker:
                 del module.forward
 
     def _forward(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+        return self._text(input_ids=ids.to(self.device)[None], use_cache=False)
 
 
 def _unrouted(sites: Sequence[str], experts: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A transformers model on the meta device: its structure without its weights."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,11 @@ def _in_layers(config: Any, key: str) -> Iterator[Any]:
 
 
 def auto_class(config: object) -> Any:
-    """transformers' auto class for the class that a config names, which may hold more than its language model.
+    """transformers' auto class for the class that a config names, or that itself where no auto class knows it.
 
-    AutoModelForCausalLM where it names none, or one that is no language model with a head.
+    It may hold more than a language model. AutoModelForCausalLM where none is named, or one without a language head.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     own = getattr(config, "auto_map", None) or {}
@@ -82,7 +83,10 @@ def auto_class(config: object) -> Any:
     for auto in fitting:
         if named & _class_names(auto, config, own):
             return auto
-    return fitting[0] if fitting else AutoModelForCausalLM
+    if fitting:
+        return fitting[0]
+    classes = [getattr(transformers, name, None) for name in named]
+    return next((cls for cls in classes if getattr(cls, "config_class", None) is type(config)), AutoModelForCausalLM)
 
 
 def _class_names(auto: Any, config: object, own: Mapping[str, Any]) -> set[str]:
@@ -100,7 +104,11 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
 
     with library_errors("no language model can be built from its config"):
         with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            auto = auto_class(config)
+            if hasattr(auto, "from_config"):
+                model = auto.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = auto._from_config(config)
         model.tie_weights()
         return model.eval().requires_grad_(False)
 
@@ -189,22 +197,41 @@ def find_blocks(model: nn.Module) -> list[str]:
 
     Members of several classes are blocks too, as in models that mix attention with other layers, where they are as many
     as the config says. Beside a language model there may be towers for images and sound: its own blocks share most of
-    their path with the embeddings of its tokens.
+    their path with the embeddings of its tokens, and are as many as its config says.
     """
-    best: tuple[tuple[int, int], str, int] = ((0, 0), "", 0)
+    best: tuple[tuple[int, bool, int], str, int] = ((0, False, 0), "", 0)
     config: Any = getattr(model, "config", None)
     language = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count, text = getattr(language, "num_hidden_layers", None), _embeddings_path(model)
+    count, text, lists = getattr(language, "num_hidden_layers", None), _embeddings_path(model), list[str]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = (_shared(name.split("."), text), sum(p.numel() for p in module.parameters()))
-            if size > best[0] and (len({type(m) for m in module}) == 1 or len(module) == count):
-                best = (size, name, len(module))
+        inside = any(name.startswith(outer + ".") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            if len({type(m) for m in module}) > 1 and len(module) != count:
+                continue
+            lists += [name] if len(module) > 1 else []
+            size = sum(p.numel() for p in module.parameters())
+            score = (_shared(name.split("."), text), len(module) == count, size)
+            if size and score > best[0]:
+                best = (score, name, len(module))
     if not best[1]:
         raise InputError(
             "no list of decoder blocks was found in this model: only decoder-only models can be compressed"
         )
     return [f"{best[1]}.{i}" for i in range(best[2])]
+
+
+def language_model(model: nn.Module, blocks: Sequence[str]) -> nn.Module:
+    """The innermost part of a model that makes predictions from text alone: it holds the blocks and an output head."""
+    from transformers import PreTrainedModel
+
+    def has_head(part: nn.Module) -> bool:
+        try:
+            return isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
+        except (NotImplementedError, AttributeError):
+            return False
+
+    parts = [part for name, part in model.named_modules() if blocks[0].startswith(f"{name}.") and has_head(part)]
+    return parts[-1] if parts else model
 
 
 def _embeddings_path(model: nn.Module) -> list[str]:

@@ -455,9 +455,13 @@ def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
 
 def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[Site]:
     """The sites whose layers are called when their block runs; others' weights are read past them (Mamba's dt_proj)."""
+    every = list(walker.blocks)
     uncalled = set(walker.uncalled([site.name for site in sites]))
     kinds = {site.kind for site in sites if site.name in uncalled}
-    left = [site for site in sites if site.kind not in kinds]
+    place = {every.index(block): index for index, block in enumerate(walker.blocks)} | {len(every): len(walker.blocks)}
+    left = [replace(s, block=place[s.block]) for s in sites if s.kind not in kinds and s.block in place]
+    if silent := [block for block in every if block not in walker.blocks]:
+        reporter.say(f"left as they are, for no text reaches them: {', '.join(silent)}")
     if not left:
         raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
     if kinds:
