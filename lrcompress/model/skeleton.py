@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.model.device import out_of_memory
@@ -103,7 +104,7 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
     from accelerate import init_empty_weights
 
     with library_errors("no language model can be built from its config"):
-        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]), _NothingAllocated():
             auto = auto_class(config)
             if hasattr(auto, "from_config"):
                 model = auto.from_config(config, trust_remote_code=trust_remote_code)
@@ -111,6 +112,16 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
                 model = auto._from_config(config)
         model.tie_weights()
         return model.eval().requires_grad_(False)
+
+
+class _NothingAllocated(TorchFunctionMode):
+    """While open, tensors that nothing is put into yet are on the meta device; parameters begin as such."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def checkpoint_names(model: nn.Module, stored: Iterable[str], made: Collection[str] = ()) -> dict[str, str]:
