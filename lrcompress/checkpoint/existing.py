@@ -16,7 +16,7 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
 from lrcompress.formats.sum import Sum
-from lrcompress.model.skeleton import stored_names
+from lrcompress.model.skeleton import stored_names, tied_names
 from lrcompress.protocols import Site, Spec
 
 
@@ -175,15 +175,14 @@ def _check_stored(folder: Path, name: str, spec: Spec, reader: CheckpointReader,
 
 
 def _check_rest(folder: Path, reader: CheckpointReader, compressed: Mapping[str, Spec], dense: Dense) -> None:
-    own = stored_names(dense.skeleton, reader.names())
+    own, tied = stored_names(dense.skeleton, reader.names()), tied_names(dense.skeleton)
     for name, source in dense.names.items():
         if name.rpartition(".")[0] in compressed:
             continue
-        if name not in own:
-            if own.keys() & _tied_with(dense.skeleton, name):
-                continue
+        held = next((own[key] for key in (name, *tied.get(name, ())) if key in own), None)
+        if held is None:
             raise InputError(f"base {folder} has no tensor {name}: it belongs to another model")
-        first, second = (r.tensor(key) for r, key in ((dense.reader, source), (reader, own[name])))
+        first, second = (r.tensor(key) for r, key in ((dense.reader, source), (reader, held)))
         if first.shape != second.shape:
             raise InputError(
                 f"base {folder} stores {name} as {tuple(second.shape)}, the dense model as {tuple(first.shape)}"
@@ -193,9 +192,3 @@ def _check_rest(folder: Path, reader: CheckpointReader, compressed: Mapping[str,
                 f"base {folder} and the dense model differ in {name}, which the base did not compress: "
                 "give the dense checkpoint that it was made from"
             )
-
-
-def _tied_with(model: nn.Module, name: str) -> set[str]:
-    """Other names of the parameter `name`."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {other for other, parameter in named.items() if other != name and parameter is named.get(name)}

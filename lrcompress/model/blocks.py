@@ -23,7 +23,7 @@ from lrcompress.model.calls import (
 from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
-from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model
+from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored
 from lrcompress.protocols import TensorSource
 
 PROBED = 16
@@ -51,6 +51,7 @@ class BlockWalker:
     How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named. Where
     blocks read more than the hidden states of the one before, a sample's state holds everything that it carries
     (`carried.Layout`), and the model itself calls a block, the others left out; otherwise it is the hidden states.
+    `untied` names parameters that the config ties to others while the files hold another matrix for each.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
@@ -70,7 +71,7 @@ class BlockWalker:
         prefixes = tuple(block + "." for block in self.blocks)
         outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
         self.model.load_state_dict(self._read(outside), strict=False, assign=True)
-        self.model.tie_weights()  # type: ignore[operator]
+        self.untied = tie_as_stored(self.model, self.names)
         for module_name, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device.type != "meta" and f"{module_name}.{name}" not in self.names:

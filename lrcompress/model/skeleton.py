@@ -125,13 +125,13 @@ class _NothingAllocated(TorchFunctionMode):
 
 
 def checkpoint_names(model: nn.Module, stored: Iterable[str], made: Collection[str] = ()) -> dict[str, str]:
-    """Name in the checkpoint of every tensor of the model's state dict that has one of its own; tied ones may lack.
+    """Name in the checkpoint of every tensor of the model's state dict that has one of its own.
 
-    `made` are those of the `stored` names that are the model's already.
+    Of tied ones, which share a parameter, one is enough, whichever it is. `made` are those of the `stored` names that are the model's already.
     """
-    state, tied = model.state_dict(), _tied_names(model)
+    state, tied = model.state_dict(), tied_names(model)
     found = stored_names(model, (name for name in stored if name not in made)) | {name: name for name in made}
-    missing = [name for name in state if name not in found and name not in tied]
+    missing = [name for name in state if name not in found and not found.keys() & tied.get(name, set())]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
@@ -192,15 +192,24 @@ class Renaming:
         return sorted(names, key=dot_natural_key)
 
 
-def _tied_names(model: nn.Module) -> set[str]:
-    """State-dict names that share a parameter with another name."""
-    seen: dict[int, str] = {}
-    tied: set[str] = set()
+def tied_names(model: nn.Module) -> dict[str, set[str]]:
+    """The other names of every parameter that has several, by each of its names."""
+    names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            tied |= {name, seen[id(parameter)]}
-        seen.setdefault(id(parameter), name)
-    return tied
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: same - {name} for same in names.values() if len(same) > 1 for name in same}
+
+
+def tie_as_stored(model: nn.Module, stored: Collection[str]) -> list[str]:
+    """Tie the parameters of a model whose `stored` tensors have been loaded, as transformers does for such files.
+
+    Whichever one of a pair is stored serves for both. Where both are, and differ, they stay apart whatever the config
+    says; those are returned. A pair within blocks, which are not loaded, is left as it is.
+    """
+    keys: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    asked, missing = list(keys), set(model.state_dict()) - set(stored)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # type: ignore[operator]
+    return [name for name in asked if name not in keys]
 
 
 def find_blocks(model: nn.Module) -> list[str]:

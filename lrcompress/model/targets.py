@@ -11,6 +11,7 @@ from torch import nn
 
 from lrcompress.errors import InputError, nearest
 from lrcompress.model.experts import linear_experts
+from lrcompress.model.skeleton import tied_names
 from lrcompress.protocols import Site
 
 
@@ -48,7 +49,7 @@ def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], i
 
     Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
     `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
-    InputError, and so is a layer whose weight is tied to another.
+    InputError.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
     if target:
@@ -59,7 +60,6 @@ def find_sites(model: nn.Module, blocks: Sequence[str], target: Sequence[str], i
     sites = []
     for name in linears:
         if name in wanted and name not in dropped:
-            _refuse_tied(model, name)
             sites.append(_site(linears[name], name, blocks))
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")
@@ -120,9 +120,13 @@ def names_matching(pattern: str, names: Iterable[str], option: str) -> list[str]
     return [name for name in names if (rule.search(name) if pattern.startswith("re:") else rule.match(name))]
 
 
-def _refuse_tied(model: nn.Module, name: str) -> None:
-    weight = model.get_submodule(name).weight
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if len(owners) > 1:
-        others = ", ".join(o for o in owners if o != f"{name}.weight")
-        raise InputError(f"{name} shares its weight with {others}: a tied weight cannot be compressed; leave it out")
+def refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
+    """InputError where a site's weight is that of another module too."""
+    tied = tied_names(model)
+    for site in sites:
+        others = sorted(tied.get(f"{site.name}.weight", ()))
+        if others:
+            raise InputError(
+                f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed; "
+                "leave it out"
+            )

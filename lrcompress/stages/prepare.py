@@ -41,7 +41,7 @@ from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
-from lrcompress.model.targets import find_sites, group_sites, names_matching
+from lrcompress.model.targets import find_sites, group_sites, names_matching, refuse_tied
 from lrcompress.processes import processes
 from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
@@ -204,6 +204,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
 def open_parts(request: Request, reporter: Reporter) -> Opened:
     """Open the model and the base, without a look at how much is asked for."""
     opened = open_targets(request, reporter)
+    refuse_tied(opened.skeleton, opened.sites)
     warn_few_targets(opened.skeleton, opened.sites, reporter)
     open_base(opened)
     return opened
@@ -236,6 +237,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     stored = torch.bfloat16 if model.from_gguf else reader.dtype
     dtype = resolve_dtype(recipe.dtype, stored)
     walker = BlockWalker(skeleton, reader, request.device, compute_dtype(request.device, reader.dtype))
+    for name in walker.untied:
+        reporter.say(f"{name} is no copy of the tensor that the config ties it to: both are kept, as transformers does")
     with library_errors(f"model {recipe.model} cannot be run as its config says"):
         sites = _called(sites, walker, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
@@ -246,8 +249,11 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
 
 def _dense_itemsize(opened: Opened, site: Site) -> int | None:
     """See Site.itemsize: where a checkpoint's dtypes are mixed, a weight that stays dense keeps its own."""
-    own = opened.written_dtype(opened.reader.meta(opened.walker.names[site.name + ".weight"])).itemsize
-    return None if own == opened.dtype.itemsize or site.stored is not None else own
+    key = opened.walker.names.get(site.name + ".weight")
+    if key is None or site.stored is not None:  # a tied weight, which is never stored as a site's
+        return None
+    own = opened.written_dtype(opened.reader.meta(key)).itemsize
+    return None if own == opened.dtype.itemsize else own
 
 
 def _tensors(request: Request, model: OpenedModel, skeleton: nn.Module) -> CheckpointReader:

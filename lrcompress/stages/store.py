@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -366,8 +367,17 @@ def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
     method = opened.request.method
+    if opened.walker.untied and not opened.skeleton.all_tied_weights_keys:
+        untie(config)
     manifest = make_manifest(
         method.name, opened.sites, plan.specs, stand_ins_of(opened, plan), freeze_dense=method.freezes_dense
     )
     config["quantization_config"] = manifest.as_json()
     write_json(folder / "config.json", config)
+
+
+def untie(config: dict[str, Any]) -> None:
+    """Have config.json say that embeddings and head are two matrices: a compressed one has nothing to compare."""
+    language = config.get("text_config")
+    for part in [config, *([language] if isinstance(language, dict) else [])]:
+        part["tie_word_embeddings"] = False
