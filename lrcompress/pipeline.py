@@ -23,7 +23,7 @@ from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import computing_versions, load_report, write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
-from lrcompress.stages.backward import profile_backward
+from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.lengths import encode_all
 from lrcompress.stages.needs import check_memory, needs
@@ -268,6 +268,8 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
     if request.allocator.needs_sensitivity and request.recipe.rank is None:
         measure_sensitivities(opened, artefacts, reporter)
     processes().wait()
+    if request.method.needs_gradients:
+        warn_unreached(opened, artefacts, reporter)
     return artefacts
 
 

@@ -128,7 +128,7 @@ class InputStatistics:
     where it was asked for.
     drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
     rows: how many there were, whatever their weights; share: the part of the block's tokens that they count for, less
-    than 1 for an expert's.
+    than 1 for an expert's. reached: False where the loss has no gradient at the layer, so that `gradients` are made up.
     """
 
     count: float
@@ -139,6 +139,7 @@ class InputStatistics:
     rows: int = 0
     share: float = 1.0
     of_outputs: bool = False
+    reached: bool = True
 
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu", outputs: int | None = None) -> "InputStatistics":

@@ -24,7 +24,8 @@ class GradientCollector:
 
     `gram`: sums of g gᵀ (out, out), otherwise of the squares (out,) only; products in float32 within a call.
     `whole`: everything between the sites and the loss is differentiated, so that a layer without a gradient has none,
-    as one that only chooses tokens; otherwise it is an InputError.
+    as one that only chooses tokens; otherwise it is an InputError. Rows are counted as they go forward: those that no
+    gradient comes back to have one of zero.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], *, gram: bool, whole: bool = True) -> None:
@@ -70,14 +71,12 @@ class GradientCollector:
                 add_gram(self._sums[site.name], rows)
             else:
                 self._sums[site.name] += rows.square().sum(0)
-            self._counts[site.name] = self._counts.get(site.name, 0) + len(rows)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._counts[site.name] = self._counts.get(site.name, 0) + output[..., 0].numel()
             if output.requires_grad:
                 output.register_hook(add)
-            elif self._whole:
-                add(torch.zeros_like(output))
-            else:
+            elif not self._whole:
                 raise InputError(
                     f"{site.name} comes before the blocks, where the loss's gradient is not known: leave it out of the "
                     "targets, or use metric=input"

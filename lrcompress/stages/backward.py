@@ -1,5 +1,6 @@
 """Profiling with gradients: hidden states forward, then statistics and decompositions from the last block back."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.prepare import Opened
-from lrcompress.stages.profile import Artefacts, HiddenWalk, decompose_block
+from lrcompress.stages.profile import UNREACHED, Artefacts, HiddenWalk, decompose_block
+
+NAMED = 12
+"""Layers that a warning names one by one."""
 
 
 def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
@@ -62,6 +66,18 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
             walk.gradient_path(block + 2).unlink(missing_ok=True)
             walk.drop(block + 1, keep_last=True)
     return artefacts
+
+
+def warn_unreached(opened: Opened, artefacts: Artefacts, reporter: Reporter) -> None:
+    """Name the layers that the loss has no gradient at, of many their kinds."""
+    sites = [site for site in opened.sites if artefacts.load(site, (UNREACHED,))]
+    if sites:
+        kinds = [f"{kind} of {count} blocks" for kind, count in Counter(site.kind for site in sites).items()]
+        names = [site.name for site in sites] if len(sites) <= NAMED else kinds
+        reporter.warn(
+            f"no gradient of the loss reaches {', '.join(names)}: such a layer, as one that only chooses tokens, is "
+            "compressed by its inputs, with its share of its block's error"
+        )
 
 
 def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import complete
+from lrcompress.calibration.unreached import with_shares
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError, NumericalError
@@ -32,6 +33,9 @@ SUMMARY = ("errors", "total", "spectrum")
 
 STORED = "stored."
 """Prefix of an artefact's tensors that are encoded already, as sequential propagation leaves them."""
+
+UNREACHED = "unreached"
+"""An artefact has this tensor where the loss has no gradient at the layer."""
 
 Found = dict[str, dict[str, Tensor]]
 """The artefacts of a block: site name to tensors."""
@@ -234,6 +238,8 @@ def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStati
     sites = opened.sites_of(block)
     if statistics and opened.experts:
         statistics = complete(sites, statistics, opened.experts, _tokens(opened))
+    if statistics and opened.request.method.needs_gradients:
+        statistics = with_shares(sites, statistics, lambda site: _weight(opened, site))
     mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
 
     def decomposed(site: Site) -> tuple[dict[str, Tensor], float]:
@@ -272,9 +278,7 @@ def _tokens(opened: Opened) -> float:
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
     """The method's artefact of one site whose block is loaded, with what allocation needs beside it."""
     method, allocator = opened.request.method, opened.request.allocator
-    layer = opened.walker.model.get_submodule(site.name)
-    weight: Tensor = layer.weight.detach().to(decomposition_device(opened.walker.device))  # type: ignore[operator,union-attr,assignment]
-    weight = weight.T if site.conv1d else weight
+    weight = _weight(opened, site).to(decomposition_device(opened.walker.device))
     if method.needs_statistics and (statistics is None or statistics.count == 0):
         raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
     try:
@@ -295,6 +299,8 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
         artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
             artefact["spectrum"] = torch.linalg.svdvals(weight.double())
+        if statistics is not None and not statistics.reached:
+            artefact[UNREACHED] = torch.ones(())
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:
             artefact["gradients"] = statistics.gradients.float()
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -302,10 +308,16 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
     return artefact
 
 
+def _weight(opened: Opened, site: Site) -> Tensor:
+    """(out, in) of a site that is loaded."""
+    weight: Tensor = opened.walker.model.get_submodule(site.name).weight.detach()  # type: ignore[operator,union-attr,assignment]
+    return weight.T if site.conv1d else weight
+
+
 def _share(method: Method, statistics: InputStatistics | None) -> float:
     """What a site's errors count beside those of the block's other sites.
 
-    Those of an expert by its tokens; nothing where the loss has no gradient at all, and so no metric of its own.
+    Those of an expert by its tokens; nothing where the loss has no gradient at the whole block.
     """
     if statistics is None or method.metric == "plain":
         return 1.0
