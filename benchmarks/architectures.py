@@ -4,14 +4,14 @@
 
 A type is right where the compressed folder loads, with nothing missing, as the class that its config names, computes
 what that class computes with every compressed weight multiplied out and put in place, and holds every other tensor bit
-for bit. Every type runs in a process of its own, for at most LIMIT seconds.
+for bit. Every type runs in a process of its own, for at most LIMIT seconds of a core.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import signal
+import resource
 import sys
 import tempfile
 import time
@@ -34,14 +34,14 @@ from benchmarks.tiny import VOCABULARY, tiny_config
 from benchmarks.toys import tokenizer_of
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.model.experts import is_fused
-from lrcompress.model.skeleton import find_blocks, language_model, library_errors
+from lrcompress.model.skeleton import find_blocks, language_model, library_errors, text_config
 from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.model.targets import find_sites
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 
 LIMIT = 90
-"""Seconds that a type may take."""
+"""Seconds of a core that a type may take."""
 
 TOLERANCE = 3e-4
 """Of the largest logit: what float32 sums in another order may differ by."""
@@ -114,8 +114,7 @@ def apart(mapping: str, kind: str, name: str, methods: list[str]) -> list[Verdic
         os.close(reading)
         status = 1
         try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(LIMIT)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + LIMIT, resource.RLIM_INFINITY))
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 os.dup2(nowhere.fileno(), 2)
                 found = [asdict(one) for one in tried(mapping, kind, name, methods)]
@@ -174,8 +173,8 @@ def place(error: BaseException | None) -> str:
 def build(kind: str, name: str, folder: Path) -> None:
     """A tiny random checkpoint of the type that computes logits from text, with a tokenizer."""
     cls, config = getattr(transformers, name), tiny_config(CONFIG_MAPPING[kind])
-    if getattr(cls, "config_class", None) is type(config.get_text_config()) is not type(config):
-        config = config.get_text_config()
+    if getattr(cls, "config_class", None) is type(text_config(config)) is not type(config):
+        config = text_config(config)
     torch.manual_seed(0)
     model = cls._from_config(config).eval()
     with torch.no_grad():
@@ -286,8 +285,8 @@ def default_share(kind: str, name: str) -> float | None:
     cls = getattr(transformers, name)
     with contextlib.suppress(Exception):
         config = CONFIG_MAPPING[kind]()
-        if getattr(cls, "config_class", None) is type(config.get_text_config()) is not type(config):
-            config = config.get_text_config()
+        if getattr(cls, "config_class", None) is type(text_config(config)) is not type(config):
+            config = text_config(config)
         with torch.device("meta"):
             model = cls._from_config(config)
         experts = [module for module in model.modules() if is_fused(module)]

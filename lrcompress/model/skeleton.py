@@ -39,13 +39,23 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> object:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that is about the language model, of two about the one that writes."""
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(decoder=True)
+
+
 def check_sizes(config: object, tensors: int, numbers: int) -> None:
     """InputError where a config asks for more than a checkpoint of so many tensors and numbers can hold.
 
     Building a billion of blocks or experts would not end, and the constructors of wide layers ask for real memory.
     """
     with library_errors("the config makes no sense"):
-        language: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        language = text_config(config)
         width = getattr(language, "hidden_size", 1)
         # Experts have tensors of their own, or are slices of tensors in which each has a number per channel at least.
         experts = max(tensors, numbers // max(width, 1) if isinstance(width, int) else 0)
@@ -127,7 +137,8 @@ class _NothingAllocated(TorchFunctionMode):
 def checkpoint_names(model: nn.Module, stored: Iterable[str], made: Collection[str] = ()) -> dict[str, str]:
     """Name in the checkpoint of every tensor of the model's state dict that has one of its own.
 
-    Of tied ones, which share a parameter, one is enough, whichever it is. `made` are those of the `stored` names that are the model's already.
+    Of tied ones, which share a parameter, one is enough, whichever it is. `made` are those of the `stored` names that
+    are the model's already.
     """
     state, tied = model.state_dict(), tied_names(model)
     found = stored_names(model, (name for name in stored if name not in made)) | {name: name for name in made}
@@ -220,8 +231,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     their path with the embeddings of its tokens, and are as many as its config says.
     """
     best: tuple[tuple[int, bool, int], str, int] = ((0, False, 0), "", 0)
-    config: Any = getattr(model, "config", None)
-    language = config.get_text_config() if hasattr(config, "get_text_config") else config
+    language = text_config(getattr(model, "config", None))
     count, text, lists = getattr(language, "num_hidden_layers", None), _embeddings_path(model), list[str]()
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in lists)
