@@ -65,12 +65,24 @@ class BlockWalker:
         self._width = 0
         self._text = language_model(model, self.blocks)
         self._last = 0
-        self._load_resident()
+        prefixes = tuple(block + "." for block in self.blocks)
+        self._outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
+        self._loaded = False
+        self.untied: list[str] = []
+        if getattr(model, "all_tied_weights_keys", None):
+            self._load_resident()
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Of what lies outside of the blocks, and is not in memory before the model runs for the first time."""
+        metas = [] if self._loaded else [self.source.meta(stored) for stored in self._outside.values()]
+        return sum(meta.numel() * self._dtype_of(meta).itemsize for meta in metas)
 
     def _load_resident(self) -> None:
-        prefixes = tuple(block + "." for block in self.blocks)
-        outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
-        self.model.load_state_dict(self._read(outside), strict=False, assign=True)
+        if self._loaded:
+            return
+        self._loaded = True
+        self.model.load_state_dict(self._read(self._outside), strict=False, assign=True)
         self.untied = tie_as_stored(self.model, self.names)
         for module_name, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -85,6 +97,28 @@ class BlockWalker:
             stored[name]: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in self.source.read(list(stored))
         }
+
+    @contextmanager
+    def _hollow(self, name: str, names: Iterable[str]) -> Iterator[None]:
+        """While open, the tensors `names` of module `name` are zeros that take no memory, all one number."""
+        module, stem = (self.model.get_submodule(name), f"{name}.") if name else (self.model, "")
+        state = module.state_dict(prefix=stem)
+        metas = {key.removeprefix(stem): state[key] for key in names}
+        zeros = {
+            key: torch.zeros((), dtype=self._dtype_of(meta), device=self.device).expand(meta.shape)
+            for key, meta in metas.items()
+        }
+        module.load_state_dict(zeros, strict=False, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            empty = {key: torch.empty(meta.shape, dtype=meta.dtype, device="meta") for key, meta in metas.items()}
+            module.load_state_dict(empty, strict=False, assign=True)
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The one that a tensor is computed with."""
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -174,14 +208,16 @@ class BlockWalker:
     def uncalled(self, names: Sequence[str]) -> list[str]:
         """Those of the layers `names` that their block does not call when it runs: it reads their weights.
 
-        Of the blocks that hold layers of the same names the first one is run, and stands for all. An expert to which
-        nothing was sent counts as called. Blocks that a text does not reach are no longer among `blocks`.
+        Of the blocks that hold layers of the same names and shapes the first one is run, on zeros in the place of its
+        weights, and stands for all. An expert counts as called. Blocks that a text does not reach are no longer among
+        `blocks`.
         """
-        tried = self._different_blocks(names)
         experts = linear_experts(self.model)
         seen = {name for name in names if experts_of(name, experts) is not None}
         before: list[Any] = []
         reached: set[int] = set()
+        tried = {*self._different_blocks(names)}
+        outside = [] if self._loaded else list(self._outside)
 
         def run(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
@@ -189,39 +225,49 @@ class BlockWalker:
             def call(*args: Any, **kwargs: Any) -> Any:
                 hidden, _ = hidden_of(args, kwargs)
                 if containers(args, kwargs):  # what a later block finds in there, any block may have put in
-                    tried[:] = range(tried[-1] + 1)
+                    tried.update(range(len(self.blocks)))
                 reached.add(index)
-                if index not in tried:
-                    return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
-                with self.block(index):
-                    output = forward(*args, **kwargs)
-                before[:] = [output]
-                return output
+                if index in tried:
+                    with self._hollow(self.blocks[index], self._names_in(index)):
+                        before[:] = [forward(*args, **kwargs)]
+                    return before[-1]
+                return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
 
             return call
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _HiddenCaptured(args[0])
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: seen.add(name)
 
         handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+        head = self._text.get_output_embeddings()  # type: ignore[operator]
+        handles += [] if head is None else [head.register_forward_pre_hook(stop)]
         try:
-            with torch.no_grad(), self._blocks_replaced(run):
+            with torch.no_grad(), self._hollow("", outside), self._blocks_replaced(run), suppress(_HiddenCaptured):
                 tokens: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-                self._forward(torch.arange(4) % tokens)
+                self._text(input_ids=(torch.arange(4) % tokens).to(self.device)[None], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        own = {name for name in names if any(name.startswith(self.blocks[i] + ".") for i in reached & {*tried})}
+        stems = tuple(self.blocks[index] + "." for index in reached & tried)
+        own = {name for name in names if name.startswith(stems)}
         self.blocks = [block for index, block in enumerate(self.blocks) if index in reached]
         if not self.blocks:
             raise InputError(f"the model never called a block for a text: {UNWALKABLE}")
         return [name for name in names if name in own - seen]
 
     def _different_blocks(self, names: Sequence[str]) -> list[int]:
-        """The first block of those whose layers among `names` are called the same, for each such set of names."""
-        first: dict[frozenset[str], int] = {}
+        """The first block of those whose layers among `names` are called the same and as large, for each such set."""
+        first: dict[frozenset[Any], int] = {}
+        inside: dict[str, list[str]] = {block: [] for block in self.blocks}
+        depth = self.blocks[0].count(".") + 1
+        for name in names:
+            inside.get(".".join(name.split(".")[:depth]), []).append(name)
         for index, block in enumerate(self.blocks):
-            own = frozenset(name.removeprefix(block) for name in names if name.startswith(block + "."))
+            layers = {name: self.model.get_submodule(name) for name in inside[block]}
+            own = frozenset((name.removeprefix(block), layer.weight.shape) for name, layer in layers.items())
             if own:
                 first.setdefault(own, index)
         return [0, *(index for index in first.values() if index)]
@@ -387,6 +433,7 @@ class BlockWalker:
                 del module.forward
 
     def _forward(self, ids: Tensor) -> Any:
+        self._load_resident()
         return self._text(input_ids=ids.to(self.device)[None], use_cache=False)
 
 
