@@ -102,3 +102,38 @@ FAMILIES = [
 
 MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]
 """Those whose experts are fused."""
+
+
+def wrappers() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Kind to the tiny config of a model that reads images beside text, and what it reads one image by.
+
+    16 patches each; the image's tokens are 300.
+    """
+    import torch
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    seen = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    llava = t.LlavaConfig(
+        text_config=t.LlamaConfig(**text, **ends), image_token_index=300, vision_feature_layer=-1,
+        vision_config=t.CLIPVisionConfig(image_size=32, patch_size=8, **vision),
+    )  # fmt: skip
+    qwen = t.Qwen3VLConfig(
+        text_config={
+            **text, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        },
+        image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303,
+    )  # fmt: skip
+    patches = torch.randn(64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[1, 8, 8]])
+    return {
+        "llava": (llava, {"pixel_values": seen}),
+        "qwen3_vl": (qwen, {"pixel_values": patches, "image_grid_thw": grid}),
+    }
