@@ -207,6 +207,7 @@ def test_a_layer_whose_experts_all_stay_dense_counts_for_what_it_has(make_model,
     [
         ("gemma4_small", "auto"),
         ("glm_dsa", "auto"),
+        ("deepseek_v4", "auto"),
         *((family, {"name": "lord", "propagation": "sequential", "toward_dense": 0.5}) for family in CARRYING),
     ],
 )

@@ -54,6 +54,8 @@ class LrcompressQuantizer(HfQuantizer):
                 raise InputError(f"the manifest names experts {name}, which this model does not have so")
             with torch.device("meta"):
                 found[name].mark(fused)
+            # Some models fill the fused weights from the module around them, unless it is said to be filled.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)
