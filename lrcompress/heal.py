@@ -1,6 +1,5 @@
 """Healing: a compressed checkpoint is trained on in its compressed form, and written as another one like it."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,9 +9,10 @@ from typing import Any
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import Source, split_source
+from lrcompress.checkpoint.beside import files_in_folders
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_model, short_name
-from lrcompress.checkpoint.writer import disk_errors
+from lrcompress.checkpoint.writer import copy_files, disk_errors
 from lrcompress.errors import InputError
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import Result, errors_in_words
@@ -164,9 +164,8 @@ def _begin(workspace: Workspace, source: Path, spec: HealSpec, made_from: dict[s
     copied = workspace.scratch / "copied"
     if not copied.exists():
         with disk_errors(workspace.partial):
-            for path in source.iterdir():
-                if path.is_file() and path.name != "report.json":
-                    shutil.copyfile(path, workspace.partial / path.name)
+            files = [path for path in source.iterdir() if path.is_file() and path.name != "report.json"]
+            copy_files(source, [*files, *files_in_folders(source)], workspace.partial)
             copied.touch()
 
 

@@ -252,7 +252,7 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
         needed, artefacts = needs(opened), None
         check_memory(opened, needed, reporter)
         if needs_artefacts(opened):
-            calibrate_model(opened)
+            calibrate_model(opened, reporter)
             artefacts = profile_model(opened, scratch, reporter)
         plan = allocate(opened, artefacts)
         return {**plan_json(opened, plan), "needs": needed.as_json()}

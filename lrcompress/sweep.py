@@ -222,7 +222,7 @@ def _measure(recipe: Sweep, points: list[Point], folder: Path, reporter: Reporte
             _note_error(folder, point, error, reporter)
     if possible:
         opened = replace(opened, request=possible[0][1])
-        calibrate_model(opened)
+        calibrate_model(opened, reporter)
         _check_scratch(scratch, opened)
         artefacts = profile_model(opened, scratch, reporter)
         shared = time.perf_counter() - start

@@ -120,7 +120,7 @@ def test_toward_dense_needs_sequential_propagation(llama, tmp_path):
 def test_the_output_head_is_propagated_to_as_well(make_model, tmp_path):
     changes = {"target": ["lm_head", "*.2.mlp.*"], "ratio": 0.3}
     method = {"name": "auto", "propagation": "sequential", "toward_dense": 1.0}
-    result = compress_tiny(make_model("llama"), tmp_path / "out", method=method, **changes)
+    result = compress_tiny(make_model("llama"), tmp_path / "out", method=method, format="auto", **changes)
     assert {t["format"] for t in result.report["targets"]} <= {"sparse_dictionary", "dense"}
 
 

@@ -53,9 +53,11 @@ def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) ->
 def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
     ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
     kept = {module: (int(rank), float(scaling)) for module, (rank, scaling) in entry["kept"].items()}
-    write_json(folder / CONFIG, resized_config(entry["config"], ranks, kept))
+    twins = {module: (str(twin), float(scaling)) for module, (twin, scaling) in entry.get("twins", {}).items()}
+    write_json(folder / CONFIG, resized_config(entry["config"], ranks, kept, twins))
+    tied = {module: twin for module, (twin, _) in twins.items()}
     shapes = {
-        module: Shape((len(left), right.shape[1]), ranks[module], (right.dtype, left.dtype))
+        module: Shape((len(left), right.shape[1]), ranks[module], (right.dtype, left.dtype), tied.get(module))
         for module, (left, right) in factors.items()
     }
 
@@ -63,7 +65,7 @@ def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointRe
         for name, place in entry["tensors"].items():
             yield name, reader.tensor(place)
         for module, (left, right) in factors.items():
-            yield from lora_tensors(module, right, left)
+            yield from lora_tensors(module, right, left, tied.get(module))
 
     write_adapter(folder, {name: reader.meta(place) for name, place in entry["tensors"].items()}, shapes, tensors())
 

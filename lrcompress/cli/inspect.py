@@ -17,9 +17,10 @@ def inspect(
     """Show what is inside: formats, ranks, bytes, spectra."""
     from lrcompress.cli.show import quiet_libraries, show_inspection
     from lrcompress.report.inspection import inspect_model
+    from lrcompress.report.progress import Reporter
 
     quiet_libraries()
     o.check_result(json_file)
-    result = inspect_model(model, spectra=spectra, trust_remote_code=trust_remote_code)
+    result = inspect_model(model, spectra=spectra, trust_remote_code=trust_remote_code, reporter=Reporter(quiet=quiet))
     show_inspection(result, quiet=quiet)
     o.write_result(json_file, result)

@@ -77,7 +77,8 @@ Allocator = Annotated[
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Stored format: auto (what the method finds smallest), low_rank or pivoted.", rich_help_panel=MODEL
+        help="Stored format: auto (the smallest that the method finds), low_rank, pivoted; auto: coded by default.",
+        rich_help_panel=MODEL,
     ),
 ]
 Set = Annotated[
@@ -96,7 +97,7 @@ CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="SPEC",
-        help="wikitext2, c4, python-docs (default), self, or a file (.jsonl[:field], .parquet[:field], text); "
+        help="wikitext2, c4, python-docs (default), self, or a file (text, or .jsonl, .json, .csv, .parquet[:field]); "
         "SPEC*WEIGHT for unequal shares; repeatable.",
         rich_help_panel=DATA,
     ),

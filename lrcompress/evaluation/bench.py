@@ -19,6 +19,7 @@ from lrcompress.evaluation.footprint import Footprint, footprint
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.loading import load_network
 from lrcompress.model.device import memory_errors
+from lrcompress.model.limits import known_tokens, longest_context
 from lrcompress.report.progress import Reporter
 
 DENSE, COMPRESSED = "dense", "compressed"
@@ -128,7 +129,7 @@ def _check_fit(runners: dict[str, _Runner], spec: BenchSpec) -> None:
     """InputError where a model reads fewer tokens than asked for."""
     needed = max(spec.contexts) + spec.new_tokens
     for runner in runners.values():
-        longest = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+        longest = longest_context(runner.model.config)
         if longest is not None and needed > longest:
             raise InputError(
                 f"--context {max(spec.contexts)} and --new-tokens {spec.new_tokens} need {needed} positions, "
@@ -140,7 +141,7 @@ def _rows(
     runners: dict[str, _Runner], spec: BenchSpec, reporter: Reporter
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows, and the bounds of the first of either phase."""
-    vocabulary = min(r.model.config.get_text_config().vocab_size for r in runners.values())  # type: ignore[operator,union-attr]
+    vocabulary = min(known_tokens(r.model) for r in runners.values())
     device = next(runners[COMPRESSED].model.parameters()).device
     rows: list[dict[str, Any]] = []
     bounds: dict[str, Any] = {}

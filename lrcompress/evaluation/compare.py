@@ -13,6 +13,7 @@ from lrcompress.calibration.corpus import held_out_documents
 from lrcompress.checkpoint.cache import content_digest
 from lrcompress.checkpoint.opening import load_tokenizer, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.harness import Measured, measurable, run_lm_eval
@@ -22,6 +23,7 @@ from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
 from lrcompress.model.device import memory_errors
+from lrcompress.model.limits import known_tokens, length_warning
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report
@@ -80,6 +82,8 @@ class _Comparison:
         self.spec, self.options, self.reporter = spec, options, reporter
         self.labels = [model] if spec.against is None else [model, spec.against]
         self.folders = [open_model(label).folder for label in self.labels]
+        for said in filter(None, map(remark, self.folders)):
+            reporter.warn(said)
         check_chat_template(spec, self.labels, trust_remote_code=options["trust_remote_code"])
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]
@@ -125,10 +129,12 @@ class _Comparison:
         if task.kind != "text":
             return []
         assert task.source is not None
-        texts = evaluation_documents(task.source)
+        trust = self.options["trust_remote_code"]
+        # Chats are written by the first model's template, for both.
+        whole = texts = evaluation_documents(task.source, load_tokenizer(self.folders[0], trust_remote_code=trust))
         for folder in self.readers[task.key]:
-            tokenizer = load_tokenizer(folder, trust_remote_code=self.options["trust_remote_code"])
-            texts = min(texts, held_out_documents(evaluation_documents(task.source), tokenizer), key=_length)
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+            texts = min(texts, held_out_documents(whole, tokenizer), key=_length)
         if not texts:
             raise InputError(f"task {task.given}: nothing of its text is held out: use more text")
         return texts
@@ -171,6 +177,7 @@ class _Comparison:
 
     def _alone(self, which: int, task: Task, blocks: Tensor) -> Results:
         model = self._load(which).model
+        self._check_length(task, model, blocks)
         return {task.key: self._scored(task, blocks, lambda tick: score(model, blocks, tick)).metrics()}
 
     def _together(self, task: Task) -> None:
@@ -198,11 +205,17 @@ class _Comparison:
             self.reporter.say(f"{task.given} of both models: from the cache")
             return found
         mine, reference = self._load(0).model, self._load(1).model
-        if _vocabulary(mine) != _vocabulary(reference):
+        if known_tokens(mine) != known_tokens(reference):
             return None
+        self._check_length(task, mine, blocks)
         found = self._scored(task, blocks, lambda tick: score_both(mine, reference, blocks, tick))
         kept.write(f"{self.labels[0]} against {self.labels[1]}, {task.key}", found)
         return found
+
+    def _check_length(self, task: Task, model: Any, blocks: Tensor) -> None:
+        warning = length_warning(model, blocks.shape[1])
+        if warning:
+            self.reporter.warn(f"{task.key}: {warning}")
 
     def _note(self, name: str, tests: dict[str, dict[str, Any]]) -> None:
         if tests:
@@ -254,10 +267,6 @@ def _timed(run: Callable[[], None]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 def _flat(tasks: Sequence[Task], measured: dict[str, Results]) -> Results:

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from lrcompress.calibration.files import read_text
 from lrcompress.checkpoint.opening import check_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.model.device import memory_errors
+from lrcompress.model.generation import written
+from lrcompress.model.limits import longest_context
 from lrcompress.report.page import Samples
 from lrcompress.report.progress import Reporter
 
@@ -23,11 +26,7 @@ PROMPTS = (
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank; InputError where it cannot be read or has none."""
-    try:
-        lines = path.read_text(encoding="utf8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"--prompts {path} cannot be read: {reason}") from error
+    lines = read_text(path).splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--prompts {path} holds no prompt: write one a line")
@@ -85,7 +84,7 @@ def _continue(loaded: LoadedModel, prompt: str) -> str:
     model: Any = loaded.model  # of transformers, which generates
     tokenizer = loaded.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_context(model.config)
     if not ids.numel():
         raise InputError("a prompt is empty: give it at least one character")
     if longest is not None and ids.numel() + NEW_TOKENS > longest:
@@ -93,14 +92,8 @@ def _continue(loaded: LoadedModel, prompt: str) -> str:
             f"a prompt has {ids.numel()} tokens, {loaded.label} reads at most {longest - NEW_TOKENS}: shorten it"
         )
     ids = ids.to(next(model.parameters()).device)
-    made = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+    ends = model.generation_config.eos_token_id
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    made = written(model, ids, NEW_TOKENS, draw=False, ends=ends)
     text: str = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     return text

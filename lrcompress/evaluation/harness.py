@@ -16,6 +16,7 @@ from lrcompress.evaluation.tokens import METRICS as TOKEN_METRICS
 from lrcompress.evaluation.tokens import METRICS_OF_TWO
 from lrcompress.evaluation.zero_shot import read_documents, zero_shot_task
 from lrcompress.model.device import out_of_memory
+from lrcompress.model.limits import longest_context
 from lrcompress.recipe import EvaluateSpec
 
 LONGEST = 2048
@@ -56,7 +57,7 @@ def run_lm_eval(
         logging.getLogger(name).setLevel(logging.ERROR)
     # It would ask git and a dozen of other programs about this machine, and let them speak.
     evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda storage: None)
-    context = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
+    context = longest_context(loaded.model.config) or LONGEST
     engine = HFLM(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=spec.batch_size,
         max_length=min(context, LONGEST),

@@ -115,7 +115,7 @@ def task_blocks(
             folder, tokenizer, limit or 8, task.seqlen, seed + 1, trust_remote_code=trust_remote_code
         )
     else:
-        ids = tokenise(evaluation_documents(task.source), tokenizer)
+        ids = tokenise(evaluation_documents(task.source, tokenizer), tokenizer)
         blocks = cut_blocks(split_held_out(ids)[1] if held_out_only else ids, task.seqlen, prefix)
     if not len(blocks):
         raise InputError(
@@ -124,6 +124,6 @@ def task_blocks(
     return blocks if limit is None else blocks[:limit]
 
 
-def evaluation_documents(source: Source) -> list[str]:
+def evaluation_documents(source: Source, tokenizer: Any) -> list[str]:
     """The documents to evaluate on: for wikitext2 the test split, in the usual joined form."""
-    return documents(source, OTHER_SPLITS.get(source.name, "train"))
+    return documents(source, OTHER_SPLITS.get(source.name, "train"), tokenizer)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lrcompress.calibration.corpus import read_records
+from lrcompress.calibration.files import read_records, read_text
 from lrcompress.errors import InputError
 
 Record = dict[str, Any]
@@ -71,10 +71,10 @@ def read_documents(name: str, path: Path) -> list[Record]:
         records = read_records(path)
         labels = labels_file(path)
         if labels.exists():
-            marks = labels.read_text(encoding="utf8").split()
+            marks = read_text(labels).split()
             records = [record | {"label": mark} for record, mark in zip(records, marks, strict=True)]
         return [ZERO_SHOT[name](record) for record in records]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as {name}: {error}") from error
     except (KeyError, TypeError, IndexError, AssertionError) as error:
         raise InputError(f"{path} is not {name}: a record lacks {error}") from error

@@ -171,7 +171,10 @@ class SparseDictionary(StoredLinear):
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, transposed: bool = False) -> Tensor:
+        """x (..., in) to (..., out); `transposed`: x (..., out) to (..., in), by Wᵀ and without the bias."""
+        if transposed:
+            return x @ self.decoded_codes() @ self.atoms_of(x)
         latent = nn.functional.linear(x, self.atoms_of(x))
         if _infers() and self._is_faster_sparse(latent[..., 0].numel(), latent):
             return self._sparse_product(latent)

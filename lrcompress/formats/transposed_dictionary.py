@@ -63,8 +63,7 @@ class TransposedDictionary(StoredLinear):
         return held(dictionary) + self.in_features * atoms * dictionary.itemsize + bias
 
     def forward(self, x: Tensor) -> Tensor:
-        latent = x @ self.inner.decoded_codes()
-        y = latent @ self.inner.atoms_of(x)
+        y: Tensor = self.inner(x, transposed=True)  # called, so that hooks bring its tensors where they are needed
         return y if self.bias is None else y + self.bias
 
 

@@ -40,8 +40,8 @@ def rates_of(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     count = min(SAMPLED, m * n)
     place = torch.randperm(m * n, generator=generator)[:count].to(device) if count < m * n else torch.arange(m * n)
     drawn = torch.randn(count, generator=generator, dtype=torch.float64).to(device)
-    expected = expected_sizes(target).flatten()[place]
-    values, spread = target.flatten()[place], noise.flatten()[place] * drawn
+    expected = expected_sizes(target).flatten()[place].double()
+    values, spread = target.flatten()[place].double(), noise.flatten()[place].double() * drawn
     classes = (expected.clamp_min(1e-9).log2() * CLASSES).round().long()
     classes -= classes.min()
     found: list[tuple[float, float, float]] = []

@@ -59,7 +59,10 @@ class Method(ABC):
     levels_are_ranks: bool = False
     """A curve's levels are ranks of the weight itself, so that a ratio may count ranks."""
 
-    sizes_are_estimates: ClassVar[bool] = False
+    cut: float = 0.5
+    """Part of its dense bytes that a weight is cut to where sensitivities are measured: so little that it is felt."""
+
+    sizes_are_estimates: bool = False
     """How many bytes a weight takes is known once it is encoded; a curve's are close (stages/lengths.py)."""
 
     errors_are_exact: bool = True

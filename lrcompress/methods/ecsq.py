@@ -1,7 +1,7 @@
 """ECSQ: rounding with feedback to both sides, one step for the whole model, codes through an entropy coder."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import pydantic
@@ -23,8 +23,6 @@ class EcsqOptions(MethodOptions):
     """Options of ecsq."""
 
     metric: Metric = "two_sided"
-    propagation: Literal["one_pass", "sequential"] = "sequential"
-    toward_dense: float = pydantic.Field(0.5, ge=0.0, le=1.0)
     damping: float = pydantic.Field(0.01, ge=0.0)
     """Added to the inputs' second moment, relative to its mean."""
     gradient_damping: float = pydantic.Field(0.1, ge=0.0)
@@ -48,7 +46,8 @@ class Ecsq(Method):
     Options: ClassVar[type[MethodOptions]] = EcsqOptions
     formats: ClassVar[tuple[str, ...]] = ("coded",)
     default_allocator: ClassVar[str] = "marginal_error"
-    sizes_are_estimates: ClassVar[bool] = True
+    sizes_are_estimates = True
+    cut = 0.125
     errors_are_exact = False
     options: EcsqOptions
 
@@ -75,19 +74,18 @@ class Ecsq(Method):
         scales = Scales.nearest(row.rsqrt(), column.rsqrt())
         row, column = scales.rows.double(), scales.columns.double()
         target = weight.double()[by_row][:, by_column] / row[:, None] / column
-        left, right = left * row[:, None] / row, right * column[:, None] / column
-        rates = rates_of(target, left, right)
-        total = (left.T @ target @ right).square().sum()
+        target = target.float()
+        left, right = (left * row[:, None] / row).float(), (right * column[:, None] / column).float()
         return {
-            "target": target.float(),
-            "left": left.float(),
-            "right": right.float(),
+            "target": target,
+            "left": left,
+            "right": right,
             "row": row.float(),
             "column": column.float(),
             "by_row": by_row,
             "by_column": by_column,
-            "rates": rates,
-            "energies": total[None],
+            "rates": rates_of(target, left, right),
+            "size": (left.T @ target @ right).square().sum(dtype=torch.float64),
         }
 
     @property
@@ -124,7 +122,7 @@ class Ecsq(Method):
         return torch.cat([torch.exp2(found.double()).cummin(0).values, torch.zeros(1, dtype=torch.float64)])
 
     def total(self, artefact: dict[str, Tensor]) -> float:
-        return float(artefact["energies"].sum())
+        return float(artefact["size"])
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
         parameters = {"length": self._length(site.shape, BITS[rank])}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear, build
 from lrcompress.model.experts import fuse
 from lrcompress.protocols import Spec
@@ -27,9 +28,17 @@ def connect(model: nn.Module, modules: dict[str, Spec]) -> None:
 def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every stored format by the ordinary layer that computes the same, and fuse experts as they were.
 
-    Experts with biases that compression added have no fused form: they stay linear layers.
+    Experts with biases that compression added have no fused form: they stay linear layers. InputError, before anything
+    is replaced, where accelerate keeps a layer's tensors elsewhere.
     """
-    for name, module in stored_layers(model).items():
+    layers = stored_layers(model)
+    for name, module in layers.items():
+        if any(tensor.is_meta for tensor in module.state_dict().values()):
+            raise InputError(
+                f"{name} is offloaded, so that there is nothing to multiply out: load the model without a device_map, "
+                "or run lrcompress export --to dense"
+            )
+    for name, module in layers.items():
         model.set_submodule(name, dense_layer(module, dtype))
     fuse(model)
     return model

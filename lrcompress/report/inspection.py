@@ -10,19 +10,26 @@ from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.manifest import Manifest, counted, read_manifest, read_weight
 from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.shards import remark
 from lrcompress.formats import restored
 from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
 from lrcompress.model.targets import find_sites
 from lrcompress.protocols import Site, Spec
+from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def inspect_model(model: str, *, spectra: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect_model(
+    model: str, *, spectra: bool = False, trust_remote_code: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Every linear layer of the blocks as it is stored; with `spectra`, 16 quantiles of its singular values."""
     opened = open_model(model)
+    said = remark(opened.folder)
+    if said is not None and reporter is not None:
+        reporter.warn(said)
     manifest = read_manifest(opened.folder) or Manifest("dense", {})
     skeleton, reader = open_skeleton(opened.folder, manifest.modules, trust_remote_code=trust_remote_code)
     named = sorted(manifest.modules)

@@ -16,10 +16,7 @@ from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import STORED, Artefacts, Found, double_bytes
-from lrcompress.stages.store import encode_site
-
-LENGTH = "length"
-"""The parameter of a spec that encoding finds; a stored tensor of this length is called `stream`."""
+from lrcompress.stages.store import LENGTH, as_encoded, encode_site
 
 LARGEST_SHIFT = 0.25
 """Bits a weight by which the step may move from the plan's, but for the last weights."""
@@ -70,7 +67,8 @@ class Lengths:
         """Tell the plan the sizes of a block that an earlier run encoded."""
         for site in self._opened.sites_of(block):
             if site.name in self._planned:
-                self._note(site.name, len(artefacts.load(site, (STORED + "stream",))[STORED + "stream"]))
+                stored = artefacts.load(site, (STORED + "stream",))
+                self._note(site.name, as_encoded(self._plan.specs[site.name], {"stream": stored[STORED + "stream"]}))
 
     def _shift(self, names: Sequence[str]) -> float:
         """Bits a number, more than planned, that the weights still to come may have."""
@@ -86,27 +84,23 @@ class Lengths:
 
         stored = side_by_side(encoded, sites, double_bytes, self._opened.request.device)
         tensors = {site.name: part for site, part in zip(sites, stored, strict=True)}
-        lengths = {name: len(part["stream"]) for name, part in tensors.items() if name in self._planned}
-        for part in processes().gather(lengths):
-            for name, length in part.items():
-                self._note(name, length)
+        specs = {name: as_encoded(self._plan.specs[name], part) for name, part in tensors.items()}
+        for part in processes().gather(specs):
+            for name, spec in part.items():
+                self._note(name, spec)
         return tensors
 
     def _asked(self, name: str, shift: float) -> Spec:
         spec = self._plan.specs[name]
         if name not in self._planned:
             return spec
-        planned = self._planned[name].parameters[LENGTH]
-        return _of_length(spec, max(1, planned + round(shift * self._sizes[name] / 8)))
+        length = self._planned[name].parameters[LENGTH] + round(shift * self._sizes[name] / 8)
+        return replace(spec, parameters={**spec.parameters, LENGTH: max(1, length)})
 
-    def _note(self, name: str, length: int) -> None:
-        spec = _of_length(self._plan.specs[name], length)
-        self._found[name], self._plan.specs[name] = length, spec
-        self._plan.bytes[name] = spec_bytes(spec, self._opened.dtype.itemsize)
-
-
-def _of_length(spec: Spec, length: int) -> Spec:
-    return replace(spec, parameters={**spec.parameters, LENGTH: length})
+    def _note(self, name: str, spec: Spec) -> None:
+        if name in self._planned:
+            self._found[name], self._plan.specs[name] = spec.parameters[LENGTH], spec
+            self._plan.bytes[name] = spec_bytes(spec, self._opened.dtype.itemsize)
 
 
 def encode_all(opened: Opened, plan: Plan, first: Artefacts, scratch: Path, reporter: Reporter) -> Artefacts:

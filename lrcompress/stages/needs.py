@@ -25,6 +25,9 @@ from lrcompress.stages.sensitivity import SAMPLES
 EIGENPROBLEM = 20.0
 """Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
 
+ROUNDING_ROWS = 2.0
+"""Multiply-adds of a rounding with feedback to both sides, for every entry and each of its row and column."""
+
 CODING_ROUNDS = 40.0
 """Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
 
@@ -102,7 +105,7 @@ def _whole_model(opened: Opened) -> int:
 def disk_need(opened: Opened) -> int:
     """Bytes of scratch files and output together, an upper bound."""
     method = opened.request.method
-    factors = sum(4 * min(s.shape) * sum(s.shape) for s in opened.sites)
+    factors = sum(4 * _kept_numbers(opened, site) for site in opened.sites)
     if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
         factors += factors + sum(4 * s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
     if method.base is not None:
@@ -119,6 +122,12 @@ def disk_need(opened: Opened) -> int:
     hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
     encoded = opened.dense_checkpoint_bytes if processes().size > 1 else 0  # weights, for the other processes
     return factors + output + hidden + encoded + _cuts(opened) + ROUNDING_UP
+
+
+def _kept_numbers(opened: Opened, site: Site) -> int:
+    """Of an artefact: both factors, or a weight that is still to be rounded and the factors of both its Grams."""
+    (m, n), rounds = site.shape, opened.request.method.sizes_are_estimates
+    return m * n + m * m + n * n if rounds else min(m, n) * (m + n)
 
 
 def _cuts(opened: Opened) -> int:
@@ -144,6 +153,8 @@ def seconds_need(opened: Opened) -> float:
     single += tokens * sum(s.shape[0] ** 2 for s in opened.sites if method.needs_gradient_gram)
     double = sum(_decomposing(opened, site) for site in opened.sites)
     coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
+    if method.sizes_are_estimates:
+        coding = sum(ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape) for s in opened.sites)
     device = opened.walker.device
     return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
 
@@ -152,6 +163,8 @@ def _decomposing(opened: Opened, site: Site) -> float:
     """Multiply-adds of a site's float64 decompositions."""
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
+    if opened.request.method.sizes_are_estimates:  # two Cholesky factors and an inverse of each
+        return times * (m**3 + n**3)
     eigenproblems = k**3 + (m**3 if opened.request.method.needs_gradient_gram else 0)
     moment = 0 if site.by_outputs else m * n * n
     return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
@@ -200,7 +213,7 @@ def _moment(site: Site) -> int:
 def _decomposition(opened: Opened, block: int) -> int:
     """Bytes of a block's decompositions, in float32, and of the work space, in float64, of those that run at once."""
     method, sites = opened.request.method, opened.sites_of(block)
-    kept = sum(4 * min(s.shape) * sum(s.shape) for s in sites)
+    kept = sum(4 * _kept_numbers(opened, site) for site in sites)
     kept += sum(4 * s.shape[1] ** 2 for s in sites if method.keeps_gram)
 
     def work(site: Site) -> int:

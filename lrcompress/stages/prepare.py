@@ -34,12 +34,14 @@ from lrcompress.checkpoint.opening import (
     refuse_compressed,
 )
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
 from lrcompress.methods import Method, make_method
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
+from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, group_sites, is_linear, names_matching, refuse_tied
 from lrcompress.processes import processes
@@ -119,7 +121,7 @@ class Opened:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows."""
-        return int(self.skeleton.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return known_tokens(self.skeleton)
 
     @property
     def dense_checkpoint_bytes(self) -> int:
@@ -207,7 +209,7 @@ def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True
     opened = open_parts(request, reporter)
     check_amount(opened)
     if calibrate:
-        calibrate_model(opened)
+        calibrate_model(opened, reporter)
     return opened
 
 
@@ -238,10 +240,15 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
             f"model {recipe.model} has an adapter beside its weights ({ADAPTER}), which transformers loads with it: "
             "merge it into the weights with PEFT's merge_and_unload, or move it out of the folder"
         )
+    said = remark(model.folder)
+    if said is not None:
+        reporter.warn(said)
     config = read_sound_config(model.folder, trust_remote_code=recipe.trust_remote_code)
     skeleton = empty_model(config, trust_remote_code=recipe.trust_remote_code)
     experts = linearise(skeleton)
     reader = _tensors(request, model, skeleton)
+    if reader.in_fp8:
+        reporter.say(f"its weights in fp8 are read as {str(reader.dtype).removeprefix('torch.')}, and count as such")
     blocks = find_blocks(skeleton)
     sites = find_sites(skeleton, blocks, recipe.target, recipe.ignore)
     if isinstance(reader, Multiplied):
@@ -430,7 +437,7 @@ def check_amount(opened: Opened) -> None:
         budget_of(opened, opened.costs())
 
 
-def calibrate_model(opened: Opened) -> None:
+def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
 
     A method that needs no statistics still gets the held-out windows, to judge the result by.
@@ -446,11 +453,9 @@ def calibrate_model(opened: Opened) -> None:
     ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
     if not len(ids):
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
-    if int(ids.max()) >= opened.vocabulary:
-        raise InputError(
-            f"the tokenizer of {recipe.model} makes token {int(ids.max())}, the model knows {opened.vocabulary}: "
-            "its tokenizer files belong to another model"
-        )
+    check_tokens(ids, opened.vocabulary, recipe.model)
+    if warning := length_warning(opened.skeleton, ids.shape[1]):
+        reporter.warn(f"--seqlen: {warning}")
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
         groups = opened.walker.probe(ids[0], [site.name for site in opened.sites])
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)

@@ -11,16 +11,14 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
+from lrcompress.methods import Method
 from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import Artefacts
-from lrcompress.stages.store import encode_site, installed
+from lrcompress.stages.store import as_encoded, encode_site, installed
 from lrcompress.stages.workspace import write_json
-
-CUT = 0.5
-"""Share of its dense bytes that a weight is cut to."""
 
 SAMPLES = 2
 """Calibration samples that the divergences are averaged over."""
@@ -94,9 +92,9 @@ def _kind(site: Site) -> str:
     return site.name.rpartition(".")[2]
 
 
-def cut_level(curve: Curve) -> int:
-    """The level below dense whose bytes are nearest to CUT of the dense ones."""
-    return int((curve.bytes[:-1] - CUT * curve.dense_bytes).abs().argmin())
+def cut_level(method: Method, curve: Curve) -> int:
+    """The level below dense whose bytes are nearest to the part of the dense ones that the method is cut to."""
+    return int((curve.bytes[:-1] - method.cut * curve.dense_bytes).abs().argmin())
 
 
 def _cut(
@@ -108,10 +106,11 @@ def _cut(
     if len(curve.ranks) < 2:  # never anything but dense
         errors[site.name] = 0.0
         return {}
-    level = cut_level(curve)
+    level = cut_level(method, curve)
     errors[site.name] = float(artefact["errors"][level])
     spec = method.spec(site, int(curve.ranks[level]), opened.dtype.itemsize)
-    return {site.name: (spec, encode_site(opened, site, spec, artefact))}
+    stored = encode_site(opened, site, spec, artefact)
+    return {site.name: (as_encoded(spec, stored), stored)}
 
 
 def _run(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.opening import read_config_file
+from lrcompress.checkpoint.shards import NAMED
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
@@ -31,6 +33,9 @@ from lrcompress.stages.allocate import Plan
 from lrcompress.stages.prepare import Opened
 from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost, double_bytes
 from lrcompress.stages.workspace import write_json
+
+LENGTH = "length"
+"""The parameter of a spec that encoding finds: that of the stored tensor `stream`."""
 
 LOUD_LOSS = 5.0
 """Held-out perplexity above this many times the dense one is worth a warning."""
@@ -60,9 +65,9 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
                 durable = writer.flush()
                 journalled.result()
                 journalled = disk.submit(_journal, journal, durable, writer.done)
+            if check is not None:
+                check.step(block, tensors, plan)
             if block < len(opened.blocks):
-                if check is not None:
-                    check.step(block, tensors, plan)
                 tick()
         journalled.result()
     writer.close()
@@ -100,6 +105,13 @@ def encode_site(opened: Opened, site: Site, spec: Spec, artefact: dict[str, Tens
         assert isinstance(opened.reader, Multiplied)
         return as_stored(opened, site, opened.reader.stored(site.name))
     return as_stored(opened, site, opened.request.method.encode(spec, artefact, dense_bias(opened, site)))
+
+
+def as_encoded(spec: Spec, stored: dict[str, Tensor]) -> Spec:
+    """`spec` with the length that a stream of entropy-coded numbers turned out to have."""
+    if LENGTH not in spec.parameters:
+        return spec
+    return replace(spec, parameters={**spec.parameters, LENGTH: len(stored["stream"])})
 
 
 def dense_bias(opened: Opened, site: Site) -> Tensor | None:
@@ -296,7 +308,10 @@ class Layout:
 
 
 class HeldOutCheck:
-    """Walks held-out windows through the compressed blocks, as written, and compares with the dense model."""
+    """Walks held-out windows through the model as it is written, and compares with the dense one.
+
+    What is outside of the blocks comes first, and is kept: embeddings are read with it, and logits.
+    """
 
     def __init__(self, opened: Opened, scratch: Path) -> None:
         assert opened.calibration is not None
@@ -304,24 +319,31 @@ class HeldOutCheck:
         self._ids = opened.calibration.held_out
         self._before = "less compressed" if isinstance(opened.reader, Multiplied) else "dense"
         self._dense = HiddenWalk(opened, scratch / "hidden").held_out(len(opened.blocks))
-        with torch.no_grad():
-            self._hidden = [opened.walker.embed(ids) for ids in self._ids]
+        self._outside: dict[str, tuple[Spec, dict[str, Tensor]]] = {}
+        self._hidden: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, block: int, encoder: Encoder, plan: Plan) -> None:
-        """Run the windows through one compressed block."""
+        """Run the windows through one compressed block, or through what comes before all of them."""
         walker, opened = self._opened.walker, self._opened
         compressed = [s for s in opened.sites_of(block) if plan.specs[s.name].format != DENSE]
-        with walker.block(block) as module:
-            with installed(opened, {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}):
-                self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
+        stored = {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}
+        if block == len(opened.blocks):
+            self._outside = stored
+            with installed(opened, stored):
+                self._hidden = [walker.embed(ids) for ids in self._ids]
+            return
+        with walker.block(block) as module, installed(opened, stored):
+            self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
 
     @torch.no_grad()
     def judge(self, reporter: Reporter) -> None:
         """Warn where the compressed model is far worse."""
         if not len(self._ids):
             return
-        dense, compressed = (self._perplexity(states) for states in (self._dense, self._hidden))
+        dense = self._perplexity(self._dense)
+        with installed(self._opened, self._outside):
+            compressed = self._perplexity(self._hidden)
         reporter.say(
             f"held-out calibration text ({len(self._ids)} windows): "
             f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
@@ -364,7 +386,8 @@ def write_side_files(opened: Opened, plan: Plan, folder: Path) -> None:
     recipe = opened.request.recipe
     copy_files_beside(opened.model.folder, folder, code=recipe.trust_remote_code)
     config = read_config_file(opened.model.folder)
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", NAMED):
+        config.pop(key, None)
     config["dtype"] = str(opened.dtype).removeprefix("torch.")
     method = opened.request.method
     if opened.walker.untied and not opened.skeleton.all_tied_weights_keys:

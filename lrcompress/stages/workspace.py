@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from lrcompress.calibration.corpus import Source
-from lrcompress.checkpoint.cache import file_digest, is_read
+from lrcompress.checkpoint.cache import file_digest, files_read
+from lrcompress.checkpoint.gguf_parts import parts_of
 from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
@@ -261,18 +262,17 @@ def texts_identity(sources: Iterable[Source]) -> dict[str, str]:
 
 
 def files_identity(model: Path) -> str:
-    """A digest of a .gguf file, or of a folder's files that a model is read from.
+    """A digest of a .gguf file and its other parts, or of a folder's files that a model is read from.
 
     By name, size, time of change and beginning.
     """
     digest = hashlib.sha256()
     try:
-        for path in sorted(model.iterdir()) if model.is_dir() else [model]:
-            if is_read(path) or (path.suffix == ".gguf" and path.is_file()):
-                stat = path.stat()
-                digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read(1 << 16))
+        for path in [*files_read(model), *sorted(model.glob("*.gguf"))] if model.is_dir() else parts_of(model):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 16))
     except OSError as error:
         raise InputError(f"model {model} cannot be read ({error})") from error
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype
+from lrcompress.model.limits import known_tokens
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
 from lrcompress.training.rows import IGNORED, Rows
@@ -47,6 +48,7 @@ class Teacher:
 
     def __init__(self, walker: BlockWalker, rows: Rows, batch: int, scratch: Path, *, features: bool) -> None:
         self._walker, self._rows, self._batch = walker, rows, batch
+        check_vocabulary(int(rows.ids.max()) < known_tokens(walker.model))
         with torch.no_grad():
             walker.probe(rows.ids[0], [])
             width = walker.embed(rows.ids[0]).shape[-1]
@@ -96,14 +98,19 @@ class Teacher:
         self._known.update(indices)
 
 
+def check_vocabulary(same: bool) -> None:
+    """InputError where the teacher's vocabulary has shown to be another."""
+    if not same:
+        raise InputError("the dense model has another vocabulary: name the one that the checkpoint was made from")
+
+
 def divergence(teacher: Teacher, indices: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
     """Sum over the positions with a target of KL(dense || model), in nats; logits (rows, length, vocabulary)."""
     total = logits.new_zeros(())
     for row, index in enumerate(indices):
         asked = targets[row] != IGNORED
         theirs, ours = teacher.logits(index)[: len(asked)][asked], logits[row][asked]
-        if theirs.shape != ours.shape:
-            raise InputError("the dense model has another vocabulary: name the one that the checkpoint was made from")
+        check_vocabulary(theirs.shape == ours.shape)
         for p, q in zip(theirs.split(POSITIONS), ours.split(POSITIONS), strict=True):
             wanted = p.float().log_softmax(-1)
             total = total + nn.functional.kl_div(q.float().log_softmax(-1), wanted, reduction="sum", log_target=True)

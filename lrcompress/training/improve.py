@@ -14,6 +14,7 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import replace_tensors, write_tensors
 from lrcompress.evaluation.loading import load_network
 from lrcompress.model.device import compute_dtype, resolve_device
+from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.stages.workspace import write_json
@@ -63,6 +64,11 @@ def _train(
     """The training itself; leaves the best state and what it began with in `scratch`."""
     reader, dtype = CheckpointReader(folder), training_dtype(settings)
     model = _load(folder, settings, trust_remote_code)
+    for ids in (rows.ids, held_out.ids):
+        check_tokens(ids, known_tokens(model), "the checkpoint")
+    warning = length_warning(model, rows.ids.shape[1])
+    if warning and not any(said.endswith(warning) for said in reporter.warnings):
+        reporter.warn(f"--seqlen: {warning}")
     progress = Progress(before=mean_loss(model, held_out, dtype))
     progress.best = progress.before
     trainable = choose(model, settings.train, reader)

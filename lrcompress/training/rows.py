@@ -15,12 +15,12 @@ from lrcompress.calibration.corpus import (
     bos_prefix,
     cut_blocks,
     documents,
-    read_records,
     sample_from_model,
     shares,
     split_held_out,
     tokenise,
 )
+from lrcompress.calibration.files import read_records
 from lrcompress.errors import InputError
 
 IGNORED = -100
@@ -98,7 +98,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _text(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
-    train, kept = split_held_out(tokenise(documents(source), tokenizer))
+    train, kept = split_held_out(tokenise(documents(source, tokenizer=tokenizer), tokenizer))
     prefix = bos_prefix(tokenizer)
     blocks = cut_blocks(train, seqlen, prefix)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
@@ -106,7 +106,7 @@ def _text(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: A
 
 
 def _pairs(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: Any, seed: int) -> tuple[Rows, Rows]:
-    """Prompts and answers of a .jsonl; the last tenth of the records is held out."""
+    """Prompts and answers of records; the last tenth of the records is held out."""
     records = _read_pairs(source)
     prefix, end = bos_prefix(tokenizer), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     rows = [_pair_row(prefix, *pair, end, seqlen, tokenizer) for pair in records]
@@ -117,14 +117,12 @@ def _pairs(source: Source, samples: int, held_out: int, seqlen: int, tokenizer: 
 
 def _read_pairs(source: Source) -> list[tuple[str, str]]:
     path, fields = Path(source.name), source.field.split(",")
-    if path.suffix != ".jsonl" or len(fields) != 2:
+    if len(fields) != 2:
         raise InputError(f"data {source.name}:{source.field}: prompts and answers are written FILE.jsonl:PROMPT,ANSWER")
     found = []
     try:
         for record in read_records(path):
             found.append((record[fields[0]], record[fields[1]]))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError) as error:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise InputError(

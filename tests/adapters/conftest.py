@@ -13,7 +13,10 @@ def fill(model, seed, dtype=torch.float32, decay=0.7):
                 values = torch.randn(parameter.shape, generator=generator)
                 if "lora_B" in name and parameter.dim() == 2:
                     values *= (2 if ".0." in name else 1) * decay ** torch.arange(parameter.shape[1])
-                parameter.data = (0.2 * values).to(dtype)
+                if parameter.dtype == dtype:
+                    parameter.copy_(0.2 * values)  # in its place, where a tied layer finds it too
+                else:
+                    parameter.data = (0.2 * values).to(dtype)
 
 
 @pytest.fixture
@@ -56,6 +59,16 @@ def deltas(model):
             left, right = module.lora_B["default"].weight.double(), module.lora_A["default"].weight.double()
             found[name] = module.scaling["default"] * left @ right
     return found
+
+
+@torch.no_grad()
+def embedding_delta(model):
+    """The update (tokens, width) of the embeddings, as `deltas`; None where there is none."""
+    for module in model.base_model.model.modules():
+        if "default" in getattr(module, "lora_embedding_A", ()):
+            left, right = module.lora_embedding_B["default"].double(), module.lora_embedding_A["default"].double()
+            return module.scaling["default"] * (left @ right).T
+    return None
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """A shared basis against principal components of the dense updates, and extraction through PEFT."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lrcompress.adapters.extract import extract
 from lrcompress.adapters.merge import Room, merge
 from lrcompress.errors import InputError
 from lrcompress.linalg.common_basis import common_basis, gram
-from tests.adapters.conftest import deltas, logits
+from tests.adapters.conftest import deltas, embedding_delta, logits
 from tests.commands import run_cli
 from tests.conftest import compress_tiny
 
@@ -205,3 +207,23 @@ def test_command_line(related, tmp_path):
     result = run_cli("extract", tmp_path / "shared", "--task", folders[2].name, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_tied_embeddings_come_back_as_one_update(make_adapter, load_adapter, tmp_path):
+    """With as many components as there are, every task is what it was, embeddings and head alike."""
+    config = {
+        "target_modules": ["embed_tokens", "v_proj"],
+        "ensure_weight_tying": True,
+        "alpha_pattern": {"lm_head": 3},
+    }
+    folders = [make_adapter(seed, "qwen3", r=3, decay=1.0, **config) for seed in range(2)]
+    folders.append(Path(shutil.copytree(folders[0], tmp_path / "again")))
+    merge([str(f) for f in folders], tmp_path / "shared", Room(error=1e-5))
+    for folder in folders:
+        out = tmp_path / "out" / folder.name
+        extract(str(tmp_path / "shared"), folder.name, out)
+        before, after = (load_adapter(one, "qwen3") for one in (folder, out))
+        torch.testing.assert_close(embedding_delta(after), embedding_delta(before), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(after), logits(before), rtol=1e-3, atol=1e-3)
+        names = [set(load_file(one / "adapter_model.safetensors")) for one in (folder, out)]
+        assert names[0] == names[1]

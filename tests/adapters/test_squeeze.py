@@ -12,7 +12,7 @@ from lrcompress.adapters.squeeze import Amount, squeeze
 from lrcompress.errors import InputError
 from lrcompress.linalg.truncation import decompose
 from lrcompress.recipe import CalibrationSpec
-from tests.adapters.conftest import deltas, logits
+from tests.adapters.conftest import deltas, embedding_delta, logits
 from tests.commands import run_cli
 
 
@@ -172,6 +172,78 @@ def test_what_is_no_update_of_a_linear_layer_is_kept(make_adapter, load_adapter,
     )
 
 
+TIED = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "a regex": {"target_modules": r".*(embed_tokens|v_proj)"},
+    "a rank of its own": {"rank_pattern": {"embed_tokens": 5}},
+    "other scalings": {"alpha_pattern": {"lm_head": 3}},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", TIED.values(), ids=TIED)
+def test_an_update_of_tied_embeddings_stays_one(make_adapter, load_adapter, tmp_path, config, dtype):
+    """PEFT holds the factors of embeddings and head as one (ensure_weight_tying), each with a scaling of its own."""
+    defaults = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    source = make_adapter(architecture="qwen3", **{**defaults, **config})
+    path = source / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=3, uniform=True))
+    before, after = (load_adapter(folder, "qwen3") for folder in (source, tmp_path / "out"))
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(embedding_delta(after), best(embedding_delta(before), 3), **near)
+    for name, update in deltas(before).items():
+        torch.testing.assert_close(deltas(after)[name], best(update, 3), **near)
+    files = [load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "out")]
+    assert files[0].keys() == files[1].keys()
+    sizes = [
+        sum(t.nbytes for name, t in tensors.items() if "lora_" in name and "bias" not in name) for tensors in files
+    ]
+    assert [report["bytes"]["before"], report["bytes"]["after"]] == sizes
+
+
+def test_a_tied_update_that_keeps_everything_is_the_same(make_adapter, load_adapter, tmp_path):
+    source = make_adapter(architecture="qwen3", target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True)
+    squeeze(str(source), tmp_path / "out", Amount(error=1e-7))
+    found, wanted = (logits(load_adapter(folder, "qwen3")) for folder in (tmp_path / "out", source))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5, 8], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    ],
+    ids=["whole modules", "tokens", "apart"],
+)
+def test_what_else_is_tied_is_kept(make_adapter, load_adapter, tmp_path, config):
+    """A pair that PEFT trains apart stays two updates."""
+    source = make_adapter(architecture="qwen3", **config)
+    squeeze(str(source), tmp_path / "out", Amount(error=1e-7))
+    found, wanted = (logits(load_adapter(folder, "qwen3")) for folder in (tmp_path / "out", source))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_pair_that_was_trained_apart_is_kept(make_adapter, load_adapter, tmp_path):
+    """As PEFT does it in half precision; it still wants one rank for both."""
+    source = make_adapter(architecture="qwen3", target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True)
+    path = source / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.lora_A.weight"] *= 1.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    assert {module["name"].rpartition(".")[2] for module in report["modules"]} == {"v_proj"}
+    squeeze(str(source), tmp_path / "same", Amount(error=1e-7))
+    found, wanted = (logits(load_adapter(folder, "qwen3")) for folder in (tmp_path / "same", source))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    before, after = (load_adapter(folder, "qwen3") for folder in (source, tmp_path / "out"))
+    torch.testing.assert_close(embedding_delta(after), embedding_delta(before))
+    torch.testing.assert_close(deltas(after)["lm_head"], deltas(before)["lm_head"])
+
+
 def test_transposed_layers(make_adapter, load_adapter, tmp_path):
     source = make_adapter(architecture="gpt2", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     squeeze(str(source), tmp_path / "out", Amount(error=1e-7))
@@ -303,3 +375,27 @@ def test_patterns_tell_layer_1_from_layer_11():
         assert chosen == [1, 2, 3, 4, 5]
     assert config["rank_pattern"]["h.11.a"] == 2  # unmistakable: as PEFT itself writes it
     assert config["lora_alpha"] == config["r"] == 5
+
+
+def test_a_base_whose_tokenizer_makes_tokens_that_it_does_not_know_is_bad_input(make_adapter, llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["the", "ing", "and", "not", "for", "all"])
+    tokenizer.save_pretrained(base)
+    inputs = Inputs(str(base), [CalibrationSpec(samples=3, seqlen=48)])
+    with pytest.raises(InputError, match=r"base makes token 32\d, the model knows 320"):
+        squeeze(str(make_adapter()), tmp_path / "out", Amount(rank=3), inputs=inputs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_beside_an_adapter_comes_along(make_adapter, llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, templates = make_adapter(), {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source)
+    squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates

@@ -1,10 +1,12 @@
 """Sources of text and how they become blocks."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.calibration import corpus
 from lrcompress.calibration.corpus import Source, calibration_blocks, documents, parse_source, shares
@@ -140,6 +142,47 @@ def test_the_models_own_text(llama):
     assert first.ids.shape == (3, 24)
     assert first.held_out.shape == (1, 24)
     assert torch.equal(first.ids, again.ids)
+
+
+HOSTILE = {
+    "do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.9, "typical_p": 0.2,
+    "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(8, 200)), "min_new_tokens": 3,
+    "forced_eos_token_id": 7, "bad_words_ids": [[11]], "epsilon_cutoff": 0.5, "eos_token_id": list(range(1, 100)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def steered(llama, tmp_path):
+    """The tiny Llama with a generation config that leaves little to chance."""
+    shutil.copytree(llama, tmp_path / "steered")
+    (tmp_path / "steered/generation_config.json").write_text(json.dumps(HOSTILE))
+    return tmp_path / "steered"
+
+
+def test_the_models_own_text_is_drawn_by_its_probabilities_alone(llama, steered):
+    """Frequencies of the first token, an end of text among them, against the softmax of the logits."""
+    tokenizer, count = AutoTokenizer.from_pretrained(llama), 4000
+    drawn = corpus.sample_from_model(steered, tokenizer, count, 2, 3)[:, 1]
+    logits = AutoModelForCausalLM.from_pretrained(llama)(torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
+    expected = logits.detach().double().softmax(-1) * count
+    assert expected[tokenizer.eos_token_id] > 1
+    often = expected >= 5
+    found = torch.bincount(drawn, minlength=len(expected)).double()
+    pairs = [*zip(found[often].tolist(), expected[often].tolist(), strict=True)]
+    pairs.append((float(found[~often].sum()), float(expected[~often].sum())))
+    chi = sum((f - e) ** 2 / e for f, e in pairs if e > 0)
+    freedom = len(pairs) - 1
+    assert freedom > 50
+    assert chi < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations of its distribution
+    plain, other = (corpus.sample_from_model(folder, tokenizer, 3, 24, 5) for folder in (llama, steered))
+    assert torch.equal(plain, other)
+
+
+def test_the_models_own_text_begins_with_a_token_that_it_knows(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    with pytest.raises(InputError, match="makes token 320, the model knows 320"):
+        corpus.sample_from_model(llama, tokenizer, 1, 8, 0)
 
 
 @pytest.mark.parametrize(("weights", "samples"), [([1, 1], 32), ([3, 1], 10), ([1, 1, 1], 32), ([0.1, 5], 3)])

@@ -76,7 +76,7 @@ def test_a_hostile_shard_is_refused(tmp_path, case):
 
 @corpus("index")
 def test_a_hostile_index_is_refused(tmp_path, case):
-    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
     shutil.copy(case, tmp_path / "model.safetensors.index.json")
     with pytest.raises(InputError):
         read_shards(tmp_path)

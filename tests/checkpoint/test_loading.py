@@ -46,7 +46,7 @@ def compressed(make_model, tmp_path_factory):
     made = {}
 
     def make(architecture="llama", method="lord", form="auto", **recipe):
-        key = (architecture, method, form, json.dumps(recipe))
+        key = (architecture, json.dumps(method), form, json.dumps(recipe))
         if key not in made:
             folder = tmp_path_factory.mktemp("out") / "model"
             compress_tiny(make_model(architecture), folder, method=method, format=form, **recipe)
@@ -117,11 +117,38 @@ def test_device_map(compressed, device_map):
     assert torch.equal(logits(load(compressed(), device_map=device_map), IDS), logits(load(compressed()), IDS))
 
 
-def test_offload_to_disk(compressed, tmp_path):
-    layout = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
-              "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}  # fmt: skip
-    model = load(compressed(), device_map=layout, offload_folder=str(tmp_path))
-    torch.testing.assert_close(logits(model, IDS), logits(load(compressed()), IDS))
+LAYOUT = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+          "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}  # fmt: skip
+OFFLOADED = {
+    "a block": {"device_map": LAYOUT},
+    "a block and its buffers": {"device_map": LAYOUT, "offload_buffers": True},
+    "everything": {"device_map": {"": "disk"}},
+    "what does not fit": {"device_map": "auto", "max_memory": {"cpu": "90KB"}},
+}
+STORED = {
+    "lord": {},
+    "auto": {"method": "auto", "target": ["lm_head", "model.layers.*"]},
+    "sharing a dictionary": {"method": {"name": "cospadi", "group": 2}, "form": "sparse_dictionary"},
+    "an entropy coder": {"method": "ecsq", "form": "coded", "ratio": 0.6},
+    "eora": {"method": "eora", "form": "sum", "base": "rtn:4:32", "ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("how", OFFLOADED)
+@pytest.mark.parametrize("recipe", STORED)
+def test_offload_to_disk(compressed, tmp_path, recipe, how):
+    folder = compressed(**STORED[recipe])
+    model = load(folder, offload_folder=str(tmp_path), **OFFLOADED[how])
+    assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model, IDS), logits(load(folder), IDS))
+
+
+def test_what_is_offloaded_is_not_multiplied_out(compressed, tmp_path):
+    """Without its numbers it would be another model."""
+    model = load(compressed("gpt2"), device_map={"": "disk"}, offload_folder=str(tmp_path))
+    with pytest.raises(InputError, match="is offloaded, .* load the model without a device_map"):
+        model.dequantize()
+    torch.testing.assert_close(logits(model, IDS), logits(load(compressed("gpt2")), IDS))
 
 
 def test_factors_train(compressed):

@@ -47,12 +47,14 @@ def test_a_non_finite_weight_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "weights.bin", 7])
 def test_an_index_may_only_name_files_beside_it(folder, name):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(InputError, match=r"index|named|names"):
         CheckpointReader(folder)
 
 
 def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(InputError, match=r"gone\.safetensors is missing"):
         CheckpointReader(folder)
@@ -65,7 +67,10 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_two_shards_with_one_tensor(folder):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
     save_file({"a": torch.ones(1)}, folder / "other.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="so does"):
         CheckpointReader(folder)
 
@@ -93,6 +98,7 @@ def test_code_that_comes_with_a_checkpoint_of_the_hub_is_fetched(monkeypatch, tm
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda _, allow_patterns: wanted.extend(allow_patterns) or str(tmp_path)
     )
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     open_model("someone/something")
     files = ["config.json", "modeling_own.py", "own/blocks.py", "model.safetensors", "pytorch_model.bin", "a.pkl"]
     kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=wanted))

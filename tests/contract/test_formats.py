@@ -311,7 +311,9 @@ def test_low_bit_factors_round_the_correction_only(bits):
 def test_multiply_adds_are_those_that_torch_counts(name, rows):
     spec, stored, _, _ = example(name, (24, 40), 5, False)
     module = loaded(spec, stored)
-    with FlopCounterMode(display=False) as counter:
+    integers = {torch.ops.aten._weight_int8pack_mm: lambda x, codes, *_, **__: 2 * x[0] * x[1] * codes[0]}
+    module.lay_out()
+    with FlopCounterMode(display=False, custom_mapping=integers) as counter:
         module(torch.randn(rows, 40))
     assert module.multiply_adds(rows) * rows * 2 == counter.get_total_flops()
 
@@ -373,3 +375,17 @@ def test_factors_compile(name):
     for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with context:
             torch.testing.assert_close(compiled(x), x @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "features"), [(1, 16), (1, 17), (4, 48), (5, 48), (1, 160)])
+@torch.no_grad()
+def test_codes_multiply_as_integers_and_as_numbers_alike(dtype, rows, features):
+    """torch's int8 product, where it is taken, against float64: to what the dtype's own product may err."""
+    spec, stored, _, values = coded_example((24, features), 5, True)
+    module = loaded(spec, stored, dtype).to(dtype)
+    module.lay_out()
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = x.double() @ module.dense().double().T + values.to(dtype).double()
+    size = (x.double().abs() @ module.dense().double().abs().T + values.double().abs()).max()
+    assert float((module(x).double() - exact).abs().max()) < 4 * torch.finfo(dtype).eps * float(size)

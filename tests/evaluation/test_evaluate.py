@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import statistics
 
 import pytest
@@ -13,7 +14,7 @@ from lrcompress.calibration.corpus import held_out_documents, sample_from_model,
 from lrcompress.errors import InputError
 from lrcompress.evaluation import compare
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.evaluation.generation import continuations
+from lrcompress.evaluation.generation import NEW_TOKENS, continuations
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.recipe import EvaluateSpec
 from tests.commands import run_cli
@@ -276,3 +277,53 @@ def test_quiet_is_quiet(llama, text_file, tmp_path):
     """Outside a repository, where git complains; the libraries' bars go to stderr as well."""
     done = run_cli("eval", llama, "--tasks", f"text:{text_file}", "--limit", 1, "-q", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_a_model_writes_is_the_likeliest_whatever_its_generation_config_says(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "steered")
+    steering = {"no_repeat_ngram_size": 1, "suppress_tokens": list(range(8, 200)), "min_p": 0.9, "num_beams": 3,
+                "exponential_decay_length_penalty": [2, 3.0], "max_new_tokens": 3, "eos_token_id": [1, 2]}  # fmt: skip
+    (tmp_path / "steered/generation_config.json").write_text(json.dumps(steering))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
+    prompts = ["The capital", "Once upon", "if"]
+    for prompt, found in zip(prompts, continuations(str(tmp_path / "steered"), prompts), strict=True):
+        ids = tokenizer(prompt).input_ids
+        start = len(ids)
+        while len(ids) - start < NEW_TOKENS and ids[-1] not in (1, 2):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert found == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.fixture
+def larger_tokenizer(llama, tmp_path):
+    """The tiny Llama beside a tokenizer that has two more tokens than it."""
+    folder = shutil.copytree(llama, tmp_path / "added")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["lambda", "assert"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tokens", "text", "tasks"])
+def test_a_token_that_the_model_does_not_know_is_bad_input(larger_tokenizer, tmp_path, kind):
+    (tmp_path / "t.txt").write_text("assert lambda x: x, 'and so on and on and on' " * 20)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/q.jsonl").write_text(json.dumps({"q": "assert lambda?"}) + "\n")
+    (tmp_path / "tasks/mine.yaml").write_text(json.dumps({
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/tasks/q.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": 0,
+        "doc_to_choice": ["yes", "no"], "metric_list": [{"metric": "acc"}],
+    }))  # fmt: skip
+    task = {
+        "tokens": f"tokens:{tmp_path}/t.txt@16",
+        "text": f"text:{tmp_path}/t.txt",
+        "tasks": f"tasks:{tmp_path}/tasks",
+    }[kind]
+    with pytest.raises(InputError, match=r"added makes token 32\d, the model knows 320"):
+        measured(larger_tokenizer, task)
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_know_is_bad_input(larger_tokenizer):
+    with pytest.raises(InputError, match=r"makes token 32\d, the model knows 320"):
+        continuations(str(larger_tokenizer), ["assert"])

@@ -75,11 +75,16 @@ def test_rounds_never_raise_the_sum_of_the_weights_own_errors(dtype):
 
 
 def test_one_weight_is_as_near_as_the_solver_of_one():
-    weights, grams = problem(1, 60, 24)
-    code = joint_htp(weights, grams, 20, 8, 24)
-    alone = htp(weights[0] @ symmetric_root(grams[0]), 20, 8, 24)
-    error = objective(weights, grams, code.codes, code.dictionary)
-    assert error == pytest.approx(float(alone.error(weights[0] @ symmetric_root(grams[0]))), rel=0.05)
+    """On average: both end at local optima, whose errors scatter by some six per cent, and which of them may turn on
+    the last bit of a sum. A geometric mean over eight problems scatters by 0.063 / √8; three of these on either side.
+    """
+    ratios = []
+    for b in range(8):
+        weights, grams = [random(60, 24, seed=10 + b)], [gram(24, 20 + b)]
+        code, whitened = joint_htp(weights, grams, 20, 8, 24), weights[0] @ symmetric_root(grams[0])
+        error = objective(weights, grams, code.codes, code.dictionary)
+        ratios.append(error / float(htp(whitened, 20, 8, 24).error(whitened)))
+    assert abs(torch.tensor(ratios).log().mean() - 0.03) < 3 * 0.063 / 8**0.5
 
 
 def test_own_metrics_are_nearer_than_their_mean():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -411,3 +412,20 @@ def test_the_report_names_all_text_that_was_trained_on(checkpoint, tmp_path, cor
     tasks = parse_tasks([f"text:{other}", f"tokens:{corpus}@8", "tokens:c4@8"])
     report = {**load_report(tmp_path / "two-other"), "recipe": {"calibration": []}}
     assert [was_calibrated_on(task.source, report) for task in tasks] == [True, True, False]
+
+
+@pytest.mark.parametrize("distill", ["none", "features"])
+def test_a_token_that_the_checkpoint_or_its_teacher_does_not_know_is_bad_input(
+    checkpoint, llama, corpus, tmp_path, healed, distill
+):
+    """The checkpoint's tokenizer has a token more; the teacher is refused for it before the checkpoint is loaded."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(checkpoint("low_rank"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["the"])
+    tokenizer.save_pretrained(folder)
+    message = "makes token 320, the model knows 320" if distill == "none" else "the dense model has another vocabulary"
+    with pytest.raises(InputError, match=message):
+        healed(folder, tmp_path / "out", distill=distill, dense=str(llama))
+    assert not (tmp_path / "out").exists()
