@@ -1,6 +1,6 @@
 """The words that the parts share: a site, its cost curve, a stored weight's spec, and what a part must offer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -253,6 +253,10 @@ class TensorSource(Protocol):
 
     def names(self) -> list[str]:
         """Names of all tensors."""
+        ...
+
+    def made(self) -> Collection[str]:
+        """Those of the names that are the model's own already, whose tensors are made from what is stored."""
         ...
 
     def meta(self, name: str) -> Tensor:

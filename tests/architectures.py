@@ -59,12 +59,40 @@ def configs() -> dict[str, Any]:
             lru_width=32, attention_window_size=16, num_key_value_heads=1, head_dim=8, **sizes
         ),
         "gemma4": t.Gemma4TextConfig(
-            hidden_size_per_layer_input=0, num_kv_shared_layers=0, head_dim=8, global_head_dim=8,
+            hidden_size_per_layer_input=0, num_kv_shared_layers=0, head_dim=8, global_head_dim=16,
             num_global_key_value_heads=2, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
             sliding_window=16, layer_types=layers, **grouped,
         ),
+        "gemma4_small": t.Gemma4TextConfig(  # an embedding of every token for every block; the last two share keys
+            hidden_size_per_layer_input=8, num_kv_shared_layers=2, head_dim=8, global_head_dim=16, sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=VOCABULARY,
+            **{**grouped, "num_hidden_layers": 4},
+        ),
+        "glm_dsa": t.GlmMoeDsaConfig(  # a block without an indexer reads the tokens that the one before has chosen
+            **{**moe, "head_dim": 4, "num_key_value_heads": 4, "num_hidden_layers": 3}, moe_intermediate_size=24,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1, q_lora_rank=12,
+            kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, index_topk=8, index_head_dim=8,
+            index_n_heads=2, indexer_types=["full", "shared", "full"],
+        ),
+        "deepseek_v4": t.DeepseekV4Config(  # four streams of hidden states; experts chosen by the token itself
+            **{**moe, "num_key_value_heads": 1}, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+            q_lora_rank=12, o_lora_rank=12, o_groups=2, qk_rope_head_dim=4, index_topk=8, index_head_dim=8,
+            index_n_heads=2,
+        ),
+        "sarvam_moe": t.AutoConfig.for_model(  # queries, keys and values are one tensor in its files
+            "sarvam_moe", moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            n_shared_experts=1, first_k_dense_replace=1, **moe,
+        ),
+        "olmo_hybrid": t.OlmoHybridConfig(  # a convolution is three tensors in its files
+            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            **{**grouped, "num_key_value_heads": 4},
+        ),
     }  # fmt: skip
 
+
+CARRYING = ["gemma4_small", "glm_dsa", "deepseek_v4"]
+"""Those whose blocks read more than the hidden states of the block before."""
 
 FAMILIES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2", "gpt_neox", "opt", "falcon",
@@ -74,3 +102,38 @@ FAMILIES = [
 
 MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]
 """Those whose experts are fused."""
+
+
+def wrappers() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Kind to the tiny config of a model that reads images beside text, and what it reads one image by.
+
+    16 patches each; the image's tokens are 300.
+    """
+    import torch
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    seen = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    llava = t.LlavaConfig(
+        text_config=t.LlamaConfig(**text, **ends), image_token_index=300, vision_feature_layer=-1,
+        vision_config=t.CLIPVisionConfig(image_size=32, patch_size=8, **vision),
+    )  # fmt: skip
+    qwen = t.Qwen3VLConfig(
+        text_config={
+            **text, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        },
+        image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303,
+    )  # fmt: skip
+    patches = torch.randn(64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[1, 8, 8]])
+    return {
+        "llava": (llava, {"pixel_values": seen}),
+        "qwen3_vl": (qwen, {"pixel_values": patches, "image_grid_thw": grid}),
+    }

@@ -33,7 +33,7 @@ from lrcompress.report.summary import removed_in_words
 from lrcompress.stages.allocate import allocate
 from lrcompress.stages.prepare import check_request, open_request
 from lrcompress.stages.profile import profile
-from tests.architectures import FAMILIES, MIXTURES, VOCABULARY, configs
+from tests.architectures import CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -202,16 +202,49 @@ def test_a_layer_whose_experts_all_stay_dense_counts_for_what_it_has(make_model,
     assert inspected == allocated
 
 
-def test_what_a_block_reads_beside_hidden_states_must_not_be_the_text(tokenizer, tmp_path):
-    """Gemma 4's small models give every block an embedding of its own of every token."""
-    config = copy.deepcopy(configs()["gemma4"])
-    config.hidden_size_per_layer_input, config.enable_moe_block = 8, False
-    config.vocab_size_per_layer_input = VOCABULARY
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"model\.layers\.0 reads more of the text than the hidden states"):
-        compress_tiny(tmp_path / "model", tmp_path / "out", calibration=SHORT)
-    assert not list(tmp_path.glob("out*"))
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("gemma4_small", "auto"),
+        ("glm_dsa", "auto"),
+        ("deepseek_v4", "auto"),
+        *((family, {"name": "lord", "propagation": "sequential", "toward_dense": 0.5}) for family in CARRYING),
+    ],
+)
+def test_blocks_that_read_more_than_hidden_states(make_model, tmp_path, family, method):
+    """Embeddings of the text, another block's keys or chosen tokens, several streams."""
+    result = compress_tiny(make_model(family), tmp_path / "out", method=method, calibration=SHORT)
+    loaded = load(result.folder)
+    assert len(stored_layers(loaded)) > 10
+    expected = logits(with_dense_weights(load(make_model(family)), loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+    generates(loaded)
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "named"),
+    [
+        ("sarvam_moe", "attention.query_key_value.weight", "self_attn.k_proj.weight"),
+        ("olmo_hybrid", "linear_attn.k_conv1d.weight", "linear_attn.conv1d.weight"),
+    ],
+)
+def test_tensors_that_are_joined_or_split_on_loading(make_model, tmp_path, family, stored, named):
+    """Some of what is made from one tensor is compressed, some not; it loads, is saved and is exported."""
+    files = load_file(make_model(family) / "model.safetensors")
+    assert any(name.endswith(stored) for name in files)
+    assert not any(name.endswith(named) for name in files)
+    method = {"name": "lord", "metric": "input"}
+    result = compress_tiny(make_model(family), tmp_path / "out", method=method, ignore=["*.v_proj"], calibration=SHORT)
+    loaded, dense = load(result.folder), load(make_model(family))
+    expected = logits(with_dense_weights(dense, loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+    kept = {name: t for name, t in loaded.state_dict().items() if name.endswith(("v_proj.weight", "conv1d.weight"))}
+    assert all(torch.equal(tensor, dense.state_dict()[name]) for name, tensor in kept.items())
+    assert kept
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    export_dense(str(result.folder), tmp_path / "dense")
+    assert (logits(load(tmp_path / "dense")) - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("family", "router"), [("gemma4", "router.proj"), ("hunyuan", "gate.wg")])

@@ -1,7 +1,7 @@
 """The inputs that an adapter's modules get while the base model, with the adapter on it, reads calibration text."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class Adapted:
     def names(self) -> list[str]:
         """See TensorSource."""
         return self._source.names()
+
+    def made(self) -> Collection[str]:
+        """See TensorSource."""
+        return self._source.made()
 
     def meta(self, name: str) -> Tensor:
         """See TensorSource."""

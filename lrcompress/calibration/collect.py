@@ -79,9 +79,9 @@ class InputCollector:
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows, tokens = args[0].detach().flatten(0, -2), self._routes.tokens(site.name)
-            weights = self._weights_on(rows.device)
-            if weights is not None:
-                weights = weights if tokens is None else weights[tokens]
+            weights = self._weights_on(rows.device) if tokens is not None else self._weights_for(args[0])
+            if weights is not None and tokens is not None:
+                weights = weights[tokens]
             dense = self.dense.pop(site.group, None)
             counterparts = None if dense is None else dense.beside(rows, tokens)
             self._of(site, rows.device).update(rows, weights, counterparts)
@@ -92,7 +92,7 @@ class InputCollector:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             bias = getattr(module, "bias", None)
             outputs = output.detach() if bias is None else output.detach() - bias.detach()
-            self._of(site, output.device).update(args[0], self._weights_on(output.device), outputs=outputs)
+            self._of(site, output.device).update(args[0], self._weights_for(args[0]), outputs=outputs)
 
         return hook
 
@@ -100,6 +100,15 @@ class InputCollector:
         if site.group not in self.statistics:
             self.statistics[site.group] = InputStatistics.of(site, device)
         return self.statistics[site.group]
+
+    def _weights_for(self, x: Tensor) -> Tensor | None:
+        """Of the rows of a layer's input x: its token's for each; None where rows are no tokens in order."""
+        weights = self._weights_on(x.device)
+        if weights is None or x.shape[:-1].numel() == len(weights):
+            return weights
+        if x.dim() > 3 and x.shape[:2] == (1, len(weights)):
+            return weights.repeat_interleave(x.shape[2:-1].numel())
+        return None
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
         return None if self._weights is None else self._weights.to(device)

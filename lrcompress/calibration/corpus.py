@@ -15,7 +15,7 @@ from lrcompress.calibration.files import PARQUET, holds_records, kind_of, read_r
 from lrcompress.errors import InputError
 from lrcompress.model.generation import written
 from lrcompress.model.limits import check_tokens, known_tokens
-from lrcompress.model.skeleton import library_errors
+from lrcompress.model.skeleton import auto_class, library_errors, read_config
 
 MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
 """Held-out windows a source that the result is judged by: one for so many calibration samples."""
@@ -289,15 +289,12 @@ def sample_from_model(
     No setting of the folder's generation config counts, and no token is forbidden: behind an end of text the model
     writes on as it will. Needs the whole model in memory.
     """
-    from transformers import AutoModelForCausalLM
-
+    auto = auto_class(read_config(folder, trust_remote_code=trust_remote_code))
     start = tokenizer.bos_token_id
     start = (tokenizer.eos_token_id if start is None else start) or 0
     ids = torch.full((samples, 1), start, dtype=torch.int64)
     with library_errors("the model cannot write text of its own", "use shorter blocks or a text file"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code
-        ).eval()
+        model = auto.from_pretrained(folder, use_safetensors=True, trust_remote_code=trust_remote_code).eval()
         check_tokens(ids, known_tokens(model), str(folder))
         with torch.random.fork_rng():
             torch.manual_seed(seed)

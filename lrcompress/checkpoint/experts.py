@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.checkpoint.converted import ConvertedReader
 from lrcompress.checkpoint.opening import read_sound_config
-from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import Renaming, empty_model
@@ -41,7 +41,19 @@ class Fused:
         return all(len(names) == 1 for names in self.sources.values())
 
 
-class ExpertReader(CheckpointReader):
+class _OneExpert(nn.Module):
+    """What a conversion asks for the shape that its result must have, of which one expert's slice is made."""
+
+    def __init__(self, slice_of: Tensor) -> None:
+        super().__init__()
+        self._slice = nn.Parameter(slice_of)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The slice, whatever is asked for."""
+        return self._slice
+
+
+class ExpertReader(ConvertedReader):
     """A folder whose fused experts are read under the names that they have as linear layers in `model`.
 
     transformers' own conversions are applied, to one expert at a time. The fused parameters can be read too. Modules
@@ -49,7 +61,7 @@ class ExpertReader(CheckpointReader):
     """
 
     def __init__(self, folder: Path, model: nn.Module, compressed: Iterable[str] = ()) -> None:
-        super().__init__(folder)
+        super().__init__(folder, model)
         self._model = model
         modules = linear_experts(model)
         stored = {experts_of(name, modules) for name in compressed}
@@ -145,7 +157,9 @@ class ExpertReader(CheckpointReader):
         converter, name = copy.deepcopy(fused.converter), f"{fused.experts}.{fused.parameter}"
         for pattern, piece in slices.items():
             converter.add_tensor(name, name, pattern, piece)
-        made: dict[str, Any] = converter.convert(name, model=self._model, config=self._model.config)
+        shape = self._modules[fused.experts].fused_shapes()[fused.parameter]
+        model = _OneExpert(torch.empty((1, *shape[1:]), device="meta"))
+        made: dict[str, Any] = converter.convert(name, model=model, config=self._model.config)
         result = made[name]
         whole: Tensor = result[0] if isinstance(result, list) else result
         return whole[0]

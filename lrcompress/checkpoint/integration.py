@@ -56,6 +56,8 @@ class LrcompressQuantizer(HfQuantizer):
                 raise InputError(f"the manifest names experts {name}, which this model does not have so")
             with torch.device("meta"):
                 found[name].mark(fused)
+            # Some models fill the fused weights from the module around them, unless it is said to be filled.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)
@@ -73,15 +75,16 @@ class LrcompressQuantizer(HfQuantizer):
             list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Without the conversions into fused experts: we store experts as they are here."""
+        """Without the conversions into fused experts and compressed weights: those are stored as they are here."""
         modules = linear_experts(model)
-        fused = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
+        own = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
+        own += [f"{name}.weight" for name in self.quantization_config.manifest().modules]
 
-        def makes_fused(conversion: Any) -> bool:
+        def makes_own(conversion: Any) -> bool:
             patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-            return any(pattern in name for name in fused for pattern in patterns)
+            return any(pattern in name for name in own for pattern in patterns)
 
-        return [conversion for conversion in weight_conversions if not makes_fused(conversion)]
+        return [conversion for conversion in weight_conversions if not makes_own(conversion)]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a config that was saved has its name

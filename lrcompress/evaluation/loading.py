@@ -12,7 +12,7 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
 from lrcompress.model.limits import guard_tokens
-from lrcompress.model.skeleton import empty_model
+from lrcompress.model.skeleton import auto_class, empty_model
 from lrcompress.report.summary import load_report
 
 
@@ -68,13 +68,11 @@ def _from_files(folder: Path, config: Any, dtype: Any, *, trust_remote_code: boo
 
     transformers takes blocks of fp8 for equal parts of a weight, and those at its edge may be cut.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     files = CheckpointReader(folder)
     if not files.in_fp8:
         options |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
-        found: tuple[nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, **options)
+        found: tuple[nn.Module, dict[str, Any]] = auto_class(config).from_pretrained(folder, **options)
         return found
     if hasattr(config, "quantization_config"):
         del config.quantization_config

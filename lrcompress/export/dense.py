@@ -216,6 +216,7 @@ def _shapes(config: object, switches: list[str], trust_remote_code: bool) -> dic
 
 def card(source: Source) -> str:
     """README.md of the dense checkpoint."""
+    auto = (source.report or {}).get("loads_with", "AutoModelForCausalLM")
     return f"""---
 library_name: transformers
 ---
@@ -225,8 +226,8 @@ Compressed by lrcompress ({source.manifest.method}) and multiplied out again: it
 computes, up to rounding, is as large as the model before compression, and loads without lrcompress.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {auto}.from_pretrained("path/of/this/folder")
 ```
 """

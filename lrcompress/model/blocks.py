@@ -2,32 +2,35 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.model.calls import (
+    Call,
+    Probed,
+    call_of,
+    handed_by,
+    handing_on,
+    hidden_of,
+    passed_on,
+    same_calls,
+    tuple_length,
+    with_hidden,
+)
+from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
-from lrcompress.model.skeleton import checkpoint_names, find_blocks, tie_as_stored
+from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored
 from lrcompress.protocols import TensorSource
-
-
-@dataclass
-class Call:
-    """How the model called a block: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_key: str | None
-    tuple_length: int
-    """0 where the block returns a tensor, else the length of the tuple that begins with it."""
-
 
 PROBED = 16
 """Tokens that a model is run on to see what its blocks and layers read."""
+
+
+UNWALKABLE = "lrcompress cannot calibrate such a model yet, please report its type"
 
 
 class _HiddenCaptured(Exception):
@@ -35,26 +38,51 @@ class _HiddenCaptured(Exception):
         self.hidden = hidden
 
 
+class _Ran(Exception):
+    """A block has run, and nothing behind it needs to."""
+
+    def __init__(self, handed: Handed) -> None:
+        self.handed = handed
+
+
 class BlockWalker:
     """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
 
-    How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named.
+    How a block is called is learnt by running the model on real tokens (`probe`), so no architecture is named. Where
+    blocks read more than the hidden states of the one before, a sample's state holds everything that it carries
+    (`carried.Layout`), and the model itself calls a block, the others left out; otherwise it is the hidden states.
     `untied` names parameters that the config ties to others while the files hold another matrix for each.
     """
 
     def __init__(self, model: nn.Module, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.source, self.device, self.dtype = model, source, device, dtype
         self.blocks = find_blocks(model)
-        self.names = checkpoint_names(model, source.names())
+        self.names = checkpoint_names(model, source.names(), source.made())
         _check_shapes(model, self.names, source)
         self.calls: list[Call] = []
+        self.layouts: list[Layout] = []
+        """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
+        self._width = 0
+        self._text = language_model(model, self.blocks)
         self._last = 0
-        self._load_resident()
+        prefixes = tuple(block + "." for block in self.blocks)
+        self._outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
+        self._loaded = False
+        self.untied: list[str] = []
+        if getattr(model, "all_tied_weights_keys", None):
+            self._load_resident()
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Of what lies outside of the blocks, and is not in memory before the model runs for the first time."""
+        metas = [] if self._loaded else [self.source.meta(stored) for stored in self._outside.values()]
+        return sum(meta.numel() * self._dtype_of(meta).itemsize for meta in metas)
 
     def _load_resident(self) -> None:
-        prefixes = tuple(block + "." for block in self.blocks)
-        outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
-        self.model.load_state_dict(self._read(outside), strict=False, assign=True)
+        if self._loaded:
+            return
+        self._loaded = True
+        self.model.load_state_dict(self._read(self._outside), strict=False, assign=True)
         self.untied = tie_as_stored(self.model, self.names)
         for module_name, module in self.model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -69,6 +97,28 @@ class BlockWalker:
             stored[name]: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in self.source.read(list(stored))
         }
+
+    @contextmanager
+    def _hollow(self, name: str, names: Iterable[str]) -> Iterator[None]:
+        """While open, the tensors `names` of module `name` are zeros that take no memory, all one number."""
+        module, stem = (self.model.get_submodule(name), f"{name}.") if name else (self.model, "")
+        state = module.state_dict(prefix=stem)
+        metas = {key.removeprefix(stem): state[key] for key in names}
+        zeros = {
+            key: torch.zeros((), dtype=self._dtype_of(meta), device=self.device).expand(meta.shape)
+            for key, meta in metas.items()
+        }
+        module.load_state_dict(zeros, strict=False, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            empty = {key: torch.empty(meta.shape, dtype=meta.dtype, device="meta") for key, meta in metas.items()}
+            module.load_state_dict(empty, strict=False, assign=True)
+
+    def _dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The one that a tensor is computed with."""
+        return self.dtype if tensor.is_floating_point() else tensor.dtype
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -95,89 +145,139 @@ class BlockWalker:
         return {k: v for k, v in self.names.items() if k.startswith(self.blocks[index] + ".")}
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states (1, length, width) after block `index`, called as the model calls it."""
+        """A sample's state (1, length, width) after block `index`, called as the model calls it."""
+        if self.layouts:
+            return self._run_within(index, module, hidden)
         call = self.calls[index]
         if call.hidden_key is None:
             output = module(hidden, *call.args, **call.kwargs)
         else:
             output = module(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
-        result: Tensor = output[0] if _tuple_length(output) else output
+        result: Tensor = output[0] if tuple_length(output) else output
         return result
 
+    def _run_within(self, index: int, module: nn.Module, state: Tensor) -> Tensor:
+        """As `run`, by running the whole model with the blocks before left out and those behind not reached."""
+        ids, handed = self.layouts[index].unpack(state)
+        forward = module.forward
+
+        def step(block: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if block < index:
+                    return handing_on(handed, self.calls[block].tuple_length)
+                if index == 0:
+                    args, kwargs = with_hidden(args, kwargs, handed.hidden)
+                into = containers(args, kwargs)
+                for place in into.keys() & handed.kept.keys():
+                    put(into[place], handed.kept[place])
+                raise _Ran(handed_by(forward(*args, **kwargs), into, handed.kept))
+
+            return call
+
+        try:
+            with self._blocks_replaced(step):
+                self._forward(ids)
+        except _Ran as ran:
+            return self.layouts[index + 1].pack(ids, ran.handed, self._width, self.dtype)
+        raise InputError(f"the model never called {self.blocks[index]}: {UNWALKABLE}")
+
+    def hidden(self, state: Tensor) -> Tensor:
+        """The hidden states in a sample's state that left the last block or any that gives as many."""
+        return self.layouts[-1].hidden(state) if self.layouts else state
+
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states (1, length, width) that enter the first block for ids (length,)."""
+        """The state (1, length, width) of the sample ids (length,) that enters the first block."""
+        found: list[Handed] = []
 
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _HiddenCaptured(_hidden(args, kwargs)[0])
+            found.append(handed_by(hidden_of(args, kwargs)[0], containers(args, kwargs), {}))
+            raise _HiddenCaptured(found[0].hidden)
 
         first = self.model.get_submodule(self.blocks[0])
         handle = first.register_forward_pre_hook(capture, with_kwargs=True)
         try:
             self._forward(ids)
         except _HiddenCaptured as captured:
+            if self.layouts:
+                return self.layouts[0].pack(ids.to(self.device), found[0], self._width, self.dtype)
             return captured.hidden
         finally:
             handle.remove()
-        raise InputError("the model never called its first block: it cannot be walked block by block")
+        raise InputError(f"the model never called its first block: {UNWALKABLE}")
 
     def uncalled(self, names: Sequence[str]) -> list[str]:
         """Those of the layers `names` that their block does not call when it runs: it reads their weights.
 
-        Of the blocks that hold layers of the same names the first one is run, and stands for all. An expert to which
-        nothing was sent counts as called.
+        Of the blocks that hold layers of the same names and shapes the first one is run, on zeros in the place of its
+        weights, and stands for all. An expert counts as called. Blocks that a text does not reach are no longer among
+        `blocks`.
         """
-        tried = self._different_blocks(names)
-        own = {name for name in names if any(name.startswith(self.blocks[index] + ".") for index in tried)}
         experts = linear_experts(self.model)
-        seen = {name for name in own if experts_of(name, experts) is not None}
-        length = 0
+        seen = {name for name in names if experts_of(name, experts) is not None}
+        before: list[Any] = []
+        reached: set[int] = set()
+        tried = {*self._different_blocks(names)}
+        outside = [] if self._loaded else list(self._outside)
 
         def run(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal length
-                hidden, _ = _hidden(args, kwargs)
-                if index not in tried:
-                    return _passed_on(hidden, length)
-                with self.block(index):
-                    output = forward(*args, **kwargs)
-                length = _tuple_length(output)
-                if index == tried[-1]:
-                    raise _HiddenCaptured(hidden)
-                return output
+                hidden, _ = hidden_of(args, kwargs)
+                if containers(args, kwargs):  # what a later block finds in there, any block may have put in
+                    tried.update(range(len(self.blocks)))
+                reached.add(index)
+                if index in tried:
+                    with self._hollow(self.blocks[index], self._names_in(index)):
+                        before[:] = [forward(*args, **kwargs)]
+                    return before[-1]
+                return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
 
             return call
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _HiddenCaptured(args[0])
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: seen.add(name)
 
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in own]
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+        head = self._text.get_output_embeddings()  # type: ignore[operator]
+        handles += [] if head is None else [head.register_forward_pre_hook(stop)]
         try:
-            with torch.no_grad(), self._blocks_replaced(run):
+            with torch.no_grad(), self._hollow("", outside), self._blocks_replaced(run), suppress(_HiddenCaptured):
                 tokens: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-                self._forward(torch.arange(4) % tokens)
-        except _HiddenCaptured:
-            return [name for name in names if name in own - seen]
+                self._text(input_ids=(torch.arange(4) % tokens).to(self.device)[None], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        raise InputError(f"the model never called {self.blocks[tried[-1]]}: it cannot be walked block by block")
+        stems = tuple(self.blocks[index] + "." for index in reached & tried)
+        own = {name for name in names if name.startswith(stems)}
+        self.blocks = [block for index, block in enumerate(self.blocks) if index in reached]
+        if not self.blocks:
+            raise InputError(f"the model never called a block for a text: {UNWALKABLE}")
+        return [name for name in names if name in own - seen]
 
     def _different_blocks(self, names: Sequence[str]) -> list[int]:
-        """The first block of those whose layers among `names` are called the same, for each such set of names."""
-        first: dict[frozenset[str], int] = {}
+        """The first block of those whose layers among `names` are called the same and as large, for each such set."""
+        first: dict[frozenset[Any], int] = {}
+        inside: dict[str, list[str]] = {block: [] for block in self.blocks}
+        depth = self.blocks[0].count(".") + 1
+        for name in names:
+            inside.get(".".join(name.split(".")[:depth]), []).append(name)
         for index, block in enumerate(self.blocks):
-            own = frozenset(name.removeprefix(block) for name in names if name.startswith(block + "."))
+            layers = {name: self.model.get_submodule(name) for name in inside[block]}
+            own = frozenset((name.removeprefix(block), layer.weight.shape) for name, layer in layers.items())
             if own:
                 first.setdefault(own, index)
         return [0, *(index for index in first.values() if index)]
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """(1, length, vocabulary) for the hidden states that left the last block; ids are those they came from."""
+        """(1, length, vocabulary) for the state that left the last block; ids are those it came from, or a part."""
+        left = self.hidden(hidden)
 
         def skip(index: int) -> Callable[..., Any]:
-            return lambda *_, **__: _passed_on(hidden, self.calls[index].tuple_length)
+            return lambda *_, **__: passed_on(left, self.calls[index].tuple_length)
 
         with self._blocks_replaced(skip):
             output: Tensor = self._forward(ids).logits
@@ -188,29 +288,61 @@ class BlockWalker:
 
         Runs the whole model once on the first PROBED of them, a block in memory at a time, then on all what calls the
         blocks; on all of it too where blocks hand each other more than hidden states. Returns for every site the first
-        site that reads what it reads. InputError where blocks read more of the text than hidden states.
+        site that reads what it reads. InputError where blocks read what no sample's state can carry.
         """
-        groups, handed_on = self._run_probed(ids[:PROBED], sites)
+        self.layouts, short = [], ids[: max(1, min(PROBED, len(ids) // 2))]
+        first = self._run_probed(short, sites)
 
         def learn(text: Tensor) -> list[Call]:
-            if handed_on:
+            if first.handed_on:
                 self._run_probed(text, [])
             else:
                 self._note_calls(text)
             return self.calls
 
-        other, self.calls = learn(ids.flip(0)), learn(ids)
-        self._check_same(other)
+        if first.between or (first.handed_on and not self._same_for(short.flip(0))):
+            self._carry(ids, first, len(short))
+        else:
+            other, self.calls = learn(ids.flip(0)), learn(ids)
+            if not same_calls(self.calls, other):
+                self._carry(ids, first, len(short))
+        groups = first.groups
         return groups | _unrouted([site for site in sites if site not in groups], linear_experts(self.model))
 
-    def _check_same(self, other: list[Call]) -> None:
-        """InputError where blocks were called otherwise for another text: then one text's calls are not another's."""
-        for block, one, two in zip(self.blocks, self.calls, other, strict=True):
-            if not (_same(one.args, two.args) and _same(one.kwargs, two.kwargs)):
-                raise InputError(
-                    f"{block} reads more of the text than the hidden states of the block before it: "
-                    "this architecture cannot be walked block by block"
-                )
+    def _same_for(self, ids: Tensor) -> bool:
+        """Whether blocks are called for ids as they were last."""
+        known = self.calls
+        self._run_probed(ids, [])
+        return same_calls(known, self.calls)
+
+    def _carry(self, ids: Tensor, short: Probed, length: int) -> None:
+        """Learn what samples as long as ids carry from block to block, and make sure that it is all they need."""
+        whole = self._run_probed(ids, [])
+        try:
+            pairs = zip(whole.handed, short.handed, strict=True)
+            self.layouts = [Layout(one, two, (len(ids), length)) for one, two in pairs]
+        except ValueError as error:
+            raise InputError(f"{self._stem} hand each other {error}: {UNWALKABLE}") from error
+        self._width = max(layout.channels for layout in self.layouts)
+        with torch.no_grad():
+            state = self.embed(ids)
+            for index in range(len(self.blocks)):
+                with self.block(index) as module:
+                    state = self.run(index, module, state)
+            found, expected = self.logits(ids, state).float(), whole.logits.float()
+        if not bool((found - expected).abs().max() <= self._tolerance * expected.abs().max()):
+            raise InputError(
+                f"{self._stem} do not give what the whole model does when they run one by one: {UNWALKABLE}"
+            )
+
+    @property
+    def _stem(self) -> str:
+        return "the blocks " + self.blocks[0].rpartition(".")[0]
+
+    @property
+    def _tolerance(self) -> float:
+        """Of the largest logit: what rounding in the compute dtype may make of it."""
+        return 64 * float(torch.finfo(self.dtype).eps) ** 0.9
 
     def _note_calls(self, ids: Tensor) -> None:
         """Learn how blocks are called for ids, of a model whose blocks are known already and are left out."""
@@ -218,11 +350,11 @@ class BlockWalker:
 
         def note(index: int) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                hidden, key = _hidden(args, kwargs)
-                noted.append(_call(args, kwargs, key, lengths[index]))
+                hidden, key = hidden_of(args, kwargs)
+                noted.append(call_of(args, kwargs, key, lengths[index]))
                 if index + 1 == len(self.blocks):
                     raise _HiddenCaptured(hidden)
-                return _passed_on(hidden, lengths[index])
+                return passed_on(hidden, lengths[index])
 
             return call
 
@@ -234,16 +366,12 @@ class BlockWalker:
     def _check_calls(self) -> None:
         if len(self.calls) != len(self.blocks):
             raise InputError(
-                f"the model called {len(self.calls)} of its {len(self.blocks)} blocks: it cannot be walked"
+                f"the model called blocks {len(self.calls)} times, of which it has {len(self.blocks)}: {UNWALKABLE}"
             )
 
-    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> tuple[dict[str, str], bool]:
-        """Run the whole model on ids, and learn how its blocks are called.
-
-        Returns the sites that were called, as `probe` does, and whether blocks hand each other more than hidden states.
-        """
-        groups: dict[str, str] = {}
-        handed_on = False
+    def _run_probed(self, ids: Tensor, sites: Sequence[str]) -> Probed:
+        """Run the whole model on ids, a block in memory at a time, and learn how its blocks are called."""
+        found = Probed()
         self.calls = []
         first: dict[tuple[Any, ...], str] = {}
         alive: list[Tensor] = []
@@ -253,36 +381,29 @@ class BlockWalker:
                 x = args[0]
                 alive.append(x)  # kept, so that no other tensor takes its address
                 key = (x.data_ptr(), x.numel(), x.shape[-1], 0 if x.is_inference() else x._version)
-                groups[name] = first.setdefault(key, name)
+                found.groups[name] = first.setdefault(key, name)
 
             return hook
 
-        first_output: list[Tensor] = []
+        outputs: list[Tensor] = []
 
         def walk(index: int) -> Callable[..., Any]:
             forward = self.model.get_submodule(self.blocks[index]).forward
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                nonlocal handed_on
+                hidden, key = hidden_of(args, kwargs)
+                into = containers(args, kwargs)
+                if not outputs:
+                    found.note(handed_by(hidden, into, {}))
                 with self.block(index):
                     output = forward(*args, **kwargs)
-                hidden, key = _hidden(args, kwargs)
-                if hidden.dim() != 3 or hidden.shape[:2] != (1, len(ids)):
-                    raise InputError(
-                        f"{self.blocks[index]} reads hidden states of shape {tuple(hidden.shape)} for {len(ids)} "
-                        "tokens: this architecture cannot be walked block by block"
-                    )
-                if first_output and hidden.data_ptr() != first_output[-1].data_ptr():
-                    raise InputError(
-                        f"{self.blocks[index]} does not read the output of the block before it: "
-                        "this architecture cannot be walked block by block"
-                    )
-                length = _tuple_length(output)
-                extras = output[1:] if length else ()
-                handed_on |= any(extra is not None for extra in extras)
-                handed_on |= any(isinstance(value, dict) for value in kwargs.values())
-                self.calls.append(_call(args, kwargs, key, length))
-                first_output[:] = [output[0] if length else output]
+                found.between |= hidden.dim() != 3 or hidden.shape[:2] != (1, len(ids))
+                found.between |= bool(outputs) and hidden.data_ptr() != outputs[-1].data_ptr()
+                handed = handed_by(output, into, found.kept)
+                found.handed_on |= bool(into) or any(extra is not None for extra in handed.extras)
+                found.note(handed)
+                self.calls.append(call_of(args, kwargs, key, tuple_length(output)))
+                outputs[:] = [handed.hidden]
                 alive.clear()
                 first.clear()
                 return output
@@ -292,12 +413,12 @@ class BlockWalker:
         handles = [self.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in sites]
         try:
             with self._blocks_replaced(walk):
-                self._forward(ids)
+                found.logits = self._forward(ids).logits
         finally:
             for handle in handles:
                 handle.remove()
         self._check_calls()
-        return groups, handed_on
+        return found
 
     @contextmanager
     def _blocks_replaced(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
@@ -312,7 +433,8 @@ class BlockWalker:
                 del module.forward
 
     def _forward(self, ids: Tensor) -> Any:
-        return self.model(input_ids=ids.to(self.device)[None], use_cache=False)
+        self._load_resident()
+        return self._text(input_ids=ids.to(self.device)[None], use_cache=False)
 
 
 def _unrouted(sites: Sequence[str], experts: Iterable[str]) -> dict[str, str]:
@@ -335,38 +457,3 @@ def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource)
                 f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
                 f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
             )
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None, tuple_length: int) -> Call:
-    """A block's call, without the hidden states that came by keyword `key`, or first."""
-    rest = {k: v for k, v in kwargs.items() if k != key}
-    return Call(args[1:] if key is None else args, rest, key, tuple_length)
-
-
-def _tuple_length(output: Any) -> int:
-    """The length of a block's output where it is a tuple or a list, 0 where it is a tensor."""
-    return len(output) if isinstance(output, (tuple, list)) else 0
-
-
-def _passed_on(hidden: Tensor, tuple_length: int) -> Any:
-    """What a block returns that leaves the hidden states as they are."""
-    return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Whether all tensors in two arguments of a block, or within their containers, are equal."""
-    if torch.is_tensor(one) or torch.is_tensor(two):
-        return torch.is_tensor(one) and torch.is_tensor(two) and torch.equal(one, two)
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
-    if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
-        return len(one) == len(two) and all(map(_same, one, two))
-    return True
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, str | None]:
-    """The hidden states of a block's call, and the keyword they came by (None: first positional argument)."""
-    if args:
-        return args[0], None
-    key = "hidden_states" if "hidden_states" in kwargs else next(k for k, v in kwargs.items() if torch.is_tensor(v))
-    return kwargs[key], key

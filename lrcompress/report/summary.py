@@ -171,6 +171,7 @@ def card(report: dict[str, Any], recipe: Recipe) -> str:
     """The model card's text."""
     ratio, size = report["ratio"], report["bytes"]
     base = "HuggingFaceTB/SmolLM2-135M-Instruct" if report["model"] == "demo" else report["model"]
+    auto = report.get("loads_with", "AutoModelForCausalLM")
     hub = f"base_model: {base}\n" if base.count("/") == 1 and not base.startswith((".", "/")) else ""
     measured = _measured(report.get("evaluation"))
     said = answer(report, recipe.model_dump(mode="json"))
@@ -195,9 +196,9 @@ library_name: transformers
 
 ```python
 import lrcompress  # registers the stored formats with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+model = {auto}.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 

@@ -7,6 +7,7 @@ from lrcompress.budget import Ratio
 from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import counted
 from lrcompress.formats import DENSE
+from lrcompress.model.skeleton import auto_class
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes, versions
 from lrcompress.stages.allocate import Plan
@@ -55,6 +56,8 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
         "peak_rss_bytes": peak_rss_bytes(),
         "targets": entries,
         **({"joined": plan.joined()} if plan.joins else {}),
+        "left_dense": [{"name": name, "parameters": numbers} for name, numbers in opened.towers.items()],
+        "loads_with": auto_class(opened.skeleton.config).__name__,
         "warnings": list(reporter.warnings),
         "versions": versions(),
     }

@@ -24,7 +24,8 @@ LARGEST_SHIFT = 0.25
 TOLERANCE = 0.002
 """Of what was planned, that may be left over."""
 
-TRIES = 6
+TRIES = 12
+"""Of the last weights, until the sum is what was planned: streams of tiny weights have lengths with gaps."""
 
 
 class Lengths:
@@ -49,19 +50,24 @@ class Lengths:
         names = [site.name for site in self._opened.sites_of(block)]
         last = self._planned.keys() <= self._found.keys() | set(names)
         shift, low, high = self._shift(names), -math.inf, math.inf
+        numbers = max(sum(self._sizes.get(name, 0) for name in names), 1)
+        best: tuple[float, Found, dict[str, Spec]] | None = None
         for _ in range(TRIES if last else 1):
             encoded = self._encoded(found, sites, shift)
             spare = self._budget - sum(self._found.values())
             if not last or 0 <= spare <= TOLERANCE * self._budget:
                 return encoded
-            numbers = sum(self._sizes.get(name, 0) for name in names)
+            if spare >= 0 and (best is None or spare < best[0]):
+                best = spare, encoded, {name: self._plan.specs[name] for name in names}
             low, high = (shift, high) if spare > 0 else (low, shift)
-            shift += 8 * (spare - TOLERANCE * self._budget / 4) / max(numbers, 1)
+            shift += 8 * (spare - TOLERANCE * self._budget / 4) / numbers
             if not low < shift < high:
                 shift = (low + high) / 2
-        if spare < 0:
+        if best is None:
             raise NumericalError(f"the coded weights take {-spare} bytes more than planned: ask for a little more")
-        return encoded
+        for name, spec in best[2].items():
+            self._note(name, spec)
+        return best[1]
 
     def recall(self, artefacts: Artefacts, block: int) -> None:
         """Tell the plan the sizes of a block that an earlier run encoded."""

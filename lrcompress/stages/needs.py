@@ -86,7 +86,7 @@ def memory_need(opened: Opened) -> int:
     # A tensor that is written as it is: the file's pages, a copy of them and another in the dtype to write.
     copied = 3 * max(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, opened.reader.names()))
     most = max(largest + _activations(opened), logits, copied, _whole_model(opened))
-    return max(peak_rss_bytes(), psutil.Process().memory_info().rss + most)
+    return max(peak_rss_bytes(), psutil.Process().memory_info().rss + opened.walker.bytes_to_come + most)
 
 
 def _whole_model(opened: Opened) -> int:

@@ -43,7 +43,7 @@ from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
-from lrcompress.model.targets import find_sites, group_sites, names_matching, refuse_tied
+from lrcompress.model.targets import find_sites, group_sites, is_linear, names_matching, refuse_tied
 from lrcompress.processes import processes
 from lrcompress.protocols import Allocator, Curve, Site
 from lrcompress.recipe import CalibrationSpec, Recipe
@@ -54,6 +54,9 @@ from lrcompress.stages.costs import Costs, costs
 FILE_HEADER = 64
 """Bytes of the header of a file beside its tensors' entries, at most."""
 
+
+NOTEWORTHY = 0.1
+"""Share of a model's parameters of a part that stays dense which is worth a word."""
 
 ADAPTER = "adapter_config.json"
 IGNORED = "_keys_to_ignore_on_load_unexpected"
@@ -107,6 +110,13 @@ class Opened:
     def blocks(self) -> list[str]:
         """Module names of the decoder blocks."""
         return self.walker.blocks
+
+    @property
+    def towers(self) -> dict[str, int]:
+        """Parameters of every part with layers that lies beside the language model's blocks and has no target."""
+        own = [site.name for site in self.sites]
+        found = towers(self.skeleton, self.blocks)
+        return {n: size for n, size in found.items() if not any(f"{site}.".startswith(f"{n}.") for site in own)}
 
     @property
     def vocabulary(self) -> int:
@@ -213,6 +223,9 @@ def open_parts(request: Request, reporter: Reporter) -> Opened:
     opened = open_targets(request, reporter)
     refuse_tied(opened.skeleton, [site for site in opened.sites if not site.lookup])
     warn_few_targets(opened.skeleton, opened.sites, reporter)
+    total = sum(parameter.numel() for parameter in opened.skeleton.parameters())
+    for name, numbers in opened.towers.items():
+        reporter.say(f"left dense beside the language model: {name}, {numbers / total:.1%} of the model's parameters")
     open_base(opened)
     return opened
 
@@ -473,9 +486,13 @@ def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
 
 def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[Site]:
     """The sites whose layers are called when their block runs; others' weights are read past them (Mamba's dt_proj)."""
+    every = list(walker.blocks)
     uncalled = set(walker.uncalled([site.name for site in sites]))
     kinds = {site.kind for site in sites if site.name in uncalled}
-    left = [site for site in sites if site.kind not in kinds]
+    place = {every.index(block): index for index, block in enumerate(walker.blocks)} | {len(every): len(walker.blocks)}
+    left = [replace(s, block=place[s.block]) for s in sites if s.kind not in kinds and s.block in place]
+    if silent := [block for block in every if block not in walker.blocks]:
+        reporter.say(f"left as they are, for no text reaches them: {', '.join(silent)}")
     if not left:
         raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
     if kinds:
@@ -498,18 +515,35 @@ def warn_left_out(opened: Opened, reporter: Reporter) -> None:
         )
 
 
+def towers(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Parameters of the modules beside the decoder blocks that hold linear layers: towers, and what joins them.
+
+    The output head is none; each name is that of the largest module that holds no decoder block.
+    """
+    above = {".".join(blocks[0].split(".")[:length]) for length in range(blocks[0].count(".") + 1)}
+    head, found = model.get_output_embeddings(), dict[str, int]()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if name in above or any(name.startswith(outer + ".") for outer in (*found, blocks[0].rpartition(".")[0])):
+            continue
+        if module is not head and any(is_linear(layer) for layer in module.modules()):
+            found[name] = sum(parameter.numel() for parameter in module.parameters())
+    return found
+
+
 def warn_few_targets(model: nn.Module, sites: Sequence[Site], reporter: Reporter) -> None:
-    """Say so where most of a model's parameters are no targets, and where most of those are."""
+    """Say so where most of a model's parameters are no targets, and which part of those is the largest."""
     targeted = sum(site.shape[0] * site.shape[1] for site in sites)
     total = sum(parameter.numel() for parameter in model.parameters())
+    weights, others = {f"{site.name}.weight" for site in sites}, dict[str, int]()
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            kind = block_and_kind(name)[1]
+            others[kind] = others.get(kind, 0) + parameter.numel()
+    largest = max(others, key=lambda kind: others[kind], default="")
     if targeted < FEW_TARGETS * total:
-        weights, others = {f"{site.name}.weight" for site in sites}, dict[str, int]()
-        for name, parameter in model.named_parameters():
-            if name not in weights:
-                kind = block_and_kind(name)[1]
-                others[kind] = others.get(kind, 0) + parameter.numel()
-        largest = max(others, key=lambda kind: others[kind])
         reporter.warn(
             f"targets hold {targeted / total:.0%} of the model's {total / 1e6:.1f} M parameters, {largest} alone "
             f"{others[largest] / total:.0%}: a ratio of the targets says little here, read that of the whole model"
         )
+    elif largest and others[largest] > NOTEWORTHY * total:
+        reporter.say(f"left dense, the largest: {largest}, {others[largest] / total:.0%} of the model's parameters")

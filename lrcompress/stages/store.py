@@ -250,14 +250,26 @@ class Layout:
         found: dict[str, None] = {}
         for known in self._opened.walker.names:
             name = self._following.get(known, known)
-            holder = experts_of(name, experts)
-            if holder is None:
+            holder, kept = experts_of(name, experts), self._opened.reader.kept_as(known)
+            if kept:
+                self._refuse_compressed(name, kept)
+                found |= dict.fromkeys(kept)
+            elif holder is None:
                 found[name] = None
             elif holder in self._stand_ins:
                 found |= dict.fromkeys([*(f"{holder}.{key}" for key in self._stand_ins[holder]), name])
             else:
                 found |= dict.fromkeys(f"{holder}.{key}" for key in experts[holder].fused_shapes())
         return list(found)
+
+    def _refuse_compressed(self, name: str, kept: list[str]) -> None:
+        """InputError where a weight is compressed that the files keep as another one."""
+        module = name.rpartition(".")[0]
+        if module in self._compressed:
+            raise InputError(
+                f"{module} is stored as {kept[0]}, which transformers converts whenever it loads: leave it out "
+                f"(--ignore {module})"
+            )
 
     def _key(self, name: str) -> str:
         """What the reader calls a tensor that is written as it is."""

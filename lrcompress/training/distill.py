@@ -63,15 +63,18 @@ class Teacher:
     @torch.no_grad()
     def outputs(self, block: int, index: int) -> Tensor:
         """(length, width) hidden states of row `index` after a block of `blocks`."""
+        return self._walker.hidden(self._state(block, index))[0]
+
+    def _state(self, block: int, index: int) -> Tensor:
+        """All that row `index` carries behind a block of `blocks`."""
         if index not in self._known:
             self._compute(self._due(index))
-        return self._files[block].read(index)[0].to(self._walker.device)
+        return self._files[block].read(index).to(self._walker.device)
 
     @torch.no_grad()
     def logits(self, index: int) -> Tensor:
         """(length, vocabulary) of row `index`."""
-        hidden = self.outputs(self.blocks[-1], index)
-        return self._walker.logits(self._rows.ids[index], hidden[None])[0]
+        return self._walker.logits(self._rows.ids[index], self._state(self.blocks[-1], index))[0]
 
     def _due(self, index: int) -> list[int]:
         """Row `index` and those that follow it, at several processes of those batches that come to this one."""

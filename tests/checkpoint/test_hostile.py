@@ -22,7 +22,7 @@ from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.dense import export_dense
 from lrcompress.formats import stored_tensors
 from lrcompress.model.blocks import BlockWalker
-from lrcompress.model.skeleton import empty_model, find_blocks
+from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks
 from lrcompress.model.targets import find_sites
 from lrcompress.pipeline import compress
 from lrcompress.recipe import EvaluateSpec, make_recipe
@@ -242,3 +242,12 @@ def test_a_model_that_its_files_cannot_hold_is_never_built(make_model, tmp_path,
     ):
         with pytest.raises(InputError, match="the config has .*num_.* 3000, which its checkpoint of .* cannot hold"):
             read()
+
+
+def test_sizes_that_differ_between_layers_are_all_looked_at():
+    from transformers import Gemma4TextConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    check_sizes(Gemma4TextConfig(vocab_size=320, head_dim=8, global_head_dim=16, **sizes), 60, 20_000)
+    with pytest.raises(InputError, match="head_dim 20001, which its checkpoint of 20000 numbers cannot hold"):
+        check_sizes(Gemma4TextConfig(vocab_size=320, head_dim=8, global_head_dim=20_001, **sizes), 60, 20_000)
