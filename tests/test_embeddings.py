@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from lrcompress.calibration.collect import collect_outside
 from lrcompress.calibration.gradients import backward_block, loss_gradients
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, Interrupted
+from lrcompress.evaluation.bounds import counted
 from lrcompress.export.dense import export_dense
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.formats.table import Table, table_like
@@ -21,6 +22,7 @@ from lrcompress.linalg.by_row import row_metric
 from lrcompress.methods.tokens import SEEN_AT_LEAST, token_parts
 from lrcompress.model.lookups import row_scale
 from lrcompress.protocols import InputStatistics, Lookups, Site, Spec
+from lrcompress.recipe import make_recipe
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of
 from tests.calibration.test_gradients import walked
 from tests.conftest import compress_tiny
@@ -254,6 +256,16 @@ class TestCompressed:
                 torch.testing.assert_close(same(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
 
 
+def test_a_tied_head_multiplies_and_lookups_do_not(make_model, compressed):
+    ids, work = torch.arange(3, 19)[None], []
+    for folder in (make_model("qwen3"), compressed("qwen3")[0]):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            work.append(counted(model, lambda model=model: model(ids))[0])
+    assert work[0].multiply_adds == work[1].multiply_adds
+    assert work[1].weight_bytes < 0.5 * work[0].weight_bytes
+
+
 @pytest.mark.parametrize("device", ["cpu", "disk"])
 def test_a_table_may_be_offloaded(compressed, tmp_path, device):
     folder = compressed("gemma3")[0]
@@ -332,3 +344,31 @@ def test_an_impossible_tie_is_refused(tied):
     data = {"quant_method": "lrcompress", "format_version": 1, "modules": {"model.embed_tokens": entry}, "tied": tied}
     with pytest.raises(InputError, match="ties output heads"):
         Manifest.from_json(data)
+
+
+@pytest.mark.parametrize(("architecture", "metric"), [("gemma3", "two_sided"), ("llama", "input")])
+def test_kept_statistics_and_resumed_work_end_with_the_same_bytes(
+    make_model, tmp_path, monkeypatch, architecture, metric
+):
+    from lrcompress.pipeline import compress
+    from lrcompress.stages import backward, profile
+
+    whole = {"method": {"name": "ecsq", "metric": metric}, "ratio": 0.7, "target": ["model.embed_tokens"]}
+    plain = compress_tiny(make_model(architecture), tmp_path / "plain", **whole)
+    stage = backward if metric == "two_sided" else profile
+    real = stage.decompose_block
+
+    def interrupted(opened, block, *rest):
+        if block == len(opened.blocks) + 1:
+            raise KeyboardInterrupt
+        return real(opened, block, *rest)
+
+    monkeypatch.setattr(stage, "decompose_block", interrupted)
+    with pytest.raises(Interrupted):
+        compress_tiny(make_model(architecture), tmp_path / "again", **whole)
+    monkeypatch.setattr(stage, "decompose_block", real)
+    again = compress(make_recipe({**plain.report["recipe"], "output": str(tmp_path / "again")}), resume=True)
+    monkeypatch.setenv("LRCOMPRESS_CACHE", str(tmp_path / "cache"))
+    first, second = (compress_tiny(make_model(architecture), tmp_path / name, **whole) for name in ("first", "second"))
+    expected = (plain.folder / "model.safetensors").read_bytes()
+    assert all((other.folder / "model.safetensors").read_bytes() == expected for other in (again, first, second))
