@@ -131,8 +131,9 @@ class Curve:
 class Lookups:
     """What a text says of the matrix that its tokens are looked up in.
 
-    counts: (vocabulary,) float64, how often each token was; gradients: (width, width) float64 second moment of the
-    loss's gradients at the rows, None where none were gathered.
+    counts: (vocabulary,) float64, how often each token was, with gradients a time whose gradient is of mean squared
+    size being one; gradients: (width, width) float64 second moment of the loss's gradients at the rows, None where none
+    were gathered.
     """
 
     counts: Tensor

@@ -14,7 +14,7 @@ CASES = {
     "the output head": {"target": ["lm_head", "model.layers.*"], "ratio": 0.4},
     "the output head alone": {"target": ["lm_head"], "ratio": 0.5},
     "a head with a bias": {"target": ["lm_head"], "ratio": 0.5, "method": {"name": "lord", "metric": "centred"}},
-    "the head by gradients": {"target": ["lm_head", "model.layers.*"], "ratio": 0.4, "method": "auto"},
+    "the head by gradients": {"target": ["lm_head", "model.layers.*"], "ratio": 0.9, "method": "auto"},
     "the head in sequence": {"target": ["lm_head", "model.layers.*"], "method": {"name": "lord", "propagation": "sequential"}},
     "another dtype": {"dtype": "bfloat16"},
     "half precision": {"dtype": "float16", "target": ["lm_head"]},

@@ -127,11 +127,14 @@ def loss_gradients(
     return collector.moments(walker.device)
 
 
-def lookup_gradients(walker: BlockWalker, ids: Tensor, entering: HiddenStates, embeddings: nn.Module) -> Tensor:
+def lookup_gradients(
+    walker: BlockWalker, ids: Tensor, entering: HiddenStates, embeddings: nn.Embedding
+) -> tuple[Tensor, Tensor]:
     """(width, width) float64 second moment, per token, of the loss's gradients at what module `embeddings` puts out.
 
     entering: the gradients at the hidden states that enter the first block for samples ids (samples, length); over the
-    rows of all processes.
+    rows of all processes. And (vocabulary,) float64: how often each token was looked up, a time with a gradient of
+    mean squared size being one.
     """
     reached: list[Tensor] = []
 
@@ -140,6 +143,7 @@ def lookup_gradients(walker: BlockWalker, ids: Tensor, entering: HiddenStates, e
         return reached[-1]
 
     total, count = None, 0
+    energies = torch.zeros(embeddings.num_embeddings, dtype=torch.float64, device=walker.device)
     handle = embeddings.register_forward_hook(start)
     try:
         for sample in range(len(entering)):
@@ -151,13 +155,15 @@ def lookup_gradients(walker: BlockWalker, ids: Tensor, entering: HiddenStates, e
             if total is None:
                 total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
             add_gram(total, rows)
+            seen = ids[sample].to(rows.device).repeat(len(rows) // len(ids[sample]))
+            energies.index_add_(0, seen, rows.double().square().sum(1))
             count += ids[sample].numel()
     finally:
         handle.remove()
     assert total is not None
     total, counted = symmetric(total), total.new_tensor(float(count))
-    processes().add_up([total, counted])
-    return total / counted
+    processes().add_up([total, energies, counted])
+    return total / counted, energies * counted / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
 
 
 def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

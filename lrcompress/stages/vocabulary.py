@@ -63,18 +63,21 @@ def embedding_statistics(
     assert opened.calibration is not None
     found, device, every = {}, opened.walker.device, opened.calibration.ids
     for site in opened.embeddings:
-        counts = torch.bincount(every.flatten(), minlength=site.shape[0]).double().to(device)
-        gradients = None if entering is None else _gradients(opened, site, ids, entering)
+        if entering is None:
+            lookups = Lookups(torch.bincount(every.flatten(), minlength=site.shape[0]).double().to(device))
+        else:
+            lookups = _lookups(opened, site, ids, entering)
         if site.head is None:
             statistics = InputStatistics.zeros(site.shape[1], device)
             statistics.count, statistics.rows = float(every.numel()), every.numel()
         else:
             statistics = heads[site.head]
-        found[site.name] = replace(statistics, lookups=Lookups(counts, gradients))
+        found[site.name] = replace(statistics, lookups=lookups)
     return found
 
 
-def _gradients(opened: Opened, site: Site, ids: Tensor, entering: HiddenStates) -> Tensor:
+def _lookups(opened: Opened, site: Site, ids: Tensor, entering: HiddenStates) -> Lookups:
     module = opened.walker.model.get_submodule(site.name)
     assert isinstance(module, torch.nn.Embedding)
-    return row_scale(module) ** 2 * lookup_gradients(opened.walker, ids, entering, module)
+    gradients, counts = lookup_gradients(opened.walker, ids, entering, module)
+    return Lookups(counts, row_scale(module) ** 2 * gradients)
