@@ -36,7 +36,7 @@ def chatty(tokenizer, llama):
 
 def write(path: Path, text: str, *, mark: bool = False) -> str:
     raw = (b"\xef\xbb\xbf" if mark else b"") + text.encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    path.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
     return str(path)
 
 
@@ -112,10 +112,10 @@ def test_a_byte_order_mark_is_no_part_of_prompts_questions_and_pairs(tmp_path):
         ("a.csv", b'text\n"x\n', "cannot be read"),
         ("a.csv", b"n\nx\n", r"without the text field 'text' \(it has: n\)"),
         ("a.txt.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"x" * 100)[:-9], "cannot be read"),
-        ("a.txt", gzip.compress(b"x"), "not UTF-8"),
+        ("a.txt.gz", gzip.compress(b"x" * 100, mtime=0)[:-9], "cannot be read"),
+        ("a.txt", gzip.compress(b"x", mtime=0), "not UTF-8"),
         ("a.txt", "x".encode("utf-16"), "not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b"\xff"), "not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b"\xff", mtime=0), "not UTF-8"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, name, content, message):
