@@ -489,7 +489,8 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
     every = list(walker.blocks)
     uncalled = set(walker.uncalled([site.name for site in sites]))
     kinds = {site.kind for site in sites if site.name in uncalled}
-    place = {every.index(block): index for index, block in enumerate(walker.blocks)} | {len(every): len(walker.blocks)}
+    place = {every.index(block): index for index, block in enumerate(walker.blocks)}
+    place |= {len(every) + beyond: len(walker.blocks) + beyond for beyond in (0, 1)}  # outside, and the embeddings
     left = [replace(s, block=place[s.block]) for s in sites if s.kind not in kinds and s.block in place]
     if silent := [block for block in every if block not in walker.blocks]:
         reporter.say(f"left as they are, for no text reaches them: {', '.join(silent)}")
