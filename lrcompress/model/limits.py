@@ -13,9 +13,10 @@ _SPARE_ROWS = 8
 
 
 def known_tokens(model: nn.Module) -> int:
-    """Rows of the model's input embeddings: it reads the tokens below this number."""
+    """Rows of the model's input embeddings, stored in whatever format: it reads the tokens below this number."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.weight.shape[0])
+    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else embeddings.weight.shape[0]
+    return int(rows)
 
 
 def check_tokens(ids: Tensor, known: int, label: str) -> None:
