@@ -213,7 +213,8 @@ def test_a_layer_whose_experts_all_stay_dense_counts_for_what_it_has(make_model,
 )
 def test_blocks_that_read_more_than_hidden_states(make_model, tmp_path, family, method):
     """Embeddings of the text, another block's keys or chosen tokens, several streams."""
-    result = compress_tiny(make_model(family), tmp_path / "out", method=method, calibration=SHORT)
+    ratio = 0.7 if method == "auto" else 0.2  # of float32, where integers that take more than 12 bits stay dense
+    result = compress_tiny(make_model(family), tmp_path / "out", method=method, ratio=ratio, calibration=SHORT)
     loaded = load(result.folder)
     assert len(stored_layers(loaded)) > 10
     expected = logits(with_dense_weights(load(make_model(family)), loaded))

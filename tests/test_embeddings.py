@@ -15,11 +15,13 @@ from lrcompress.calibration.gradients import backward_block, loss_gradients
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.bounds import counted
+from lrcompress.evaluation.loading import load_model
 from lrcompress.export.dense import export_dense
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.formats.table import Table, table_like
 from lrcompress.linalg.by_row import row_metric
 from lrcompress.methods.tokens import SEEN_AT_LEAST, token_parts
+from lrcompress.model.limits import known_tokens
 from lrcompress.model.lookups import row_scale
 from lrcompress.protocols import InputStatistics, Lookups, Site, Spec
 from lrcompress.recipe import make_recipe
@@ -216,6 +218,14 @@ class TestCompressed:
         folder, (found, dense), _ = compressed(architecture)
         assert dense == pytest.approx(perplexity(make_model(architecture)), rel=1e-3)
         assert found == pytest.approx(perplexity(folder), rel=1e-3)
+
+    def test_it_knows_the_dense_models_tokens(self, compressed, architecture):
+        model = load_model(str(compressed(architecture)[0]), device="cpu").model
+        known = known_tokens(model)
+        assert known == 320
+        model(torch.tensor([[0, known - 1]]))
+        with pytest.raises(InputError, match=f"makes token {known}, the model knows {known}"):
+            model(torch.tensor([[known]]))
 
     def test_a_table_is_stored_once_and_comes_back(self, compressed, architecture, tmp_path):
         folder, name = compressed(architecture)[0], EMBEDDINGS[architecture]

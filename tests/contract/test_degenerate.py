@@ -6,6 +6,7 @@ import torch
 from lrcompress.formats import restored, stored_tensors
 from lrcompress.methods import METHODS, make_method
 from lrcompress.protocols import InputStatistics, Site
+from lrcompress.stages.store import as_encoded
 
 SHAPE = (24, 16)
 GENERATOR = torch.Generator().manual_seed(5)
@@ -89,6 +90,7 @@ def test_what_is_singular_is_stored_in_finite_numbers(name, options, form, base,
         for tensor in stored.values():
             assert not tensor.is_floating_point() or torch.isfinite(tensor).all()
         assert stored.keys() | {"weight"} == stored_tensors(spec, torch.float32).keys()
+        spec = as_encoded(spec, stored)
         outputs = restored(spec, stored, torch.float32)(ROWS[rows]).double()
         wanted = ROWS[rows].double() @ dense.double().T
         if not method.needs_gradients and method.metric != "plain" and weight != "huge":
