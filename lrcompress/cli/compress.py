@@ -11,7 +11,7 @@ from lrcompress.cli import options as o
 
 def compress(
     model: o.Model,
-    method: o.Method,
+    method: o.Method = "auto",
     ratio: o.Ratio = None,
     ratio_of: o.RatioOf = "bytes",
     bpw: o.Bpw = None,

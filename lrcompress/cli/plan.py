@@ -5,7 +5,7 @@ from lrcompress.cli import options as o
 
 def plan(
     model: o.Model,
-    method: o.Method,
+    method: o.Method = "auto",
     ratio: o.Ratio = None,
     ratio_of: o.RatioOf = "bytes",
     bpw: o.Bpw = None,

@@ -158,6 +158,14 @@ def test_bad_usage_names_the_culprit_and_writes_nothing(llama, tmp_path, culprit
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.txt", "tiny.txt", "used"]
 
 
+def test_without_a_method_it_is_auto(llama, tmp_path):
+    done = run_cli("plan", llama, "--bpw", "4", *QUICK, "--json", tmp_path / "plan.json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["method"] == "auto"
+    assert 3.9 < plan["ratio"]["bpw"] <= 4
+
+
 def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     done = run_cli("compress", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
