@@ -127,9 +127,7 @@ class CodedWeight(StoredLinear):
     def lay_out(self) -> None:
         if self.codes is not None or self.stream is None:
             return
-        codes, rows, columns = self.parts()
-        dtype = self.weight.dtype
-        self._hold(codes, rows.to(dtype), columns.to(dtype))
+        self._hold(*self.parts())
         self.stream = None
 
     def _hold(self, *tensors: Tensor | None) -> None:

@@ -23,6 +23,7 @@ from lrcompress.model.calls import (
 from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
+from lrcompress.model.limits import known_tokens
 from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored
 from lrcompress.protocols import TensorSource
 
@@ -246,8 +247,9 @@ class BlockWalker:
         handles += [] if head is None else [head.register_forward_pre_hook(stop)]
         try:
             with torch.no_grad(), self._hollow("", outside), self._blocks_replaced(run), suppress(_HiddenCaptured):
-                tokens: int = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-                self._text(input_ids=(torch.arange(4) % tokens).to(self.device)[None], use_cache=False)
+                self._text(
+                    input_ids=(torch.arange(4) % known_tokens(self.model)).to(self.device)[None], use_cache=False
+                )
         finally:
             for handle in handles:
                 handle.remove()
