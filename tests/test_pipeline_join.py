@@ -17,7 +17,7 @@ from lrcompress.model.surgery import dense_parts, stored_layers
 from lrcompress.pipeline import make_plan
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
-from lrcompress.training.trainable import choose
+from lrcompress.training.choices import choose
 from tests.adapters.conftest import logits
 from tests.conftest import compress_tiny
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrcompress.bases import parse_base
 from lrcompress.formats import restored
-from lrcompress.training.trainable import dense_weights
+from lrcompress.training.choices import dense_weights
 
 FALLBACK = "rtn:4:64"
 """The base that stands in for bitsandbytes."""

@@ -18,13 +18,13 @@ from lrcompress.model.limits import check_tokens, known_tokens, length_warning
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.stages.workspace import write_json
+from lrcompress.training.choices import choose
 from lrcompress.training.distill import Teacher
 from lrcompress.training.four_bit import quantise_frozen
 from lrcompress.training.loop import BEST, Healer, Progress, mean_loss
 from lrcompress.training.optimizers import optimizer_bytes
 from lrcompress.training.rows import Rows
 from lrcompress.training.settings import Settings
-from lrcompress.training.trainable import choose
 
 BEFORE, OUTCOME = "before.safetensors", "outcome.json"
 
@@ -76,9 +76,9 @@ def _train(
     if layers:
         progress.best = mean_loss(model, held_out, dtype)
     if PartialState().is_main_process:
-        write_tensors(scratch / BEFORE, dict(reader.read(list(trainable.dtypes))))
+        write_tensors(scratch / BEFORE, dict(reader.read(list(trainable.stored))))
     reporter.say(
-        f"training {trainable.count / 1e6:.2f} M numbers in {len(trainable.dtypes)} tensors on {len(rows)} rows; "
+        f"training {trainable.count / 1e6:.2f} M numbers in {len(trainable.stored)} tensors on {len(rows)} rows; "
         f"held-out loss {progress.before:.4f}"
     )
     healer = Healer(trainable, settings, rows, held_out, teacher, scratch, dtype, reporter, progress)

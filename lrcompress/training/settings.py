@@ -4,12 +4,20 @@ import math
 from dataclasses import dataclass
 
 from lrcompress.errors import InputError, nearest
+from lrcompress.training.choices import CHOICES
 from lrcompress.training.optimizers import OPTIMIZERS
-from lrcompress.training.trainable import CHOICES
 
 DISTILLATIONS = ("none", "logits", "features")
 
-RATES = {"factors": 3e-4, "lrc": 3e-4, "singular-values": 1e-2, "principal": 3e-4, "norms": 3e-3, "all": 1e-4}
+RATES = {
+    "factors": 3e-4,
+    "lrc": 3e-4,
+    "singular-values": 1e-2,
+    "principal": 3e-4,
+    "norms": 3e-3,
+    "scales": 3e-3,
+    "all": 1e-4,
+}
 """Learning rates of adamw by what is trained, for models of about 100 M parameters; larger ones take smaller."""
 
 PAIR_RATES = {"lora-pro": 1e-4, "scaled": 3e-4}
