@@ -34,12 +34,12 @@ from lrcompress.report.pareto import draw
 FOLDER = Path(__file__).with_name("bit_peers")
 TORCH = "torch==2.13.0"
 PEERS: dict[str, tuple[list[str], list[str]]] = {
-    "hqq": ([TORCH, "hqq==0.2.8.post1", "transformers==5.24.0"], ["4:64", "3:64", "2:16"]),
-    "gptqmodel": ([TORCH, "gptqmodel==7.7.0"], ["4:128", "4:64", "3:64"]),
-    "autoround": ([TORCH, "auto-round==0.16.1"], ["4:64", "3:64", "2:64"]),
+    "hqq": ([TORCH, "hqq==0.2.8.post1", "transformers==5.24.0"], ["4:64", "3:64"]),
+    "gptqmodel": ([TORCH, "gptqmodel==7.7.0"], ["4:64", "3:64"]),
+    "autoround": ([TORCH, "auto-round==0.16.1"], ["4:64", "3:64"]),
     "ggml": (
         [TORCH, "xllamacpp==2026.10.11549", "gguf==0.19.0", "transformers==5.24.0"],
-        ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S"],
+        ["Q8_0", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_XXS", "Q2_K"],
     ),
 }
 """What is installed, in this order, and what is asked of it: bits:group, or a type of ggml."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,17 @@ class HealSpec:
 
 def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None) -> Result:
     """Train and write; the folder appears whole or not at all. Under `accelerate launch` every process calls this."""
-    settings = spec.settings
-    device = resolve_device(settings.device)
+    device = resolve_device(spec.settings.device)
     team = join(device)
     state = PartialState(cpu=device.type == "cpu")  # the Trainer's device, at one process too
     reporter = reporter or Reporter(quiet=True)
     if not team.first:
         reporter = Reporter(quiet=True)
     source = open_compressed(spec.checkpoint)
+    manifest = read_manifest(source)
+    assert manifest is not None
+    settings = spec.settings.settled(manifest.modules)
+    spec = replace(spec, settings=settings)
     sources = [_parsed(text) for text in spec.data]
     dense = _dense_model(spec, source)
     before = load_report(source)
@@ -152,7 +155,9 @@ def _dense_model(spec: HealSpec, folder: Path) -> str | None:
         return None
     dense = spec.dense or (read_report(folder) or {}).get("model")
     if dense is None:
-        raise InputError(f"{spec.checkpoint} has no report that names its dense model: name it with --dense")
+        raise InputError(
+            f"{spec.checkpoint} has no report that names its dense model: name it with --dense, or give --distill none"
+        )
     check_model(dense)
     return str(dense)
 

@@ -29,11 +29,13 @@ def heal(
         str,
         typer.Option(
             metavar="WHAT",
-            help="factors: of every compressed weight; lrc: of those that lost half of their rank or more; "
-            "singular-values; principal: the largest 5% of the dense weights' entries; norms; all: everything.",
+            help="scales: of coded weights, with the norms; factors: of every compressed weight; lrc: of those that "
+            "lost half of their rank or more; singular-values; principal: the largest 5% of the dense weights' entries; "
+            "norms; all: everything [default: scales where weights are coded, else factors].",
+            show_default=False,
             rich_help_panel=HOW,
         ),
-    ] = "factors",
+    ] = "auto",
     optimizer: Annotated[
         str, typer.Option(metavar="adamw|lora-pro|scaled", help="How factors move.", rich_help_panel=HOW)
     ] = "adamw",
@@ -41,10 +43,12 @@ def heal(
         str,
         typer.Option(
             metavar="none|logits|features",
-            help="Learn from the text, from the dense model's logits, or from these and its hidden states.",
+            help="Learn from the text, from the dense model's logits, or from these and its hidden states "
+            "[default: logits for scales, else none].",
+            show_default=False,
             rich_help_panel=HOW,
         ),
-    ] = "none",
+    ] = "auto",
     dense: Annotated[
         str | None,
         typer.Option(

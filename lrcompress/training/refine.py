@@ -1,11 +1,13 @@
-"""`compress --refine`: a brief training of the factors against the dense model, before a checkpoint is published."""
+"""`compress --refine`: a brief training against the dense model, before a checkpoint is published."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from lrcompress.calibration.corpus import calibration_blocks
+from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.prepare import Opened
@@ -19,7 +21,9 @@ STEP_TOKENS = 2048
 
 
 def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> dict[str, Any]:
-    """Train what was written into `folder` for the recipe's minutes on its calibration text; see `improve`.
+    """Train the scales, where weights are coded, or else the factors of what was written into `folder`; see `improve`.
+
+    That takes the recipe's minutes, and its calibration text.
 
     The held-out windows of the calibration judge. The dense model stays in its files, a block in memory at a time.
     Several processes share the rows of a step.
@@ -34,14 +38,19 @@ def refine(opened: Opened, folder: Path, scratch: Path, reporter: Reporter) -> d
         dense, trust = opened.model.folder, recipe.trust_remote_code
         ids = calibration_blocks(request.sources, tokenizer, recipe.seed, dense, trust_remote_code=trust).ids
     rows, held_out = Rows.of_blocks(ids), Rows.of_blocks(calibration.held_out)
+    manifest = read_manifest(folder)
+    assert manifest is not None
     settings = Settings(
         distill="features",
         minutes=recipe.refine,
         batch=max(1, STEP_TOKENS // ids.shape[1]),
         seed=recipe.seed,
         device=str(request.device),
-    )
-    teacher = Teacher(opened.walker, rows, settings.batch, scratch / f"teacher-{processes().rank}", features=True)
+    ).settled(manifest.modules)
+    if settings.train == "scales":
+        settings = replace(settings, distill="logits")
+    states, features = scratch / f"teacher-{processes().rank}", settings.distill == "features"
+    teacher = Teacher(opened.walker, rows, settings.batch, states, features=features)
     return improve(
         folder, settings, rows, held_out, teacher, scratch / "training", reporter,
         trust_remote_code=recipe.trust_remote_code,

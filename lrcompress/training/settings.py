@@ -1,12 +1,17 @@
 """How to train: what a command line or a recipe asked for, checked."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from lrcompress.errors import InputError, nearest
+from lrcompress.formats.coded import Coded
+from lrcompress.formats.table import Table
+from lrcompress.protocols import Spec
 from lrcompress.training.choices import CHOICES
 from lrcompress.training.optimizers import OPTIMIZERS
 
+AUTO = "auto"
 DISTILLATIONS = ("none", "logits", "features")
 
 RATES = {
@@ -29,12 +34,13 @@ class Settings:
     """One of steps, tokens and minutes may be given; without them the rows are read once.
 
     lr: the highest learning rate, None for the default of what is trained. batch: rows of one process's forward pass;
-    accumulate: forward passes per step. dtype: of computations; auto is float32 on a CPU and bfloat16 elsewhere.
+    accumulate: forward passes per step. train and distill: `settled` replaces auto. dtype: of computations; auto is
+    float32 on a CPU and bfloat16 elsewhere.
     """
 
-    train: str = "factors"
+    train: str = AUTO
     optimizer: str = "adamw"
-    distill: str = "none"
+    distill: str = AUTO
     lr: float | None = None
     steps: int | None = None
     tokens: int | None = None
@@ -48,12 +54,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         for option, name, known in (
-            ("train", self.train, CHOICES),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("distill", self.distill, DISTILLATIONS),
+            ("train", self.train, [*CHOICES, AUTO]),
+            ("optimizer", self.optimizer, list(OPTIMIZERS)),
+            ("distill", self.distill, [*DISTILLATIONS, AUTO]),
         ):
             if name not in known:
-                raise InputError(f"--{option} {name!r} is unknown: {nearest(name, list(known))}")
+                raise InputError(f"--{option} {name!r} is unknown: {nearest(name, known)}")
         given = [f"--{k} {v}" for k in ("steps", "tokens", "minutes") if (v := getattr(self, k)) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)}: give one of them")
@@ -65,6 +71,16 @@ class Settings:
             raise InputError(f"--compute-dtype {self.dtype!r} cannot be trained in: auto, float32, bfloat16")
         if self.load_4bit and self.train in ("principal", "all"):
             raise InputError(f"--load-4bit quantises what is frozen, --train {self.train} trains it: leave one out")
+
+    def settled(self, stored: Mapping[str, Spec]) -> "Settings":
+        """With what auto stands for in a checkpoint of such weights.
+
+        That is scales against the dense model's logits where weights are coded, else factors on the text.
+        """
+        coded = any(spec.format in (Coded.name, Table.name) for spec in stored.values())
+        train = ("scales" if coded else "factors") if self.train == AUTO else self.train
+        distill = ("logits" if train == "scales" else "none") if self.distill == AUTO else self.distill
+        return replace(self, train=train, distill=distill)
 
     @property
     def rate(self) -> float:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from lrcompress.calibration.corpus import Source
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
+from lrcompress.formats.table import Table
 from lrcompress.heal import HealSpec, heal
+from lrcompress.model.surgery import stored_layers
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 from lrcompress.report.summary import load_report
@@ -33,6 +35,12 @@ KINDS = {
     "dictionary": {"method": {"name": "cospadi", "rounds": 2}, "ratio": 0.3},
     "sum16": {"method": {"name": "eora", "factor_bits": 16}, "base": "rtn:3:16", "rank": 3, "ratio": None},
     "sum8": {"method": {"name": "eora", "factor_bits": 8}, "base": "magnitude:2:4", "rank": 3, "ratio": None},
+    "coded": {
+        "method": {"name": "ecsq", "metric": "input"},
+        "bpw": 3,
+        "ratio": None,
+        "target": ["*embed_tokens", "*_proj"],
+    },
     "welore": {"method": "welore", "format": "low_rank", "ratio": 0.2, "dtype": "bfloat16"},
 }
 
@@ -84,7 +92,7 @@ def independent_loss(folder, rows):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint, tmp_path, healed, held_out):
-    source, train = checkpoint(kind), "norms" if kind == "sum8" else "factors"
+    source, train = checkpoint(kind), {"sum8": "norms", "coded": "scales"}.get(kind, "factors")
     result = healed(source, tmp_path / "out", train=train)
     out, found = tmp_path / "out", result.report["healed"]
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -95,9 +103,13 @@ def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint,
     modules = json.loads((source / "config.json").read_text())["quantization_config"]["modules"]
     old = tensors(source)
     for name in changed(source, out):
+        inside = any(name.startswith(module + ".") for module in modules)
+        if train == "scales":
+            assert name.endswith(".scales") if inside else "norm" in name
+            continue
         assert old[name].is_floating_point()
         assert not name.endswith("scale")
-        assert any(name.startswith(module + ".") for module in modules) is (train == "factors")
+        assert inside is (train == "factors")
     assert changed(source, out)
     # The held-out losses are those of the files, and the new one is lower.
     assert found["held_out"]["before"] == pytest.approx(independent_loss(source, held_out), rel=1e-5)
@@ -107,6 +119,30 @@ def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint,
     assert found["tokens"] == 6 * 4 * (SEQLEN - 1)
     assert not (tmp_path / "out.partial").exists()
     assert "held-out loss from" in (out / "README.md").read_text()
+
+
+def test_scales_of_every_coded_weight_move_by_fractions(checkpoint, tmp_path, healed):
+    source = checkpoint("coded")
+    found = healed(source, tmp_path / "out", train="scales", lr=1e-2).report["healed"]
+    modules = json.loads((source / "config.json").read_text())["quantization_config"]["modules"]
+    moved = {name for name in changed(source, tmp_path / "out") if name.endswith(".scales")}
+    assert len(moved) == len(modules)
+    before, after = (stored_layers(load(folder, dtype=torch.float32)) for folder in (source, tmp_path / "out"))
+    trained = 0
+    for name, layer in before.items():
+        old, new = ((layer.codes if isinstance(layer, Table) else layer).parts() for layer in (layer, after[name]))
+        assert torch.equal(old[0], new[0])
+        for a, b in zip(old[1:], new[1:], strict=True):
+            assert float((b / a - 1).abs().max()) < 6 * 1e-2 + 0.02  # six steps, and the grids of both
+            trained += len(a)
+    assert found["trainable"] - trained == sum(
+        p.numel() for n, p in load(source).named_parameters() if n.endswith("norm.weight")
+    )
+
+
+def test_where_nothing_is_coded_there_are_no_scales(checkpoint, tmp_path, healed):
+    with pytest.raises(InputError, match="none of its weights is coded; use --train factors"):
+        healed(checkpoint("low_rank"), tmp_path / "out", train="scales")
 
 
 def test_training_that_makes_it_worse_or_breaks_it_leaves_the_weights(checkpoint, tmp_path, healed):
