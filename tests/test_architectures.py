@@ -139,19 +139,25 @@ def mixture(make_model, tmp_path_factory):
     """mixture(family): a mixture of experts compressed with metric=input, once a module."""
     made = {}
 
-    def make(family):
-        if family not in made:
+    def make(family, **options):
+        key = (family, *options)
+        if key not in made:
             folder = tmp_path_factory.mktemp(family) / "model"
-            made[family] = compress_tiny(make_model(family), folder, method={"name": "lord", "metric": "input"})
-        return made[family]
+            options = options or {"method": {"name": "lord", "metric": "input"}}
+            made[key] = compress_tiny(make_model(family), folder, **options)
+        return made[key]
 
     return make
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_experts_by_the_dense_ones(make_model, mixture, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((family, {}) for family in MIXTURES), ("qwen3_moe", {"method": "ecsq", "bpw": 4, "ratio": None})],
+    ids=[*MIXTURES, "coded"],
+)
+def test_experts_by_the_dense_ones(make_model, mixture, tmp_path, family, options):
     """Loaded, exported and dequantised, it computes what the dense model does with the stored weights in its place."""
-    result = mixture(family)
+    result = mixture(family, **options)
     loaded = load(result.folder)
     assert sum(".experts." in target["name"] for target in result.report["targets"]) > 10
     expected = logits(with_dense_weights(load(make_model(family)), loaded))

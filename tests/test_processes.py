@@ -55,6 +55,7 @@ def same_checkpoint(one, other):
     ("method", "more"),
     [
         ("auto", ["--ratio", 0.3, "--target", "*_proj", "--target", "lm_head", "--shard-size", "20KB"]),
+        ("ecsq", ["--bpw", 4, "--set", "metric=input"]),
         pytest.param("eora", ["--rank", 2, "--base", "rtn:3:16", "--set", "toward_dense=0.5"], marks=pytest.mark.slow),
         pytest.param("cospadi", ["--ratio", 0.3, "--set", "group=2"], marks=pytest.mark.slow),
         pytest.param("lord", ["--ratio", 0.3, "--allocator", "sensitivity"], marks=pytest.mark.slow),

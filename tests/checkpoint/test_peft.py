@@ -19,6 +19,7 @@ STORED = {
     "quantized": {"method": "eora", "base": "rtn:3:16", "rank": 0, "ratio": None},
     "semi_sparse": {"method": "eora", "base": "magnitude:2:4", "rank": 0, "ratio": None},
     "sum": {"method": "eora", "base": "rtn:3:16", "rank": 2, "ratio": None},
+    "coded": {"method": {"name": "ecsq", "metric": "input"}, "bpw": 4, "ratio": None},
 }
 
 
@@ -56,7 +57,7 @@ def adapted(model):
             if "layers.1." in n and ".lora_A." in n}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["quantized", "semi_sparse"])
+@pytest.mark.parametrize("form", ["quantized", "semi_sparse", "coded"])
 def test_adapters_train_over_a_frozen_compressed_base(compressed, tmp_path, form):
     """As in QLoRA: PEFT takes the stored layers for linear ones, gradients reach the adapters and nothing else."""
     model = load(compressed(form))
@@ -90,7 +91,7 @@ def test_adapters_train_on_factors(compressed, form, inner):
 
 @pytest.mark.parametrize(
     ("form", "inner"),
-    [("low_rank", {"A", "B"}), ("pivoted", {"pivot", "rest"}), ("sum", {"A", "B", "base"}), ("quantized", {"up_proj"})],
+    [("low_rank", {"A", "B"}), ("pivoted", {"pivot", "rest"}), ("sum", {"A", "B", "base"}), ("quantized", {"up_proj"}), ("coded", {"up_proj"})],
 )
 def test_all_linear_finds_the_innermost_layers(compressed, form, inner):
     config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
