@@ -29,7 +29,7 @@ from lrcompress.stages.workspace import (
     write_json,
 )
 from lrcompress.training.distill import Teacher, open_teacher
-from lrcompress.training.improve import improve
+from lrcompress.training.improve import improve, training_dtype
 from lrcompress.training.rows import Rows, gather
 from lrcompress.training.settings import Settings
 
@@ -88,7 +88,8 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
         teacher = None
         if settings.distill != "none":
             assert dense is not None
-            walker = open_teacher(dense, state.device, trust_remote_code=spec.trust_remote_code)
+            dtype, trust = training_dtype(settings), spec.trust_remote_code
+            walker = open_teacher(dense, state.device, dtype, trust_remote_code=trust)
             folder = workspace.scratch / f"teacher-{team.rank}"
             teacher = Teacher(walker, train, settings.batch, folder, features=settings.distill == "features")
         start = time.perf_counter()

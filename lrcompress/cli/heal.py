@@ -30,8 +30,8 @@ def heal(
         typer.Option(
             metavar="WHAT",
             help="scales: of coded weights, with the norms; factors: of every compressed weight; lrc: of those that "
-            "lost half of their rank or more; singular-values; principal: the largest 5% of the dense weights' entries; "
-            "norms; all: everything [default: scales where weights are coded, else factors].",
+            "lost half of their rank or more; singular-values; principal: the largest 5% of the dense weights' "
+            "entries; norms; all: everything [default: scales where weights are coded, else factors].",
             show_default=False,
             rich_help_panel=HOW,
         ),

@@ -15,7 +15,6 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
-from lrcompress.model.device import compute_dtype
 from lrcompress.model.limits import known_tokens
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
@@ -34,10 +33,12 @@ POSITIONS = 256
 """Positions whose probabilities are compared at a time."""
 
 
-def open_teacher(label: str, device: torch.device, *, trust_remote_code: bool = False) -> BlockWalker:
-    """The dense model `label`, its embeddings and head in memory, its blocks in their files."""
+def open_teacher(
+    label: str, device: torch.device, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> BlockWalker:
+    """The dense model `label`, computing in `dtype`, its embeddings and head in memory, its blocks in their files."""
     skeleton, reader = open_skeleton(open_dense(label).folder, trust_remote_code=trust_remote_code)
-    return BlockWalker(skeleton, reader, device, compute_dtype(device, reader.dtype))
+    return BlockWalker(skeleton, reader, device, dtype)
 
 
 class Teacher:
