@@ -200,7 +200,7 @@ def check_run(recipe: Recipe) -> None:
     if other != recipe.model:
         read_config_file(open_model(other).folder)
     check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
-    check_expectations(expectations, tasks, ("bytes", "stored_ratio"), compared=spec.against is not None)
+    check_expectations(expectations, tasks, ("bytes", "stored_ratio", "bpw"), compared=spec.against is not None)
 
 
 def run_recipe(

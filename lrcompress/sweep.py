@@ -25,7 +25,7 @@ from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import versions
+from lrcompress.report.summary import bits_stored, versions
 from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_amount, check_request, open_parts
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.search import branch
@@ -86,16 +86,19 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     return result
 
 
+COLUMNS = ("method", "ratio", "seed", "stored_ratio", "bpw", "bytes", "seconds")
+"""Of the CSV, before what was measured."""
+
+
 def as_csv(result: dict[str, Any]) -> str:
     """A row per point, a column per metric; the dense model first."""
     metrics = metrics_of(result)
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["method", "ratio", "seed", "stored_ratio", "bytes", "seconds", *map(":".join, metrics)])
+    writer.writerow([*COLUMNS, *map(":".join, metrics)])
     for row in [result["dense"], *result["points"]]:
         values = [row["results"].get(task, {}).get(key, "") for task, key in metrics]
-        head = [row.get(key, "") for key in ("method", "ratio", "seed", "stored_ratio", "bytes", "seconds")]
-        writer.writerow([*head, *values])
+        writer.writerow([*(row.get(key, "") for key in COLUMNS), *values])
     return out.getvalue()
 
 
@@ -288,6 +291,7 @@ def _point(
         "ratio": point.ratio,
         "seed": point.seed,
         "stored_ratio": report["ratio"]["stored"],
+        "bpw": bits_stored(report),
         "bytes": report["bytes"]["checkpoint"],
         "seconds": seconds,
         "warnings": report["warnings"],

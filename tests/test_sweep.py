@@ -47,6 +47,7 @@ def test_points_are_the_checkpoints_of_single_runs(llama, swept, tmp_path):
         swept_file = folder / f"{name}-0.4-seed0" / "model.safetensors"
         assert swept_file.read_bytes() == (alone.folder / "model.safetensors").read_bytes()
     assert all(p["stored_ratio"] >= p["ratio"] for p in result["points"])
+    assert all(p["bpw"] == pytest.approx(32 * (1 - p["stored_ratio"])) for p in result["points"])  # of float32
 
 
 def test_the_table_says_what_the_points_say(swept):

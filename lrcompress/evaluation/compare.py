@@ -26,7 +26,7 @@ from lrcompress.model.device import memory_errors
 from lrcompress.model.limits import known_tokens, length_warning
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import load_report
+from lrcompress.report.summary import bits_stored, load_report
 
 Results = dict[str, dict[str, Any]]
 T = TypeVar("T")
@@ -234,7 +234,7 @@ def facts_of(folder: Path) -> dict[str, float]:
     facts = {"bytes": float(CheckpointReader(folder).bytes)}
     report = load_report(folder)
     if report is not None:
-        facts["stored_ratio"] = float(report["ratio"]["stored"])
+        facts |= {"stored_ratio": float(report["ratio"]["stored"]), "bpw": bits_stored(report)}
     return facts
 
 

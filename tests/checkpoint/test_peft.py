@@ -91,7 +91,13 @@ def test_adapters_train_on_factors(compressed, form, inner):
 
 @pytest.mark.parametrize(
     ("form", "inner"),
-    [("low_rank", {"A", "B"}), ("pivoted", {"pivot", "rest"}), ("sum", {"A", "B", "base"}), ("quantized", {"up_proj"}), ("coded", {"up_proj"})],
+    [
+        ("low_rank", {"A", "B"}),
+        ("pivoted", {"pivot", "rest"}),
+        ("sum", {"A", "B", "base"}),
+        ("quantized", {"up_proj"}),
+        ("coded", {"up_proj"}),
+    ],
 )
 def test_all_linear_finds_the_innermost_layers(compressed, form, inner):
     config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
