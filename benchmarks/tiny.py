@@ -62,6 +62,13 @@ TOWERS = ("vision", "audio", "image", "qformer", "encoder", "vq", "vit", "projec
 """Parts of the names of sub-configs that are towers."""
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"layer_types": None, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
@@ -79,7 +86,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
@@ -87,7 +94,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"], "num_hidden_layers": 6},
+    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"], "num_hidden_layers": 6},
 }
 """By model type, what the tables get wrong: entries of its own config."""
 

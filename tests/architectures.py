@@ -88,6 +88,10 @@ def configs() -> dict[str, Any]:
             layer_types=["linear_attention", "full_attention", "linear_attention"],
             **{**grouped, "num_key_value_heads": 4},
         ),
+        "zamba2": t.Zamba2Config(  # its attention is one, called after several blocks
+            **{**sizes, "num_hidden_layers": 4}, layers_block_type=["mamba", "hybrid", "hybrid", "mamba"], chunk_size=16,
+            mamba_d_state=4, mamba_headdim=8,
+        ),
     }  # fmt: skip
 
 

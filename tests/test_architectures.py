@@ -228,6 +228,18 @@ def test_blocks_that_read_more_than_hidden_states(make_model, tmp_path, family, 
     generates(loaded)
 
 
+def test_what_several_blocks_share_is_left_as_it_is(make_model, tmp_path):
+    model, shared = make_model("zamba2"), "model.layers.1.shared_transformer.self_attn.q_proj"
+    result = compress_tiny(model, tmp_path / "out", calibration=SHORT)
+    loaded = load(result.folder)
+    assert stored_layers(loaded)
+    assert not any("shared_transformer" in name for name in stored_layers(loaded))
+    expected = logits(with_dense_weights(load(model), loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+    with pytest.raises(InputError, match=f"{shared} shares its weight with .*layers.2.*leave it out"):
+        compress_tiny(model, tmp_path / "asked", target=[shared], calibration=SHORT)
+
+
 @pytest.mark.parametrize(
     ("family", "stored", "named"),
     [

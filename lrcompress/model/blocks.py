@@ -24,7 +24,7 @@ from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.limits import known_tokens
-from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored
+from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored, tied_names
 from lrcompress.protocols import TensorSource
 
 PROBED = 16
@@ -46,6 +46,16 @@ class _Ran(Exception):
         self.handed = handed
 
 
+def _shared_names(model: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """Model name to stored name of parameters that the files hold under another name of theirs (Zamba's blocks)."""
+    found = {}
+    for name, others in tied_names(model).items():
+        holder = next((other for other in sorted(others) if other in names), None)
+        if name not in names and holder is not None:
+            found[name] = names[holder]
+    return found
+
+
 class BlockWalker:
     """A model whose blocks are loaded, run and dropped one at a time; the rest of it stays in memory.
 
@@ -60,6 +70,7 @@ class BlockWalker:
         self.blocks = find_blocks(model)
         self.names = checkpoint_names(model, source.names(), source.made())
         _check_shapes(model, self.names, source)
+        self._shared = _shared_names(model, self.names)
         self.calls: list[Call] = []
         self.layouts: list[Layout] = []
         """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
@@ -142,8 +153,9 @@ class BlockWalker:
             release_freed()
 
     def _names_in(self, index: int) -> dict[str, str]:
-        """Model name to stored name of block `index`'s tensors."""
-        return {k: v for k, v in self.names.items() if k.startswith(self.blocks[index] + ".")}
+        """Model name to stored name of block `index`'s tensors, those of an earlier block that it shares among them."""
+        names = {**self.names, **self._shared}
+        return {k: v for k, v in names.items() if k.startswith(self.blocks[index] + ".")}
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """A sample's state (1, length, width) after block `index`, called as the model calls it."""

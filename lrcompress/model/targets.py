@@ -58,9 +58,9 @@ def find_sites(
     """The sites in the order of the model; each starts as a group of its own (see `group_sites`).
 
     Without `target` patterns every linear layer inside the blocks is one, but for those that choose experts so far as
-    `_routers` knows them. A pattern is a glob on the module path or `re:...`; one that matches nothing is an
-    InputError. With `tokens` patterns may match the input embeddings too, which stand first; a head that is tied to
-    them follows. `whole`: without patterns both are sites as well, where they can be.
+    `_routers` knows them, and those that several blocks share. A pattern is a glob on the module path or `re:...`; one
+    that matches nothing is an InputError. With `tokens` patterns may match the input embeddings too, which stand first;
+    a head that is tied to them follows. `whole`: without patterns both are sites as well, where they can be.
     """
     embeddings = input_embeddings(model)
     if embeddings is not None and target and not tokens:
@@ -71,6 +71,7 @@ def find_sites(
         wanted = set(_matching({**lookups, **linears}, target, "--target"))
     else:
         wanted = {name for name in linears if _block(name, blocks) < len(blocks)} - _routers(model, linears)
+        wanted -= _shared(model, linears, blocks)
         wanted |= _of_tokens(model, lookups, linears, blocks) if whole else set()
     dropped = set(_matching({**lookups, **linears}, ignore, "--ignore"))
     sites = [_embedding_site(model, name, blocks) for name in lookups if name in wanted - dropped]
@@ -80,9 +81,26 @@ def find_sites(
             site = _site(linears[name], name, blocks)
             head = tokens and linears[name] is model.get_output_embeddings()  # type: ignore[operator]
             sites.append(replace(site, head=name) if head else site)
+    shared = _shared(model, linears, blocks)
+    refuse_tied(model, [site for site in sites if site.name in shared])
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")
     return sites
+
+
+def _shared(model: nn.Module, linears: Mapping[str, nn.Module], blocks: Sequence[str]) -> set[str]:
+    """Layers of blocks whose weight is another layer's too, as in Zamba."""
+    tied = tied_names(model)
+    return {
+        name
+        for name, layer in linears.items()
+        if _block(name, blocks) < len(blocks)
+        and any(_holder(model, other) is not layer for other in tied.get(f"{name}.weight", ()))
+    }
+
+
+def _holder(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 def _of_tokens(

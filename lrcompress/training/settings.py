@@ -20,7 +20,7 @@ RATES = {
     "singular-values": 1e-2,
     "principal": 3e-4,
     "norms": 3e-3,
-    "scales": 3e-3,
+    "scales": 2e-3,
     "all": 1e-4,
 }
 """Learning rates of adamw by what is trained, for models of about 100 M parameters; larger ones take smaller."""
