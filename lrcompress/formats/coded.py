@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.coding import decode, encode
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
+from lrcompress.formats.base import DENSE_PRODUCT, FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
 from lrcompress.protocols import Spec
 
 GRID_BYTES = 16
@@ -120,6 +120,10 @@ class CodedWeight(StoredLinear):
         bias = [] if self.bias is None else [self.bias]
         return held(*parts, *bias)
 
+    def kernel(self, rows: int) -> str:
+        codes, scales, _ = self.parts()
+        return "int8 (torch)" if self._takes_integers(rows, scales.dtype, codes) else DENSE_PRODUCT
+
     def check_indices(self) -> None:
         """Decodes, which finds every damage; see `lay_out`."""
         self.lay_out()
@@ -166,21 +170,21 @@ class CodedWeight(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         codes, rows, columns = self.parts()
         x = x * columns
-        if self._takes_integers(x, codes):
+        if not torch.is_grad_enabled() and self._takes_integers(x[..., 0].numel(), x.dtype, codes):
             y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), codes, rows)
             y = y.reshape(*x.shape[:-1], self.out_features)
         else:
             y = nn.functional.linear(x, codes.to(x.dtype)) * rows
         return y if self.bias is None else y + self.bias
 
-    def _takes_integers(self, x: Tensor, codes: Tensor) -> bool:
-        """Whether torch's product with int8 weights is right, and the faster one, for these rows.
+    def _takes_integers(self, rows: int, dtype: torch.dtype, codes: Tensor) -> bool:
+        """Whether torch's product with int8 weights, which has no gradients, is right and the faster one.
 
-        It has no gradients, and in bfloat16 errs where a row is no multiple of 16 (torch 2.13).
+        In bfloat16 it errs where a row is no multiple of 16 (torch 2.13).
         """
-        right = codes.dtype == torch.int8 and codes.device.type == "cpu" and not torch.is_grad_enabled()
-        whole = x.dtype != torch.bfloat16 or self.in_features % 16 == 0
-        return right and whole and 0 < x.numel() <= FEW_ROWS * self.in_features
+        right = codes.dtype == torch.int8 and codes.device.type == "cpu"
+        whole = dtype != torch.bfloat16 or self.in_features % 16 == 0
+        return right and whole and 0 < rows <= FEW_ROWS
 
 
 @FORMATS.register

@@ -58,6 +58,9 @@ class Table(StoredLinear):
     def touched_bytes(self, rows: int) -> int:
         return self.codes.touched_bytes(rows)
 
+    def kernel(self, rows: int) -> str:
+        return self.codes.kernel(rows)
+
     def check_indices(self) -> None:
         self.codes.check_indices()
 
