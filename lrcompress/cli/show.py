@@ -152,16 +152,29 @@ def show_bench(result: dict[str, Any], *, quiet: bool) -> None:
         both = result["against"] is not None
         for key, name, shown in (
             ("load_seconds", "load", lambda value: f"{value:.2f} s"),
-            ("rss_bytes", "resident memory", lambda value: f"{value / 1e6:.1f} MB"),
+            ("rss_bytes", "growth of resident memory", lambda value: f"{value / 1e6:.1f} MB"),
             ("bytes", "checkpoint", lambda value: f"{value / 1e6:.1f} MB"),
         ):
             dense, own = result[key]["dense"], result[key]["compressed"]
             out.print(f"{name}: {shown(own)}" + (f", dense {shown(dense)}" if both else ""))
         if both:
-            out.print(
-                "bound: dense over compressed, multiply-adds (prefill) or bytes of weights read (decode), linear layers"
-            )
+            out.print("bound: dense over compressed in linear layers, of")
+        for phase, bound in result["bounds"].items():
+            sides = ["compressed", *(["dense"] if both else [])]
+            out.print(f"  {phase}: {', '.join(_bound(bound, side) for side in sides)}")
+        for phase, kernels in result["kernels"].items():
+            taken = ", ".join(f"{count} of {kernel}" for kernel, count in sorted(kernels.items()))
+            if taken:
+                out.print(f"kernels in {phase}: {taken}")
     _show_expectations(result["expectations"], quiet=quiet)
+
+
+def _bound(bound: dict[str, Any], side: str) -> str:
+    """What bounds one side, with its unit."""
+    value, own = bound[side], "dense " if side == "dense" else ""
+    if bound["unit"] == "weight_bytes_per_step":
+        return f"{own}{value / 1e6:.1f} MB of weights in memory read a step"
+    return f"{own}{value / 1e6:.1f} M multiply-adds a token"
 
 
 def _bench_table(result: dict[str, Any]) -> Table:

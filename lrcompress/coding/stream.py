@@ -99,6 +99,12 @@ def decode(stream: Tensor, shape: tuple[int, int], rows: slice | None = None, th
     return out[first - base : max(last, first) - base]
 
 
+def energies(stream: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of rows (m,) and of columns (n,), uint8: they grow with the mean size of their codes. Errors as of `decode`."""
+    classes = _read(stream.contiguous().cpu().numpy(), shape).classes
+    return torch.from_numpy(classes.row), torch.from_numpy(classes.column)
+
+
 def _checked(codes: Tensor) -> None:
     if (
         codes.ndim != 2

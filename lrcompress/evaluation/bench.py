@@ -78,7 +78,7 @@ def bench(
             prints[side] = footprint(label, **options)  # type: ignore[arg-type]
         runners = {side: _runner(label, options) for side, label in labels.items()}
         _check_fit(runners, spec)
-        rows, bounds = _rows(runners, spec, reporter)
+        rows, bounds, kernels = _rows(runners, spec, reporter)
     result: dict[str, Any] = {
         "schema": 1,
         "model": model,
@@ -88,6 +88,7 @@ def bench(
         "rss_bytes": _sides({side: p.rss_bytes for side, p in prints.items()}),
         "bytes": _sides({side: CheckpointReader(r.folder).bytes for side, r in runners.items()}),
         "bounds": bounds,
+        "kernels": kernels,
         "settings": _settings(runners[COMPRESSED].model, spec),
     }
     own, other = (_metrics(result, side) for side in (COMPRESSED, DENSE))
@@ -139,12 +140,13 @@ def _check_fit(runners: dict[str, _Runner], spec: BenchSpec) -> None:
 
 def _rows(
     runners: dict[str, _Runner], spec: BenchSpec, reporter: Reporter
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows, and the bounds of the first of either phase."""
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, dict[str, int]]]:
+    """The rows, and the bounds and the compressed model's kernels of the first of either phase."""
     vocabulary = min(known_tokens(r.model) for r in runners.values())
     device = next(runners[COMPRESSED].model.parameters()).device
     rows: list[dict[str, Any]] = []
     bounds: dict[str, Any] = {}
+    kernels: dict[str, dict[str, int]] = {}
     points = [(batch, context) for batch in spec.batches for context in spec.contexts]
     with reporter.phase("bench", len(points)) as tick:
         for batch, context in points:
@@ -155,10 +157,11 @@ def _rows(
             for phase, tokens in zip(PHASES, (batch * context, batch * spec.new_tokens), strict=True):
                 bound = _bound(phase, {side: work[phase] for side, work in works.items()}, batch * context)
                 bounds.setdefault(phase, bound)
+                kernels.setdefault(phase, dict(works[COMPRESSED][phase].kernels))
                 taken = {side: times[phase] for side, times in seconds.items()}
                 rows.append(_row(phase, batch, context, tokens, taken, bound["speedup"]))
             tick()
-    return rows, bounds
+    return rows, bounds, kernels
 
 
 @torch.inference_mode()

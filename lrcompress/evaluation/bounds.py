@@ -1,7 +1,8 @@
 """How much a run multiplies and moves: what bounds the gain of a compressed model."""
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,10 +17,11 @@ from lrcompress.model.targets import is_conv1d
 @dataclass
 class Work:
     """Of the linear layers that ran, the output head and the experts among them; what is left out: attention's own
-    products, routers, norms."""
+    products, routers, norms. kernels: how many weights of which format were multiplied by what."""
 
     multiply_adds: int = 0
     weight_bytes: int = 0
+    kernels: Counter[str] = field(default_factory=Counter)
 
 
 def counted(model: nn.Module, run: Callable[[], Any]) -> tuple[Work, Any]:
@@ -33,6 +35,7 @@ def counted(model: nn.Module, run: Callable[[], Any]) -> tuple[Work, Any]:
         if isinstance(layer, StoredLinear):
             work.multiply_adds += rows * layer.multiply_adds(rows)
             work.weight_bytes += layer.touched_bytes(rows)
+            work.kernels[f"{layer.name}: {layer.kernel(rows)}"] += 1
         else:
             work.multiply_adds += rows * layer.weight.numel()  # type: ignore[operator,union-attr]
             work.weight_bytes += held(*layer.parameters(recurse=False))

@@ -15,6 +15,9 @@ from lrcompress.registry import Registry
 DENSE = "dense"
 """The format of a weight that is left as it is: an ordinary layer, with no entry in the manifest."""
 
+DENSE_PRODUCT = "dense product"
+"""What StoredLinear.kernel calls torch's ordinary product with a whole matrix or with whole factors."""
+
 RIGHT_FACTORS = ("A.weight", "pivot.weight")
 """What the layer of StoredLinear.right_factor is called in the formats that have one."""
 
@@ -77,6 +80,10 @@ class StoredLinear(nn.Module, ABC):
 
         What every call decodes is read as it is stored, written decoded and read again. A bias is included.
         """
+
+    def kernel(self, rows: int) -> str:
+        """Name, for people, of what multiplies `rows` rows without gradients in the state that this layer is in."""
+        return DENSE_PRODUCT
 
     def factor_names(self) -> list[str]:
         """Parameters that training moves: none that scales integer codes, which are all named so."""

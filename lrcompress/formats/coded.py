@@ -1,15 +1,18 @@
 """Coded: integer codes through an entropy coder, a scale for every row and every column."""
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.coding import decode, encode
+from lrcompress.coding import decode, encode, energies
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
+from lrcompress.formats.base import DENSE_PRODUCT, FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
+from lrcompress.kernels import tiles
+from lrcompress.kernels.tiles import Tiles
 from lrcompress.protocols import Spec
 
 GRID_BYTES = 16
@@ -21,6 +24,9 @@ bfloat16 with 8192 x 2048 codes takes 0.46 ms instead of 22, 16 rows of float32 
 
 LEVELS = 255
 """Largest index of a scale."""
+
+TILES, PANELS, INT8 = "tiles", "tiles, by panels", "int8 (torch)"
+"""What multiplies, see `CodedWeight.kernel`."""
 
 
 @dataclass(frozen=True)
@@ -56,39 +62,45 @@ class Scales:
     @classmethod
     def read(cls, stored: Tensor, rows: int, columns: int) -> "Scales":
         """Inverse of `stored`, on its device; InputError where a grid makes no finite scale."""
+        return cls(*tiles.scales(cls.levels(stored), stored[GRID_BYTES:], (rows, columns)))
+
+    @staticmethod
+    def levels(stored: Tensor) -> Tensor:
+        """The points of both grids (2, 256), float32 as int32 (kernels/tiles.py); InputError as `read`."""
         grid = struct.unpack("<4f", bytes(stored[:GRID_BYTES].tolist()))
-        found = []
-        for (low, step), index in zip((grid[:2], grid[2:]), stored[GRID_BYTES:].split([rows, columns]), strict=True):
-            largest = low + LEVELS * step
-            if not (-126 <= low <= 127 and 0 <= step and largest <= 127):
+        points = torch.arange(LEVELS + 1, dtype=torch.float64, device=stored.device)
+        for low, step in (grid[:2], grid[2:]):
+            if not (-126 <= low <= 127 and 0 <= step and low + LEVELS * step <= 127):
                 raise InputError("the grid of a weight's scales is impossible: the checkpoint is damaged, get it again")
-            found.append(torch.exp2(low + step * index.double()).float())
-        return cls(*found)
+        return (
+            torch.stack([torch.exp2(low + step * points) for low, step in (grid[:2], grid[2:])])
+            .float()
+            .view(torch.int32)
+        )
 
 
 class CodedWeight(StoredLinear):
     """W = row_scale ∘ codes ∘ column_scale: y = row_scale ∘ (codes (column_scale ∘ x)).
 
     In files: stream (length,) uint8, the codes (coding/stream.py), and scales (16 + out + in,) uint8 (`Scales`). Loaded
-    (`lay_out`): codes (out, in) of the smallest integers that hold them, row_scale (out,) and column_scale (in,); a
-    state dict has what the files have. These three are buffers, and only once they are there: accelerate looks for
-    every parameter of a layer that it offloads in the state dict.
+    (`lay_out`): `levels` of the scales, and the codes as tiles (kernels/tiles.py), or where there can be none as codes
+    (out, in) of the smallest integers that hold them; a state dict has what the files have. These are buffers, and
+    only once they are there: accelerate looks for every parameter of a layer that it offloads in the state dict.
     """
 
     name: ClassVar[str] = "coded"
     bias: nn.Parameter | None
+    scales: Tensor
     stream: Tensor | None
-    scales: Tensor | None
+    levels: Tensor | None
     codes: Tensor | None
-    row_scale: Tensor | None
-    column_scale: Tensor | None
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         self.register_buffer("stream", torch.empty(spec.parameters["length"], dtype=torch.uint8))
         size = GRID_BYTES + self.out_features + self.in_features
         self.register_buffer("scales", torch.empty(size, dtype=torch.uint8))
-        self._hold(None, None, None)
+        self._hold({})
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
         self.register_state_dict_post_hook(_as_stored)
         self.register_load_state_dict_pre_hook(_make_room)
@@ -116,71 +128,110 @@ class CodedWeight(StoredLinear):
         return stored if bias is None else {**stored, "bias": bias}
 
     def touched_bytes(self, rows: int) -> int:
-        parts = self.parts()
-        bias = [] if self.bias is None else [self.bias]
-        return held(*parts, *bias)
+        read = [self.scales, *self._laid_out().values(), *([] if self.bias is None else [self.bias])]
+        decoded = 2 * self.out_features * self.in_features * self.weight.itemsize
+        return held(*read) + (0 if self.kernel(rows) in (TILES, INT8) else decoded)
+
+    def kernel(self, rows: int) -> str:
+        own = self._laid_out()
+        if "codes" not in own:
+            return TILES if rows <= tiles.FEW else PANELS
+        return INT8 if self._takes_integers(rows, self.weight.dtype, own["codes"]) else DENSE_PRODUCT
 
     def check_indices(self) -> None:
         """Decodes, which finds every damage; see `lay_out`."""
         self.lay_out()
 
     def lay_out(self) -> None:
-        if self.codes is not None or self.stream is None:
-            return
-        self._hold(*self.parts())
-        self.stream = None
+        if self.stream is not None:
+            packed = self._packed()
+            own = self._laid_out() if packed is None else {**packed._asdict(), "levels": Scales.levels(self.scales)}
+            self._hold(own)
+            self.stream = None
 
-    def _hold(self, *tensors: Tensor | None) -> None:
-        """Set codes, row_scale and column_scale."""
-        for name, tensor in zip(("codes", "row_scale", "column_scale"), tensors, strict=True):
+    def _packed(self) -> Tiles | None:
+        """Tiles of the stream, decoded a block of rows at a time; None where there can be none."""
+        assert self.stream is not None
+        if self.stream.device.type != "cpu":
+            return None
+        return tiles.pack(self.spec.shape, energies(self.stream, self.spec.shape), self._decoded)
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set levels and either codes or what tiles are."""
+        for name in ("levels", "codes", *Tiles._fields):
             if hasattr(self, name):
                 delattr(self, name)
-            if tensor is None:
-                setattr(self, name, None)
+            if name in tensors:
+                self.register_buffer(name, tensors[name], persistent=False)
             else:
-                self.register_buffer(name, tensor, persistent=False)
+                setattr(self, name, None)
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (out, in) and the scales of rows and of columns, decoded where they have not been laid out."""
-        if self.codes is not None:
-            assert self.row_scale is not None
-            assert self.column_scale is not None
-            return self.codes, self.row_scale, self.column_scale
+    def _laid_out(self) -> dict[str, Tensor]:
+        """Levels and codes or tiles by name; codes that are decoded now where nothing has been laid out."""
+        if self.stream is None:
+            return {k: v for k in ("levels", "codes", *Tiles._fields) if (v := getattr(self, k)) is not None}
+        codes = self._decoded(slice(None)).to(self.stream.device)
+        return {"levels": Scales.levels(self.scales), "codes": codes}
+
+    def _decoded(self, rows: slice) -> Tensor:
         assert self.stream is not None
-        codes = decode(self.stream, self.spec.shape).to(self.stream.device)
-        return codes, *self.stored_scales()
+        return decode(self.stream, self.spec.shape, rows)
 
-    def stored_scales(self) -> tuple[Tensor, Tensor]:
-        """Those of rows and of columns that the files have, in the computing dtype."""
-        assert self.scales is not None
-        scales = Scales.read(self.scales, self.out_features, self.in_features)
-        return scales.rows.to(self.weight.dtype), scales.columns.to(self.weight.dtype)
+    def integers(self) -> Tensor:
+        """The codes (out, in)."""
+        own = self._laid_out()
+        return own["codes"] if "codes" in own else tiles.codes(_tiles(own))
 
     def dense(self) -> Tensor:
-        codes, rows, columns = self.parts()
-        return codes.to(rows.dtype) * rows[:, None] * columns
+        own = self._laid_out()
+        if "codes" not in own:
+            return tiles.dense(_tiles(own), own["levels"], self.scales[GRID_BYTES:], self.weight.dtype)
+        rows, columns = self._scales(own, self.weight.dtype)
+        return own["codes"].to(rows.dtype) * rows[:, None] * columns
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
+    def _scales(self, own: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows, columns = tiles.scales(own["levels"], self.scales[GRID_BYTES:], self.spec.shape)
+        return rows.to(dtype), columns.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        codes, rows, columns = self.parts()
-        x = x * columns
-        if self._takes_integers(x, codes):
-            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), codes, rows)
-            y = y.reshape(*x.shape[:-1], self.out_features)
+        own = self._laid_out()
+        if "codes" in own:
+            y = self._whole_product(x, own)
         else:
-            y = nn.functional.linear(x, codes.to(x.dtype)) * rows
+            y = tiles.linear(x, _tiles(own), own["levels"], self.scales[GRID_BYTES:])
         return y if self.bias is None else y + self.bias
 
-    def _takes_integers(self, x: Tensor, codes: Tensor) -> bool:
-        """Whether torch's product with int8 weights is right, and the faster one, for these rows.
+    def rows(self, wanted: Tensor) -> Tensor:
+        """Rows (..., in) of the weight for integers (...)."""
+        own = self._laid_out()
+        if "codes" not in own:
+            return tiles.rows_of(wanted, _tiles(own), own["levels"], self.scales[GRID_BYTES:], self.weight.dtype)
+        rows, columns = self._scales(own, self.weight.dtype)
+        return own["codes"][wanted].to(rows.dtype) * rows[wanted][..., None] * columns
 
-        It has no gradients, and in bfloat16 errs where a row is no multiple of 16 (torch 2.13).
+    def _whole_product(self, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        codes, (rows, columns) = own["codes"], self._scales(own, x.dtype)
+        x = x * columns
+        if not torch.is_grad_enabled() and self._takes_integers(x[..., 0].numel(), x.dtype, codes):
+            y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), codes, rows)
+            return y.reshape(*x.shape[:-1], self.out_features)
+        return nn.functional.linear(x, codes.to(x.dtype)) * rows
+
+    def _takes_integers(self, rows: int, dtype: torch.dtype, codes: Tensor) -> bool:
+        """Whether torch's product with int8 weights, which has no gradients, is right and the faster one.
+
+        In bfloat16 it errs where a row is no multiple of 16 (torch 2.13).
         """
-        right = codes.dtype == torch.int8 and codes.device.type == "cpu" and not torch.is_grad_enabled()
-        whole = x.dtype != torch.bfloat16 or self.in_features % 16 == 0
-        return right and whole and 0 < x.numel() <= FEW_ROWS * self.in_features
+        right = codes.dtype == torch.int8 and codes.device.type == "cpu"
+        whole = dtype != torch.bfloat16 or self.in_features % 16 == 0
+        return right and whole and 0 < rows <= FEW_ROWS
+
+
+def _tiles(own: Mapping[str, Tensor]) -> Tiles:
+    return Tiles(*(own[name] for name in Tiles._fields))
 
 
 @FORMATS.register
@@ -189,19 +240,15 @@ class Coded(CodedWeight, LeafLinear):  # type: ignore[misc]
 
 
 def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    """Put what the files have in the place of what was laid out; scales that moved get a grid of their own."""
+    """Put what the files have in the place of what was laid out."""
     assert isinstance(module, CodedWeight)
-    if module.codes is None:
-        return
-    codes, rows, columns = module.parts()
-    state[prefix + "stream"] = encode(codes)
-    if not all(map(torch.equal, (rows, columns), module.stored_scales())):
-        state[prefix + "scales"] = Scales(rows, columns).stored()
+    if module.stream is None:
+        state[prefix + "stream"] = encode(module.integers())
 
 
 def _make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Take a stream again where one is to be loaded."""
     assert isinstance(module, CodedWeight)
-    if prefix + "stream" in state and module.codes is not None:
+    if prefix + "stream" in state and module.stream is None:
         module.stream = torch.empty_like(state[prefix + "stream"])
-        module._hold(None, None, None)
+        module._hold({})

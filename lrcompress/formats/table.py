@@ -15,10 +15,7 @@ class Codes(CodedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in) of integers x (...); otherwise the product x Wᵀ (..., out) of x (..., in)."""
-        if x.is_floating_point():
-            return super().forward(x)
-        codes, rows, columns = self.parts()
-        return codes[x].to(rows.dtype) * rows[x][..., None] * columns
+        return super().forward(x) if x.is_floating_point() else self.rows(x)
 
 
 @FORMATS.register
@@ -57,6 +54,9 @@ class Table(StoredLinear):
 
     def touched_bytes(self, rows: int) -> int:
         return self.codes.touched_bytes(rows)
+
+    def kernel(self, rows: int) -> str:
+        return self.codes.kernel(rows)
 
     def check_indices(self) -> None:
         self.codes.check_indices()

@@ -15,7 +15,14 @@ from lrcompress.folders import cache_folder
 
 FOLDER = "kernels"
 """Of the cache, for compiled libraries."""
-FLAGS = ("-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+WISHES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+"""Flags that not every compiler has, the best first. The OpenMP that is loaded is the one that torch's wheels bring."""
+WITHOUT = {
+    "rans": "runs in numpy, many times slower",
+    "tiles": "are not used: coded weights take 8 bits or more each in memory",
+}
+"""What is said where a library cannot be had."""
 CURE = "install a C compiler (cc, or name one by CC) for speed; results are the same without"
 
 
@@ -41,23 +48,25 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def _warn(name: str, reason: str) -> None:
-    warnings.warn(f"{name} runs in numpy, many times slower ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{name} {WITHOUT[name]} ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
 
 
 def _compiled(source: Path, compiler: list[str]) -> Path:
     version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, _processor()])
+    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, *map(str, WISHES), _processor()])
     target = cache_folder() / FOLDER / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compiling-") as folder:
         made = Path(folder) / target.name
-        command = [*compiler, *FLAGS, str(source), "-o", str(made)]
-        try:
-            _run([*command, "-march=native"])
-        except subprocess.CalledProcessError:
-            _run(command)
+        for wished in WISHES:
+            try:
+                _run([*compiler, *FLAGS, *wished, str(source), "-o", str(made)])
+                break
+            except subprocess.CalledProcessError:
+                if not wished:
+                    raise
         made.replace(target)
     return target
 

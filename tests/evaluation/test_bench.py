@@ -125,6 +125,8 @@ def test_bounds_are_those_of_the_shapes(light, llama, compressed):
     assert [row["bound"] for row in result["rows"]] == 2 * [prefill["speedup"], decode["speedup"]]
     assert decode["speedup"] == pytest.approx((linear + head) / (kept + head))
     assert result["bytes"] == {"dense": reader.bytes, "compressed": CheckpointReader(compressed).bytes}
+    stored = sum(t["format"] == "low_rank" for t in report["targets"])
+    assert result["kernels"] == {key: {"low_rank: dense product": stored} for key in ("prefill", "decode")}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
@@ -216,7 +218,8 @@ def test_the_command_line(llama, compressed, tmp_path):
     assert done.returncode == 1, done.stderr
     assert "MISSED decode_speedup <= 0" in done.stdout
     assert "met bytes <= 200MB" in done.stdout
-    assert "bound" in done.stdout
+    assert "MB of weights in memory read a step, dense" in done.stdout
+    assert "low_rank: dense product" in done.stdout
     written = json.loads((tmp_path / "b.json").read_text())
     assert len(written["rows"]) == 4
     assert all(row["dense_tokens_per_s"] > 0 and row["speedup"] > 0 for row in written["rows"])
