@@ -46,7 +46,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def _warn(name: str, reason: str) -> None:
-    warnings.warn(f"{name} runs in numpy, many times slower ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{name} runs uncompiled, many times slower ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
 
 
 def _compiled(source: Path, compiler: list[str]) -> ctypes.CDLL:
