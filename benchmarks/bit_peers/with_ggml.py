@@ -6,6 +6,7 @@ of a type's block the type is the one that llama.cpp falls back to.
 
 import ctypes
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +27,15 @@ FALLBACK = {
 def importances(model: torch.nn.Module, layers: dict[str, torch.nn.Linear], ids: torch.Tensor) -> dict[str, np.ndarray]:
     """(in,) mean squares of every layer's input."""
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+
+    def adding(total: torch.Tensor) -> Callable[..., None]:
+        def add(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            total.add_(args[0].flatten(0, -2).square().sum(0, dtype=torch.float64))
+
+        return add
+
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: sums[name].add_(args[0].flatten(0, -2).square().sum(0, dtype=torch.float64))
-        )
+        layer.register_forward_pre_hook(adding(sums[name]))
     with torch.no_grad():
         for row in ids:
             model.model(row[None])
@@ -46,7 +52,10 @@ quantize = library.ggml_quantize_chunk
 quantize.restype = ctypes.c_size_t
 quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
 model, layers = linears(folder)
-sizes = importances(model, layers, load_file(ids)["ids"].long())
+known = Path(output).with_name("importances.npz")
+if not known.exists():
+    np.savez(known, **importances(model, layers, load_file(ids)["ids"].long()))
+sizes = np.load(known)
 found, stored = {}, 0
 for name, layer in layers.items():
     kind = gguf.GGMLQuantizationType[setting]

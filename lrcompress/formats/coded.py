@@ -86,6 +86,7 @@ class CodedWeight(StoredLinear):
     (`lay_out`): `levels` of the scales, and the codes as tiles (kernels/tiles.py), or where there can be none as codes
     (out, in) of the smallest integers that hold them; a state dict has what the files have. These are buffers, and
     only once they are there: accelerate looks for every parameter of a layer that it offloads in the state dict.
+    While scales are trained (`train_scales`), `row_gain` (out,) and `column_gain` (in,) multiply them.
     """
 
     name: ClassVar[str] = "coded"
@@ -94,6 +95,8 @@ class CodedWeight(StoredLinear):
     stream: Tensor | None
     levels: Tensor | None
     codes: Tensor | None
+    row_gain: nn.Parameter | None
+    column_gain: nn.Parameter | None
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
@@ -101,6 +104,8 @@ class CodedWeight(StoredLinear):
         size = GRID_BYTES + self.out_features + self.in_features
         self.register_buffer("scales", torch.empty(size, dtype=torch.uint8))
         self._hold({})
+        self.register_parameter("row_gain", None)
+        self.register_parameter("column_gain", None)
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
         self.register_state_dict_post_hook(_as_stored)
         self.register_load_state_dict_pre_hook(_make_room)
@@ -149,6 +154,22 @@ class CodedWeight(StoredLinear):
             self._hold(own)
             self.stream = None
 
+    def train_scales(self) -> None:
+        """Multiply the scales by parameters in float32 that begin at one, so that they move by fractions."""
+        for name, count in (("row_gain", self.out_features), ("column_gain", self.in_features)):
+            setattr(self, name, nn.Parameter(torch.ones(count, device=self.scales.device)))
+
+    def stored_scales(self) -> Scales:
+        """Those of the files, float32."""
+        return Scales.read(self.scales, self.out_features, self.in_features)
+
+    def trained_scales(self) -> Scales:
+        """With the gains, which `train_scales` has made."""
+        assert self.row_gain is not None
+        assert self.column_gain is not None
+        own = self.stored_scales()
+        return Scales(own.rows * self.row_gain, own.columns * self.column_gain)
+
     def _packed(self) -> Tiles | None:
         """Tiles of the stream, decoded a block of rows at a time; None where there can be none."""
         assert self.stream is not None
@@ -183,6 +204,13 @@ class CodedWeight(StoredLinear):
         return own["codes"] if "codes" in own else tiles.codes(_tiles(own))
 
     def dense(self) -> Tensor:
+        weight = self._stored_weight()
+        if self.row_gain is None:
+            return weight
+        assert self.column_gain is not None
+        return (weight * self.row_gain[:, None] * self.column_gain).to(weight.dtype)
+
+    def _stored_weight(self) -> Tensor:
         own = self._laid_out()
         if "codes" not in own:
             return tiles.dense(_tiles(own), own["levels"], self.scales[GRID_BYTES:], self.weight.dtype)
@@ -198,14 +226,25 @@ class CodedWeight(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self._laid_out()
+        if self.column_gain is not None:
+            x = x * self.column_gain.to(x.dtype)
         if "codes" in own:
             y = self._whole_product(x, own)
         else:
             y = tiles.linear(x, _tiles(own), own["levels"], self.scales[GRID_BYTES:])
+        if self.row_gain is not None:
+            y = y * self.row_gain.to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     def rows(self, wanted: Tensor) -> Tensor:
         """Rows (..., in) of the weight for integers (...)."""
+        found = self._stored_rows(wanted)
+        if self.row_gain is None:
+            return found
+        assert self.column_gain is not None
+        return (found * self.row_gain[wanted][..., None] * self.column_gain).to(found.dtype)
+
+    def _stored_rows(self, wanted: Tensor) -> Tensor:
         own = self._laid_out()
         if "codes" not in own:
             return tiles.rows_of(wanted, _tiles(own), own["levels"], self.scales[GRID_BYTES:], self.weight.dtype)
@@ -242,6 +281,9 @@ class Coded(CodedWeight, LeafLinear):  # type: ignore[misc]
 def _as_stored(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
     """Put what the files have in the place of what was laid out."""
     assert isinstance(module, CodedWeight)
+    if module.row_gain is not None:
+        del state[prefix + "row_gain"], state[prefix + "column_gain"]
+        state[prefix + "scales"] = module.trained_scales().stored().to(module.scales.device)
     if module.stream is None:
         state[prefix + "stream"] = encode(module.integers())
 

@@ -141,7 +141,8 @@ def _scales(found: Trainable, reader: CheckpointReader) -> None:
     """Of coded weights, with their biases and the norms: all that is free to train where codes are kept."""
     for stem, module in [*found.model.named_modules()]:
         if isinstance(module, CodedWeight):
-            found.stored[f"{stem}.scales"] = Grids.of(module)
+            module.train_scales()
+            found.stored[f"{stem}.scales"] = Grids(module)
             if module.bias is not None:
                 _train(found, reader, f"{stem}.bias")
     if found.stored:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -28,23 +27,6 @@ class Stored(nn.Module):
 
     def _release(self) -> None:
         self._held = None
-
-
-class Multiple(Stored):
-    """base (n,) times what is trained, (n,), which begins at one: every number moves by fractions of itself."""
-
-    base: Tensor
-
-    def __init__(self, base: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("base", base)
-
-    def make(self, trained: Tensor) -> Tensor:
-        return self.base * trained
-
-    def right_inverse(self, tensor: Tensor) -> Tensor:
-        """What is trained where nothing has been."""
-        return torch.ones_like(tensor)
 
 
 class SingularValues(Stored):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lrcompress.finite import all_finite
 from lrcompress.formats.coded import CodedWeight, Scales
-from lrcompress.training.parametrised import Multiple, Stored
+from lrcompress.training.parametrised import Stored
 
 
 @dataclass(frozen=True)
@@ -71,35 +71,30 @@ class Made:
 
 @dataclass(frozen=True)
 class Grids:
-    """The scales of a coded weight, multiples of those that it had."""
+    """The scales of a coded weight, which its gains multiply."""
 
     layer: CodedWeight
 
-    @classmethod
-    def of(cls, layer: CodedWeight) -> "Grids":
-        """Those of a loaded weight, made trainable."""
-        for leaf, scales in zip(LEAVES, layer.parts()[1:], strict=True):
-            delattr(layer, leaf)
-            setattr(layer, leaf, nn.Parameter(scales.float()))
-            parametrise(layer, leaf, Multiple(scales.float()))
-        return cls(layer)
-
     def value(self) -> Tensor:
-        return self._scales().stored()
+        return self.layer.trained_scales().stored()
 
     def hold(self) -> Callable[[], None]:
-        nearest = Scales.nearest(*(scales.detach() for scales in self.layer.parts()[1:]))
-        undone = [
-            made_of(self.layer, leaf).hold(scales.to(self.layer.weight.device))
-            for leaf, scales in zip(LEAVES, (nearest.rows, nearest.columns), strict=True)
+        layer, exact = self.layer, self.layer.trained_scales()
+        assert layer.row_gain is not None
+        assert layer.column_gain is not None
+        own, nearest = layer.stored_scales(), Scales.nearest(exact.rows.detach(), exact.columns.detach())
+        gains = [
+            (layer.row_gain, nearest.rows.to(own.rows.device) / own.rows),
+            (layer.column_gain, nearest.columns.to(own.columns.device) / own.columns),
         ]
-        return lambda: _undo(undone)
+        before = [(gain, gain.detach().clone()) for gain, _ in gains]
+        _set(gains)
+        return lambda: _set(before)
 
-    def _scales(self) -> Scales:
-        return Scales(*self.layer.parts()[1:])
 
-
-LEAVES = ("row_scale", "column_scale")
+def _set(values: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.data.copy_(value)
 
 
 @dataclass
