@@ -268,7 +268,7 @@ class TestCompressed:
 
 
 def test_a_tied_head_multiplies_and_lookups_do_not(make_model, compressed):
-    ids, work = torch.arange(3, 19)[None], []
+    ids, work = torch.arange(3, 9)[None], []  # few enough for tiles to be multiplied as they are
     for folder in (make_model("qwen3"), compressed("qwen3")[0]):
         model = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
