@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrcompress.evaluation.bench import spread
 from lrcompress.coding import estimated_bits
+from lrcompress.evaluation.bench import spread
 from lrcompress.formats import StoredLinear, build, spec_bytes
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.protocols import Spec
