@@ -10,14 +10,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lrcompress.coding import estimated_bits
 from lrcompress.evaluation.bench import spread
 from lrcompress.formats import StoredLinear, build, spec_bytes
+from lrcompress.formats.coded import Coded, Scales
 from lrcompress.protocols import Spec
 
 SHAPES = [(576, 576), (1536, 576), (2048, 2048), (8192, 2048)]
@@ -42,6 +44,24 @@ def layer(spec: Spec, dtype: torch.dtype) -> StoredLinear:
     if "order" in module.state_dict():
         module.order.copy_(torch.randperm(spec.shape[0], generator=generator))
     return module
+
+
+@cache
+def coded(shape: tuple[int, int], bits: float) -> tuple[Spec, dict[str, Tensor]]:
+    """Laplacian codes of about so many bits a weight, their rows and columns of sizes that differ by octaves."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [torch.exp2(0.8 * torch.randn(n, generator=generator)) for n in shape]
+    drawn = torch.rand(shape, generator=generator) - 0.5
+    drawn = -drawn.sign() * torch.log1p(-2 * drawn.abs().clamp(max=0.499999)) * sizes[0][:, None] * sizes[1]
+    low, high = 2.0**-6, 2.0**12
+    part = drawn[:: max(1, shape[0] // 256)]
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        fewer = estimated_bits((middle * part).round().int()) < bits * part.numel()
+        low, high = (middle, high) if fewer else (low, middle)
+    scales = Scales.nearest(shape[1] ** -0.5 / sizes[0] / low, 1 / sizes[1])
+    stored = Coded.encode((low * drawn).round().int(), scales, None)
+    return Spec("coded", shape, parameters={"length": len(stored["stream"])}), {"weight": torch.empty(0), **stored}
 
 
 def timed(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:

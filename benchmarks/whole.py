@@ -2,9 +2,10 @@
 
     python benchmarks/whole.py --folder /tmp/whole                     # hidden 2048, MLP 8192, 16 blocks: a 1B model
     python benchmarks/whole.py --folder /tmp/whole --formats pivoted --removed 0.5 --context 512
+    python benchmarks/whole.py --folder /tmp/whole --blocks 2 --formats coded --removed 0.80625 0.5625  # 3.1 and 7 bits
 
-Every linear weight of the blocks has the rank that removes the fraction of its bytes. Factors are random: how fast they
-multiply does not depend on what they hold. Dense and compressed are timed by turns in one process (`lrcompress bench`).
+Every linear weight of the blocks has the rank, or the bits, that removes the fraction of its bytes. Factors are random: how
+fast they multiply does not depend on what they hold; codes are Laplacian, their rows and columns of different sizes. Dense and compressed are timed by turns in one process (`lrcompress bench`).
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from layers import largest_spec, layer, processor
+from layers import coded, largest_spec, layer, processor
 from memory import generate
 from torch import Tensor
 
@@ -26,6 +27,13 @@ from lrcompress.formats import stored_tensors
 from lrcompress.protocols import Spec
 
 
+def stored_state(spec: Spec, removed: float) -> dict[str, Tensor]:
+    """What is stored for a weight."""
+    return (
+        coded(spec.shape, 16 * (1 - removed))[1] if spec.format == "coded" else layer(spec, torch.bfloat16).state_dict()
+    )
+
+
 def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
     """A checkpoint like `dense` whose blocks' linear weights are random ones in format `name`; made once."""
     if (folder / "config.json").exists():
@@ -35,13 +43,14 @@ def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
     reader = CheckpointReader(dense)
     specs: dict[str, Spec] = {}
     for key in reader.names():
-        shape = tuple(reader.meta(key).shape)
+        shape: tuple[int, int] = tuple(reader.meta(key).shape)  # type: ignore[assignment]
         if key.endswith("_proj.weight"):
-            specs[key.removesuffix(".weight")] = largest_spec(name, shape, removed)  # type: ignore[arg-type]
+            spec = coded(shape, 16 * (1 - removed))[0] if name == "coded" else largest_spec(name, shape, removed)
+            specs[key.removesuffix(".weight")] = spec
     planned = []
     for key in reader.names():
-        spec = specs.get(key.removesuffix(".weight"))
-        own = {"weight": reader.meta(key)} if spec is None else stored_tensors(spec, torch.bfloat16)
+        found = specs.get(key.removesuffix(".weight"))
+        own = {"weight": reader.meta(key)} if found is None else stored_tensors(found, torch.bfloat16)
         stem = key.removesuffix("weight")
         planned += [(stem + leaf, tensor) for leaf, tensor in own.items()]
 
@@ -51,7 +60,7 @@ def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
             if spec is None:
                 yield key, reader.tensor(key)
             else:
-                state = layer(spec, torch.bfloat16).state_dict()
+                state = stored_state(spec, removed)
                 yield from ((stem + leaf, state[leaf]) for leaf in stored_tensors(spec, torch.bfloat16))
 
     writer = ShardedWriter(folder, planned, 10**9)
@@ -84,8 +93,10 @@ def main() -> None:
     dense = generate(given.folder / name, given.hidden, given.mlp, given.blocks, given.vocabulary)
     spec = BenchSpec(tuple(given.batch), tuple(given.context), given.new_tokens, given.repeats)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
-    print("| format | removed | dtype | phase | batch | context | dense tokens/s | speedup | bound | spread |")
-    print("|---" * 10 + "|", flush=True)
+    print(
+        "| format | removed | dtype | phase | batch | context | dense tokens/s | speedup | bound | spread | memory MB |"
+    )
+    print("|---" * 11 + "|", flush=True)
     for stored in given.formats:
         for removed in given.removed:
             folder = compressed(dense, given.folder / f"{name}-{stored}-{removed:g}", stored, removed)
@@ -94,7 +105,8 @@ def main() -> None:
                 for row in found["rows"]:
                     print(
                         f"| {stored} | {removed:.0%} | {dtype} | {row['phase']} | {row['batch']} | {row['context']} "
-                        f"| {row['dense_tokens_per_s']:.1f} | {row['speedup']:.2f} | {row['bound']:.2f} | {row['spread']:.0%} |",
+                        f"| {row['dense_tokens_per_s']:.1f} | {row['speedup']:.2f} | {row['bound']:.2f} | {row['spread']:.0%} "
+                        f"| {found['rss_bytes']['compressed'] / 1e6:.0f} of {found['rss_bytes']['dense'] / 1e6:.0f} |",
                         flush=True,
                     )
 

@@ -22,7 +22,7 @@ FEW = 8
 """Up to so many rows of an input are multiplied without unpacking: as many as MOST in tiles.c."""
 MOST_COLUMNS = 1 << 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_WIDEST, _MOST_FAR = 16, 255
+_WIDEST, _MOST_FAR = 32, 255
 
 
 class Tiles(NamedTuple):
@@ -58,7 +58,7 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
     """Tiles of the codes (rows, in) that `block` gives for a slice of the rows, asked for from the first to the last.
 
     energies (out,) and (in,): what grows with the size of the codes in a row and in a column. None where tiles cannot
-    be: without a compiler, for codes beyond int16 or rows longer than MOST_COLUMNS.
+    be: without a compiler, for rows longer than MOST_COLUMNS.
     """
     native = _native()
     if native is None or shape[1] > MOST_COLUMNS:
@@ -71,8 +71,6 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
     for first in range(0, shape[0], BLOCK):
         rows = slice(first, min(first + BLOCK, shape[0]))
         codes = block(rows).contiguous()
-        if codes.dtype not in (torch.int8, torch.int16):
-            return None
         orders.append(energies[0][rows].argsort(stable=True).to(torch.int16))
         strips, before = -(-len(codes) // ROWS), used.tolist()
         data = torch.empty(strips * count * _WIDEST, 16, dtype=torch.int32)
@@ -88,9 +86,9 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
 
 
 def codes(held: Tiles) -> Tensor:
-    """The codes (out, in), int16; in C where that can be, which is what the plain way here is compared with."""
+    """The codes (out, in), int32; in C where that can be, which is what the plain way here is compared with."""
     native = _native() if held.tiles.device.type == "cpu" else None
-    return _plain_codes(held) if native is None else _unpacked(native, held, None).to(torch.int16)
+    return _plain_codes(held) if native is None else _unpacked(native, held, None).to(torch.int32)
 
 
 def _plain_codes(held: Tiles) -> Tensor:
@@ -118,9 +116,9 @@ def _plain_codes(held: Tiles) -> Tensor:
     matrix.index_put_(
         (strip * ROWS + place % ROWS, across * COLUMNS + place // ROWS), held.far.long() >> 9, accumulate=True
     )
-    out = matrix.new_empty(held.shape, dtype=torch.int16)
+    out = matrix.new_empty(held.shape, dtype=torch.int32)
     natural = torch.arange(held.shape[0], device=width.device) // BLOCK * BLOCK + held.row_order.long()
-    out[natural[:, None], _columns(held)] = matrix[: held.shape[0], : held.shape[1]].to(torch.int16)
+    out[natural[:, None], _columns(held)] = matrix[: held.shape[0], : held.shape[1]].to(torch.int32)
     return out
 
 

@@ -26,8 +26,10 @@ def example(shape: tuple[int, int], size: float = 3.0, dtype: torch.dtype = torc
     g = torch.Generator().manual_seed(shape[0] + shape[1])
     energies = [torch.exp2(torch.randn(n, generator=g)) for n in shape]
     codes = (size * torch.randn(shape, generator=g) * energies[0][:, None] * energies[1]).round()
-    if dtype == torch.int16:
+    if dtype != torch.int8:
         codes[0, 0], codes[-1, -1], codes[shape[0] // 2, shape[1] // 2] = 32767, -32768, 1245
+    if dtype == torch.int32:
+        codes[0, shape[1] // 2], codes[shape[0] // 2, 0] = 1 << 24, -41120
     codes = codes.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
     levels = torch.exp2(torch.rand(2, 256, generator=g) * 4 - 2)
     indices = torch.randint(256, (sum(shape),), generator=g, dtype=torch.uint8)
@@ -52,12 +54,12 @@ def assert_product(found: Tensor, x: Tensor, weight: Tensor):
 
 @needs_compiler
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
 def test_every_code_comes_back_both_ways(shape, dtype, monkeypatch):
     codes, levels, indices, weight = example(shape, dtype=dtype)
     held = packed(codes)
-    assert torch.equal(tiles.codes(held), codes.to(torch.int16))
-    assert torch.equal(tiles._plain_codes(held), codes.to(torch.int16))
+    assert torch.equal(tiles.codes(held), codes.int())
+    assert torch.equal(tiles._plain_codes(held), codes.int())
     torch.testing.assert_close(tiles.dense(held, levels, indices, torch.float32), weight.float())
     some = torch.tensor([[0, shape[0] - 1], [shape[0] // 2, 0]])
     torch.testing.assert_close(tiles.rows_of(some, held, levels, indices, torch.float32), weight[some].float())
@@ -67,12 +69,12 @@ def test_every_code_comes_back_both_ways(shape, dtype, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("size", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 12.0, 25.0, 100.0, 3000.0])
+@pytest.mark.parametrize("size", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 12.0, 25.0, 100.0, 3000.0, 100_000.0])
 def test_every_width_comes_back(size):
-    codes = (size * torch.randn(64, 96, generator=torch.Generator().manual_seed(1))).round().to(torch.int16)
+    codes = (size * torch.randn(64, 96, generator=torch.Generator().manual_seed(1))).round().int()
     held = packed(codes)
-    assert torch.equal(tiles.codes(held), codes)
-    assert torch.equal(tiles._plain_codes(held), codes)
+    assert torch.equal(tiles.codes(held), codes.int())
+    assert torch.equal(tiles._plain_codes(held), codes.int())
 
 
 @needs_compiler
@@ -107,7 +109,7 @@ def test_other_processors_multiply_alike(processor, rows, tmp_path, monkeypatch)
     monkeypatch.setattr(tiles, "library", lambda name: ctypes.CDLL(str(made)))
     held = packed(codes)
     assert all(map(torch.equal, held, expected))
-    assert torch.equal(tiles.codes(held), codes)
+    assert torch.equal(tiles.codes(held), codes.int())
     x = torch.randn(rows, 70, generator=torch.Generator().manual_seed(0))
     assert_product(tiles.linear(x, held, levels, indices), x, weight)
     assert_product(tiles.linear(x.bfloat16(), held, levels, indices), x.bfloat16(), weight)
@@ -195,9 +197,9 @@ def test_a_row_that_is_not_there_is_refused():
             tiles.rows_of(torch.tensor([wrong]), held, levels, indices, torch.float32)
 
 
-@pytest.mark.parametrize("why", ["no compiler", "wide codes", "long rows"])
+@pytest.mark.parametrize("why", ["no compiler", "long rows"])
 def test_where_there_can_be_no_tiles(why, monkeypatch):
-    codes = torch.ones(2, 3, dtype=torch.int32 if why == "wide codes" else torch.int8)
+    codes = torch.ones(2, 3, dtype=torch.int8)
     if why == "no compiler":
         monkeypatch.setattr(tiles, "library", lambda name: None)
     if why == "long rows":
