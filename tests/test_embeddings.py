@@ -274,7 +274,7 @@ def test_a_tied_head_multiplies_and_lookups_do_not(make_model, compressed):
         with torch.no_grad():
             work.append(counted(model, lambda model=model: model(ids))[0])
     assert work[0].multiply_adds == work[1].multiply_adds
-    assert work[1].weight_bytes < 0.5 * work[0].weight_bytes
+    assert work[1].weight_bytes < 0.7 * work[0].weight_bytes  # levels and heads of tiles are much of so small a model
 
 
 @pytest.mark.parametrize("device", ["cpu", "disk"])
