@@ -151,7 +151,7 @@ def ours(args: argparse.Namespace, judge: Judge, kind: str, setting: str) -> dic
         "--cache",
         str(args.work / "cache"),
     ]
-    seconds = run([*command, "-o", str(output), "--overwrite"], output.with_suffix(".log"))
+    seconds = run([*command, "-o", str(output), "--resume"], output.with_suffix(".log"))
     report = json.loads((output / "report.json").read_text())
     model = load_model(str(output), device="cpu", dtype="float32").model
     return row_of(judge, TITLES[kind], setting, report["bytes"]["targets_stored"], seconds, judge.of_model(model))
