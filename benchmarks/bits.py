@@ -151,10 +151,11 @@ def ours(args: argparse.Namespace, judge: Judge, kind: str, setting: str) -> dic
         "--cache",
         str(args.work / "cache"),
     ]
-    seconds = run([*command, "-o", str(output), "--resume"], output.with_suffix(".log"))
+    run([*command, "-o", str(output), "--resume"], output.with_suffix(".log"))
     report = json.loads((output / "report.json").read_text())
     model = load_model(str(output), device="cpu", dtype="float32").model
-    return row_of(judge, TITLES[kind], setting, report["bytes"]["targets_stored"], seconds, judge.of_model(model))
+    stored, seconds = report["bytes"]["targets_stored"], report["seconds"]["total"]
+    return row_of(judge, TITLES[kind], setting, stored, seconds, judge.of_model(model))
 
 
 def row_of(judge: Judge, method: str, setting: str, stored: int, seconds: float, results: Any) -> dict[str, Any]:
