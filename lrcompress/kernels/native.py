@@ -11,13 +11,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch  # noqa: F401 (has an OpenMP runtime, which libraries find)
+
 from lrcompress.folders import cache_folder
 
 FOLDER = "kernels"
 """Of the cache, for compiled libraries."""
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
-WISHES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
-"""Flags that not every compiler has, the best first. The OpenMP that is loaded is the one that torch's wheels bring."""
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w")
+WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+"""More flags, the best first: what a compiler cannot do, or what cannot be loaded, is done without."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",
@@ -30,7 +32,8 @@ CURE = "install a C compiler (cc, or name one by CC) for speed; results are the 
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled `name`.c of this folder; None, said once by a warning, where it cannot be had.
 
-    LRCOMPRESS_NATIVE=0 asks for None. Calls into the library run without the interpreter's lock.
+    LRCOMPRESS_NATIVE=0 asks for None. Calls into the library run without the interpreter's lock. Loops in parallel run
+    in torch's own threads: a library is linked without an OpenMP runtime, and finds the one that torch has loaded.
     """
     if os.environ.get("LRCOMPRESS_NATIVE") == "0":
         _warn(name, "LRCOMPRESS_NATIVE=0")
@@ -38,7 +41,7 @@ def library(name: str) -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     source = Path(__file__).with_name(f"{name}.c")
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
+        return _compiled(source, compiler)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["it said nothing"]
         _warn(name, f"{compiler[0]} failed: {lines[0]}")
@@ -51,24 +54,34 @@ def _warn(name: str, reason: str) -> None:
     warnings.warn(f"{name} {WITHOUT[name]} ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
 
 
-def _compiled(source: Path, compiler: list[str]) -> Path:
+def _compiled(source: Path, compiler: list[str]) -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, *map(str, WISHES), _processor()])
+    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, repr(WAYS), _processor()])
     target = cache_folder() / FOLDER / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if target.exists():
-        return target
+        return ctypes.CDLL(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".compiling-") as folder:
-        made = Path(folder) / target.name
-        for wished in WISHES:
-            try:
-                _run([*compiler, *FLAGS, *wished, str(source), "-o", str(made)])
-                break
-            except subprocess.CalledProcessError:
-                if not wished:
-                    raise
+        made = _made(source, compiler, Path(folder))
         made.replace(target)
-    return target
+    return ctypes.CDLL(str(target))
+
+
+def _made(source: Path, compiler: list[str], folder: Path) -> Path:
+    """A library in `folder`, made in the best way whose outcome can be loaded here."""
+    for place, way in enumerate(WAYS):
+        # A name for each: the loader knows a library that it has failed to load by its name.
+        compiled, made = folder / f"{place}.o", folder / f"{place}.so"
+        try:
+            _run([*compiler, *FLAGS, *way, "-c", str(source), "-o", str(compiled)])
+            _run([*compiler, "-shared", str(compiled), "-o", str(made)])
+            ctypes.CDLL(str(made))
+        except (subprocess.CalledProcessError, OSError):
+            if place + 1 == len(WAYS):
+                raise
+            continue
+        break
+    return made
 
 
 def _run(command: list[str]) -> str:

@@ -54,12 +54,27 @@ def test_without_a_compiler_there_is_one_warning(fresh, monkeypatch, name, value
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_a_processor_that_the_compiler_cannot_name(fresh, monkeypatch, tmp_path):
+@pytest.mark.parametrize("refused", ["-march=native", "-fopenmp"])
+def test_what_a_compiler_cannot_do_is_done_without(fresh, monkeypatch, tmp_path, refused):
     compiler = tmp_path / "old-cc"
-    compiler.write_text('#!/bin/sh\nfor a; do [ "$a" = -march=native ] && exit 1; done\nexec cc "$@"\n')
+    compiler.write_text(f'#!/bin/sh\nfor a; do [ "$a" = {refused} ] && exit 1; done\nexec cc "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert native.library("rans").encode_words
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_what_cannot_be_loaded_is_done_without(fresh, monkeypatch, tmp_path):
+    """As an OpenMP runtime that is not torch's: its functions are nowhere."""
+    compiler = tmp_path / "cc"
+    extra = tmp_path / "extra.h"
+    extra.write_text("void nowhere(void);\nvoid more(void) { nowhere(); }\n")
+    script = f'for a; do [ "$a" = -fopenmp ] && set -- -include {extra} "$@"; done\nexec cc "$@"\n'
+    compiler.write_text(f"#!/bin/sh\n{script}")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.library("rans").encode_words
+    assert not hasattr(native.library("rans"), "more")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
