@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.bases.base import BASES, SparseBase
-from lrcompress.formats.semi_sparse import WIDTH, top_two
+from lrcompress.formats.semi_sparse import top_two
+from lrcompress.kernels.rows import WIDTH
 from lrcompress.linalg.compensation import inverse_factor, sweep
 
 BLOCK = 128

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
+from lrcompress.kernels.products import COMPILED, GATHERED, way
+from lrcompress.kernels.rows import Rows
 from lrcompress.protocols import Spec
 from lrcompress.registry import Registry
 
@@ -163,15 +165,46 @@ class LeafLinear(StoredLinear, nn.Linear):
     bias: nn.Parameter | None  # type: ignore[assignment]
 
 
-class DecodedLinear(LeafLinear):
-    """A format whose dense weight is decoded at every call: keeping it would cost the memory that was saved."""
+class RowsLinear(LeafLinear):
+    """A format whose rows are decoded as they are multiplied: a decoded weight would cost the memory that was saved."""
+
+    @abstractmethod
+    def stored_rows(self) -> Rows:
+        """What is stored, as the kernels read it."""
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., in) Wᵀ, with gradients of x alone."""
+
+    def dense(self) -> Tensor:
+        weight = self.stored_rows()
+        return weight.numbers(0, weight.rows)
+
+    def kernel(self, rows: int) -> str:
+        weight = self.stored_rows()
+        return way(weight, rows, weight.dtype)
 
     def touched_bytes(self, rows: int) -> int:
-        element = next(self.parameters()).itemsize
-        return held(*self.state_dict().values()) + 2 * self.out_features * self.in_features * element
+        weight = self.stored_rows()
+        return held(*self.state_dict().values()) + decoded_bytes(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense(), self.bias)
+        if trains(*self.parameters()):
+            return nn.functional.linear(x, self.dense(), self.bias)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+
+def trains(*tensors: Tensor | None) -> bool:
+    """Whether gradients of one of the tensors are wanted: then the weight is decoded whole, by torch."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
+
+
+def decoded_bytes(weight: Rows, rows: int, *, transposed: bool = False) -> int:
+    """Bytes that are written and read again while `rows` rows are multiplied without gradients."""
+    if way(weight, rows, weight.dtype, transposed=transposed) in (COMPILED, GATHERED):
+        return 0
+    return 2 * weight.rows * weight.columns * weight.dtype.itemsize
 
 
 def build(spec: Spec, dtype: torch.dtype) -> StoredLinear:

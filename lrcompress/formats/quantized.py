@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, DecodedLinear, added_bias_bytes
-from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
+from lrcompress.formats.base import FORMATS, RowsLinear, added_bias_bytes
+from lrcompress.kernels.products import quantized
+from lrcompress.kernels.rows import QuantizedRows
+from lrcompress.linalg.packing import UNITS, pack, packed_length
 from lrcompress.protocols import Spec
 
 
 @FORMATS.register
-class Quantized(DecodedLinear):
+class Quantized(RowsLinear):
     """W = scale * (code - zero), scale and zero per group of `group` neighbouring inputs of a row.
 
     codes: (out, bytes of in codes) and zeros: (out, bytes of the groups' codes), uint8, packed along the row;
@@ -52,15 +54,11 @@ class Quantized(DecodedLinear):
         stored = {"codes": pack(codes, bits), "zeros": pack(zeros, bits), "scale": scale.float()}
         return stored if bias is None else {**stored, "bias": bias}
 
-    def dense(self) -> Tensor:
-        dtype = self.scale.dtype
-        codes = unpack(self.codes, self.bits, self.in_features).to(dtype)
-        zeros = unpack(self.zeros, self.bits, self.groups).to(dtype)
-        return (codes - self._spread(zeros)) * self._spread(self.scale)
+    def stored_rows(self) -> QuantizedRows:
+        return QuantizedRows(self.codes, self.zeros, self.scale, self.bits, self.in_features, self.group)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """(out, groups) to (out, in): every group's value for each of its inputs."""
-        return values.repeat_interleave(self.group, dim=1)[:, : self.in_features]
+    def product(self, x: Tensor) -> Tensor:
+        return quantized(x, self.stored_rows())
 
     def dense_bias(self) -> Tensor | None:
         return self.bias

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, DecodedLinear, added_bias_bytes
-from lrcompress.linalg.packing import pack, packed_length, unpack
+from lrcompress.formats.base import FORMATS, RowsLinear, added_bias_bytes
+from lrcompress.kernels.products import pairs
+from lrcompress.kernels.rows import KEPT, PLACE_BITS, WIDTH, PairRows
+from lrcompress.linalg.packing import pack, packed_length
 from lrcompress.protocols import Spec
 
 PATTERN = "2:4"
-KEPT, WIDTH, POSITION_BITS = 2, 4, 2
 
 
 @FORMATS.register
-class SemiSparse(DecodedLinear):
+class SemiSparse(RowsLinear):
     """values: (out, 2 quads) kept weights in the order of their columns, positions: their places in 0..3, packed.
 
     A row whose length is no multiple of 4 is padded: positions may then lie behind its end, with a value of 0.
@@ -28,7 +29,7 @@ class SemiSparse(DecodedLinear):
         super().__init__(spec, dtype)
         self.quads = -(-self.in_features // WIDTH)
         self.values = nn.Parameter(torch.empty(self.out_features, KEPT * self.quads, dtype=dtype))
-        places = packed_length(KEPT * self.quads, POSITION_BITS)
+        places = packed_length(KEPT * self.quads, PLACE_BITS)
         self.register_buffer("positions", torch.empty(self.out_features, places, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
 
@@ -41,7 +42,7 @@ class SemiSparse(DecodedLinear):
     @classmethod
     def bytes(cls, spec: Spec, element_size: int) -> int:
         kept = KEPT * -(-spec.shape[1] // WIDTH)
-        row = kept * element_size + packed_length(kept, POSITION_BITS)
+        row = kept * element_size + packed_length(kept, PLACE_BITS)
         return spec.shape[0] * row + added_bias_bytes(spec, element_size)
 
     @classmethod
@@ -55,24 +56,19 @@ class SemiSparse(DecodedLinear):
         positions = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :KEPT].sort(dim=-1).values
         stored = {
             "values": weights.gather(-1, positions).flatten(1),
-            "positions": pack(positions.flatten(1), POSITION_BITS),
+            "positions": pack(positions.flatten(1), PLACE_BITS),
         }
         return stored if bias is None else {**stored, "bias": bias}
 
     def check_indices(self) -> None:
-        if not bool((self._places().diff(dim=-1) > 0).all()):
+        if not bool((self.stored_rows().places(0, self.out_features).diff(dim=-1) > 0).all()):
             raise self.refuse_index("positions", "two ascending places in every four columns")
 
-    def _places(self) -> Tensor:
-        """(out, quads, 2): the columns within their quad."""
-        places = unpack(self.positions, POSITION_BITS, KEPT * self.quads).long()
-        return places.reshape(self.out_features, self.quads, KEPT)
+    def stored_rows(self) -> PairRows:
+        return PairRows(self.values, self.positions, self.in_features)
 
-    def dense(self) -> Tensor:
-        quads = self.values.new_zeros(self.out_features, self.quads, WIDTH)
-        positions = self._places()
-        filled = quads.scatter(-1, positions, self.values.reshape(positions.shape))
-        return filled.flatten(1)[:, : self.in_features]
+    def product(self, x: Tensor) -> Tensor:
+        return pairs(x, self.stored_rows())
 
     def dense_bias(self) -> Tensor | None:
         return self.bias

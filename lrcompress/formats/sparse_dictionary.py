@@ -1,21 +1,27 @@
 """Sparse dictionary: W ≈ S D with a dense dictionary and exactly s coefficients per output (CoSpaDi, 2509.22075)."""
 
-import weakref
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, StoredLinear, added_bias_bytes, check_rank, held, index_dtype
+from lrcompress.formats.base import (
+    FORMATS,
+    StoredLinear,
+    added_bias_bytes,
+    check_rank,
+    decoded_bytes,
+    held,
+    index_dtype,
+    trains,
+)
+from lrcompress.kernels.products import GATHER_COLUMNS, GATHERED, quantized, sparse, way
+from lrcompress.kernels.rows import QuantizedRows, SparseRows
+from lrcompress.linalg.packing import pack_bits
 from lrcompress.protocols import Spec
 
 BITS = (8, 16)
-
-SPARSE_ATOMS, SPARSE_ROWS = 3, 32
-"""From so many atoms per coefficient, and rows of the input, on the sparse product is taken on a processor: twice
-as fast at 3 atoms and 128 rows, three times at 4; see benchmarks/sparse_product.py. One row is faster dense."""
 
 
 @FORMATS.register
@@ -23,8 +29,7 @@ class SparseDictionary(StoredLinear):
     """y = S (D x) + b with `dictionary` D (k, in) and `coefficients` (out, s), the nonzeros of S (out, k) by row.
 
     `positions` says where they are, in ascending order: a mask of out * k bits, packed eight to a byte, or (out, s)
-    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row. Without gradients S is decoded
-    once and kept until a tensor that it is made of changes; see `product` for how it is multiplied.
+    indices, whichever is smaller. With 8 bits a factor is int8 with a scale per row.
 
     Where the spec names a module in `shared`, D is that module's: this one has none, until it is told to `follow` it.
     """
@@ -44,7 +49,6 @@ class SparseDictionary(StoredLinear):
         shape, kind = _positions(spec)
         self.register_buffer("positions", torch.empty(shape, dtype=kind))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if spec.bias else None
-        self._decoded: dict[str, tuple[list[weakref.ref[Tensor]], list[tuple[int, int]], Tensor]] = {}
 
     def _declare(self, name: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> None:
         if bits == 16:
@@ -101,7 +105,7 @@ class SparseDictionary(StoredLinear):
     def check_indices(self) -> None:
         atoms, nonzeros = _sizes(self.spec)
         if _masked(self.spec):
-            sound = bool((self._support().sum(1) == nonzeros).all())
+            sound = bool((self._code_rows.support(0, self.out_features).sum(1) == nonzeros).all())
             wanted = f"a mask of {nonzeros} of {atoms} atoms in every row"
         else:
             index = self.positions.long()
@@ -129,40 +133,31 @@ class SparseDictionary(StoredLinear):
             raise RuntimeError(f"the dictionary lies in {self.spec.owner}: call follow with that module first")
         return self._owner[0]
 
-    def atoms_of(self, x: Tensor) -> Tensor:
-        """D (k, in) on the device of x."""
+    def _dictionary(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """D (k, in) as it is stored, and the scales of its rows, on the device of `like`."""
         source = self._source()
         if source is not self and source.coefficients.is_meta and hasattr(source, "_hf_hook"):
             from accelerate.utils import align_module_device
 
-            with align_module_device(source, x.device):  # offloaded: back on the meta device afterwards
-                return source._values("dictionary").clone()
-        return source._values("dictionary").to(x.device)
+            with align_module_device(source, like.device):  # offloaded: back on the meta device afterwards
+                parts = source.dictionary.clone(), getattr(source, "dictionary_scale", None)
+                return parts[0], None if parts[1] is None else parts[1].clone()
+        scale = getattr(source, "dictionary_scale", None)
+        return source.dictionary.to(like.device), None if scale is None else scale.to(like.device)
+
+    def atoms_of(self, x: Tensor) -> Tensor:
+        """D (k, in), dense, on the device of x."""
+        return dequantised(self._dictionary(x))
 
     @property
-    def product(self) -> str:
-        """How S is multiplied: `dense`, or `sparse` for many rows, in float32, on a processor, without gradients."""
-        return product(self.spec)
+    def _code_rows(self) -> SparseRows:
+        """S (out, k), as the kernels read it."""
+        scale = getattr(self, "coefficients_scale", None)
+        return SparseRows(self.coefficients, scale, self.positions, self.spec.parameters["atoms"])
 
     def codes(self) -> Tensor:
         """S (out, k), dense, in the factors' dtype."""
-        values = self._values("coefficients")
-        dense = values.new_zeros(self.out_features, self.spec.parameters["atoms"])
-        if _masked(self.spec):
-            return dense.masked_scatter(self._support(), values)
-        return dense.scatter(1, self.positions.long(), values)
-
-    def atoms(self) -> Tensor:
-        """(out, s) int32: the atom of every coefficient."""
-        if _masked(self.spec):
-            return self._support().nonzero()[:, 1].reshape(self.out_features, -1).int()
-        return self.positions.int()
-
-    def _support(self) -> Tensor:
-        return unpack_bits(self.positions, self.out_features, self.spec.parameters["atoms"])
-
-    def _values(self, name: str) -> Tensor:
-        return dequantised((getattr(self, name), getattr(self, f"{name}_scale", None)))
+        return self._code_rows.numbers(0, self.out_features)
 
     def dense(self) -> Tensor:
         codes = self.codes()
@@ -173,92 +168,45 @@ class SparseDictionary(StoredLinear):
 
     def forward(self, x: Tensor, *, transposed: bool = False) -> Tensor:
         """x (..., in) to (..., out); `transposed`: x (..., out) to (..., in), by Wᵀ and without the bias."""
+        codes, learnt = self._code_rows, trains(self.coefficients, getattr(self, "coefficients_scale", None))
         if transposed:
-            return x @ self.decoded_codes() @ self.atoms_of(x)
-        latent = nn.functional.linear(x, self.atoms_of(x))
-        if _infers() and self._is_faster_sparse(latent[..., 0].numel(), latent):
-            return self._sparse_product(latent)
-        return nn.functional.linear(latent, self.decoded_codes(), self.bias)
+            return self._by_dictionary(x @ self.codes() if learnt else sparse(x, codes, transposed=True), transposed)
+        latent = self._by_dictionary(x, transposed)
+        if learnt:
+            return nn.functional.linear(latent, self.codes(), self.bias)
+        y = sparse(latent, codes)
+        return y if self.bias is None else y + self.bias
 
-    def decoded_codes(self) -> Tensor:
-        """`codes`; without gradients those decoded before, as long as they hold."""
-        return self._kept("codes", self.codes) if _infers() else self.codes()
+    def _by_dictionary(self, x: Tensor, transposed: bool) -> Tensor:
+        """x (..., in) Dᵀ; transposed: x (..., k) D."""
+        values, scale = self._dictionary(x)
+        if scale is not None and not trains(scale):
+            return quantized(x, self._quantised(values, scale), transposed=transposed)
+        dictionary = dequantised((values, scale))
+        return x @ dictionary if transposed else nn.functional.linear(x, dictionary)
 
-    def _is_faster_sparse(self, rows: int, latent: Tensor) -> bool:
-        fits = latent.device.type == "cpu" and latent.dtype == torch.float32
-        return fits and self.product == "sparse" and rows >= SPARSE_ROWS
+    def _quantised(self, values: Tensor, scale: Tensor) -> QuantizedRows:
+        """D in int8, as the kernels read it."""
+        return QuantizedRows(values, None, scale[:, None], 8, self.in_features, self.in_features)
+
+    def kernel(self, rows: int, *, transposed: bool = False) -> str:
+        return way(self._code_rows, rows, self._code_rows.dtype, transposed=transposed)
 
     def multiply_adds(self, rows: int) -> int:
         atoms, nonzeros = _sizes(self.spec)
-        sparse = self._is_faster_sparse(rows, self._scales())
-        return atoms * self.in_features + self.out_features * (nonzeros if sparse else atoms)
+        return atoms * self.in_features + self.out_features * (nonzeros if self.kernel(rows) == GATHERED else atoms)
 
-    def touched_bytes(self, rows: int) -> int:
-        (atoms, nonzeros), element = _sizes(self.spec), self._scales().itemsize
-        source = self._source()
-        total = held(source.dictionary, *(t for n, t in source.named_parameters() if n == "dictionary_scale"))
-        total += 2 * atoms * self.in_features * element * (_bits(self.spec, "dictionary_bits") == 8)
-        if self._is_faster_sparse(rows, self._scales()):
-            total += held(self.coefficients) + self.out_features * nonzeros * torch.int32.itemsize
-            if _bits(self.spec, "coefficient_bits") == 8:
-                total += held(self._scales()) + 2 * self.out_features * nonzeros * element
-        else:
-            total += self.out_features * atoms * element  # decoded once and kept
-        return total + (0 if self.bias is None else held(self.bias))
-
-    def _scales(self) -> Tensor:
-        """A tensor of the dtype that is computed in."""
-        scale: Tensor | None = getattr(self, "coefficients_scale", None)
-        return self.coefficients if scale is None else scale
-
-    def _sparse_product(self, latent: Tensor) -> Tensor:
-        """latent (..., k) to (..., out): every output sums the s rows of latentᵀ that it uses."""
-        rows = latent.flatten(0, -2).T.contiguous()
-        found = nn.functional.embedding_bag(
-            self._kept("atoms", self.atoms), rows, per_sample_weights=self._values("coefficients"), mode="sum"
-        ).T
-        found = found if self.bias is None else found + self.bias
-        return found.reshape(*latent.shape[:-1], self.out_features)
-
-    def _kept(self, what: str, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, remembered as long as the tensors that it depends on are the same and unchanged."""
-        sources = [self.positions, self.coefficients, getattr(self, "coefficients_scale", None)]
-        tensors = [t for t in sources if t is not None]
-        if any(t.is_inference() for t in tensors):  # these count no versions
-            return make()
-        entry = self._decoded.get(what)
-        versions = [(t._version, t.data_ptr()) for t in tensors]
-        if entry is None or any(r() is not t for r, t in zip(entry[0], tensors, strict=True)) or entry[1] != versions:
-            # Weak references, so that nothing outlives weights that are moved out of memory between calls.
-            entry = [weakref.ref(t, self._forget) for t in tensors], versions, make()
-            self._decoded[what] = entry
-        return entry[2]
-
-    def _forget(self, _: Any = None) -> None:
-        self._decoded.clear()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "SparseDictionary":
-        self._forget()
-        return super()._apply(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> "SparseDictionary":
-        """As every module; forgets what was decoded."""
-        self._forget()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": {}}
-
-
-def _infers() -> bool:
-    """Whether what is decoded may be kept: no gradients are wanted and nothing is being traced."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    def touched_bytes(self, rows: int, *, transposed: bool = False) -> int:
+        values, scale = self._dictionary(self.positions)
+        shared = [t for t in (values, scale) if t is not None and self.spec.owner is not None]
+        total = held(*self.state_dict().values(), *shared) + decoded_bytes(self._code_rows, rows, transposed=transposed)
+        return total if scale is None else total + decoded_bytes(self._quantised(values, scale), rows, transposed=True)
 
 
 def product(spec: Spec) -> str:
-    """See SparseDictionary.product."""
+    """How S is multiplied: `dense`, or `sparse` for many rows, in float32, on a processor, without gradients."""
     atoms, nonzeros = _sizes(spec)
-    return "sparse" if atoms >= SPARSE_ATOMS * nonzeros else "dense"
+    return "sparse" if atoms >= GATHER_COLUMNS * nonzeros else "dense"
 
 
 def _sizes(spec: Spec) -> tuple[int, int]:
@@ -311,17 +259,3 @@ def dequantised(stored: tuple[Tensor, Tensor | None]) -> Tensor:
 def _named(name: str, stored: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
     values, scale = stored
     return {name: values} if scale is None else {name: values, f"{name}_scale": scale}
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """(ceil(numel / 8),) uint8: the bool mask in row-major order, the first bit lowest; the last byte is filled up."""
-    bits = nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (bits * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) bool; inverse of `pack_bits`."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] & weights) > 0
-    return bits.flatten()[: rows * columns].reshape(rows, columns)

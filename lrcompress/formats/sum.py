@@ -6,8 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, FactorPair, StoredLinear, added_bias_bytes, build, check_rank, held
+from lrcompress.formats.base import (
+    DENSE_PRODUCT,
+    FORMATS,
+    FactorPair,
+    StoredLinear,
+    added_bias_bytes,
+    build,
+    check_rank,
+    decoded_bytes,
+    held,
+    trains,
+)
 from lrcompress.formats.low_rank import LowRank
+from lrcompress.kernels.products import quantized, way
+from lrcompress.kernels.rows import QuantizedRows
 from lrcompress.linalg.packing import pack, packed_length, unpack
 from lrcompress.linalg.rounding import storable, symmetric_codes
 from lrcompress.protocols import Spec
@@ -118,18 +131,35 @@ class Sum(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bits == 16:
             y: Tensor = self.base(x) + self.B(self.A(x))
-        else:
+        elif trains(self.scale):
             left, right = self.factors()
             y = self.base(x) + nn.functional.linear(nn.functional.linear(x, right), left)
+        else:
+            a, b = self._code_rows()
+            y = self.base(x) + quantized(quantized(x, a) * self.scale, b, transposed=True)
         return y if self.bias is None else y + self.bias
+
+    def _code_rows(self) -> tuple[QuantizedRows, QuantizedRows]:
+        """The signed codes of A (r, in) and of Bᵀ (r, out), as the kernels read them."""
+        half = 2 ** (self.bits - 1)
+        zeros = self.A_codes.new_full((self.rank, 1), half)
+        scale = self.scale.new_full((self.rank, 1), 1 / half, requires_grad=False)
+        sides = ((self.A_codes, self.in_features), (self.B_codes, self.out_features))
+        right, left = (QuantizedRows(codes, zeros, scale, self.bits, width, width) for codes, width in sides)
+        return right, left
 
     def multiply_adds(self, rows: int) -> int:
         return self.base.multiply_adds(rows) + self.rank * (self.in_features + self.out_features)
 
+    def kernel(self, rows: int) -> str:
+        own = DENSE_PRODUCT if self.bits == 16 else way(self._code_rows()[0], rows, self.scale.dtype)
+        return f"{self.base.kernel(rows)}; correction: {own}"
+
     def touched_bytes(self, rows: int) -> int:
         own = held(*(t for name, t in self.state_dict().items() if not name.startswith("base.")))
-        decoded = 0 if self.bits == 16 else self.rank * (self.in_features + self.out_features) * self.scale.itemsize
-        return self.base.touched_bytes(rows) + own + 2 * decoded
+        if self.bits < 16:
+            own += sum(decoded_bytes(codes, rows) for codes in self._code_rows())
+        return self.base.touched_bytes(rows) + own
 
 
 def part(spec: Spec, key: str) -> Spec:

@@ -16,7 +16,7 @@ class TransposedDictionary(StoredLinear):
     """y = Dᵀ (Sᵀ x) + b with atoms D (k, out) as long as the output is wide, and codes S (in, k).
 
     `inner` is the sparse dictionary of Wᵀ, with no bias of its own; the manifest says of it what it says of
-    `sparse_dictionary`. Multiplied dense.
+    `sparse_dictionary`.
     """
 
     name: ClassVar[str] = "transposed_dictionary"
@@ -57,10 +57,11 @@ class TransposedDictionary(StoredLinear):
     def dense_bias(self) -> Tensor | None:
         return self.bias
 
+    def kernel(self, rows: int) -> str:
+        return self.inner.kernel(rows, transposed=True)
+
     def touched_bytes(self, rows: int) -> int:
-        dictionary, atoms = self.inner.dictionary, self.spec.parameters["atoms"]
-        bias = 0 if self.bias is None else held(self.bias)
-        return held(dictionary) + self.in_features * atoms * dictionary.itemsize + bias
+        return self.inner.touched_bytes(rows, transposed=True) + (0 if self.bias is None else held(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.inner(x, transposed=True)  # called, so that hooks bring its tensors where they are needed

@@ -22,6 +22,7 @@ WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 """More flags, the best first: what a compiler cannot do, or what cannot be loaded, is done without."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
+    "rows": "decodes in plain torch, many times slower",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",
 }
 """What is said where a library cannot be had."""

@@ -39,3 +39,18 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         words = (units << places).sum(-1, keepdim=True, dtype=torch.int32)
     codes = (words >> shifts) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(ceil(numel / 8),) uint8: the bool mask in row-major order, the first bit lowest; the last byte is filled up."""
+    bits = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).reshape(-1, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, rows: int, columns: int, first: int = 0) -> Tensor:
+    """(rows, columns) bool, from row `first` on of what `pack_bits` packed, whose rows have as many columns."""
+    start, stop = first * columns, (first + rows) * columns
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=packed.device)
+    bits = (packed[start // 8 : -(-stop // 8), None] & weights) > 0
+    return bits.flatten()[start % 8 :][: stop - start].reshape(rows, columns)

@@ -7,7 +7,8 @@ import torch
 
 from lrcompress.errors import InputError
 from lrcompress.formats import build, spec_bytes
-from lrcompress.formats.sparse_dictionary import SparseDictionary, unpack_bits
+from lrcompress.formats.sparse_dictionary import SparseDictionary
+from lrcompress.linalg.packing import unpack_bits
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods import make_method
 from lrcompress.protocols import InputStatistics, Site

@@ -1,0 +1,193 @@
+"""Products with weights that are stored row by row: operators of torch, so that its tracing sees through them.
+
+Few rows of x are multiplied by compiled code (rows.c) that decodes weights in registers. For many rows a panel of the
+weight's rows at a time is decoded into memory that the next one uses again, and multiplied by torch. Where nothing can
+be compiled, on other devices and in other dtypes torch alone decodes the panels. Gradients are those of x.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.kernels.native import library
+from lrcompress.kernels.rows import KINDS, PairRows, QuantizedRows, Rows, SparseRows
+
+FEW = 8
+"""Rows of x from which on panels are faster."""
+
+PANEL = 2**21
+"""Numbers of a panel, at most."""
+
+GATHER_ROWS, GATHER_COLUMNS, CHUNK = 32, 3, 128
+"""From so many rows of x, in float32, and columns for each stored number on only those numbers are multiplied."""
+
+COMPILED, GATHERED, PANELS, PLAIN = (
+    "compiled, on what is stored", "compiled, on what is stored, sparse", "panels, compiled", "panels, plain torch",
+)  # fmt: skip
+"""Names of the ways, for people."""
+
+PRODUCT_ARGUMENTS = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
+ARGUMENTS = {
+    "numbers": (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32),
+    "gathered": (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+}
+"""Of the compiled functions, after the weight."""
+
+Functions = tuple[Callable[[str], Any], ctypes.Structure]
+"""What finds a weight's compiled functions by name, and what they read of it."""
+
+
+def way(weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool = False) -> str:
+    """How `count` rows of `dtype` are multiplied by the weight, or by its transpose."""
+    if _functions(weight, dtype) is None:
+        return PLAIN
+    if count <= FEW:
+        return COMPILED
+    return GATHERED if not transposed and _gathers(weight, count, dtype) else PANELS
+
+
+def _gathers(weight: Rows, count: int, dtype: torch.dtype) -> bool:
+    if not isinstance(weight, SparseRows) or dtype != torch.float32 or weight.dtype != dtype:
+        return False
+    return count >= GATHER_ROWS and weight.columns >= GATHER_COLUMNS * weight.values.shape[1]
+
+
+def quantized(x: Tensor, weight: QuantizedRows, *, transposed: bool = False) -> Tensor:
+    """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
+    parts = (weight.codes, weight.zeros, weight.scale, weight.bits, weight.columns, weight.group)
+    return _called(torch.ops.lrcompress.quantized, x, parts, transposed=transposed)
+
+
+def sparse(x: Tensor, weight: SparseRows, *, transposed: bool = False) -> Tensor:
+    """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
+    parts = (weight.values, weight.scale, weight.positions, weight.columns)
+    return _called(torch.ops.lrcompress.sparse, x, parts, transposed=transposed)
+
+
+def pairs(x: Tensor, weight: PairRows, *, transposed: bool = False) -> Tensor:
+    """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
+    parts = (weight.values, weight.positions, weight.columns)
+    return _called(torch.ops.lrcompress.pairs, x, parts, transposed=transposed)
+
+
+def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], *, transposed: bool) -> Tensor:
+    y = operator(x.reshape(-1, x.shape[-1]), *parts, transposed)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def multiply(x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
+    """x (count, columns) Wᵀ, or x (count, rows) W, in the dtype of x."""
+    functions = _functions(weight, x.dtype)
+    if functions is not None and not transposed and _gathers(weight, len(x), x.dtype):
+        return _gathered(x, weight, functions)
+    if functions is None or not 0 < len(x) <= FEW:
+        return _added(x, weight) if transposed else _by_panels(x, weight)
+    x = x.contiguous()
+    y = x.new_empty(len(x), weight.columns if transposed else weight.rows)
+    named, described = functions
+    function = named("transposed" if transposed else "product")
+    _check(function(ctypes.byref(described), x.data_ptr(), KINDS[x.dtype], len(x), y.data_ptr()))
+    return y
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("out of memory in a product with a stored weight")
+
+
+def _gathered(x: Tensor, weight: Rows, functions: Functions) -> Tensor:
+    count = -(-len(x) // CHUNK) * CHUNK
+    z, y = x.new_zeros(weight.columns, count), x.new_empty(weight.rows, count)
+    z[:, : len(x)] = x.T
+    named, described = functions
+    _check(named("gathered")(ctypes.byref(described), z.data_ptr(), count, y.data_ptr()))
+    return y[:, : len(x)].T
+
+
+def _by_panels(x: Tensor, weight: Rows) -> Tensor:
+    y = x.new_empty(len(x), weight.rows)
+    for start, panel in _panels(weight, x.dtype):
+        y[:, start : start + len(panel)] = torch.nn.functional.linear(x, panel)
+    return y
+
+
+def _added(x: Tensor, weight: Rows) -> Tensor:
+    """The transposed product: a sum over panels, which is added up in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_zeros(len(x), weight.columns, dtype=wide)
+    for start, panel in _panels(weight, x.dtype):
+        y += x[:, start : start + len(panel)] @ panel
+    return y.to(x.dtype)
+
+
+def _panels(weight: Rows, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """First row and numbers of every panel; a panel is overwritten by the next."""
+    functions, height = _functions(weight, dtype), max(1, PANEL // weight.columns)
+    scratch = None
+    for start in range(0, weight.rows, height):
+        stop = min(start + height, weight.rows)
+        if functions is None:
+            yield start, weight.numbers(start, stop).to(dtype)
+            continue
+        if scratch is None:
+            scratch = torch.empty(stop - start, weight.columns, dtype=dtype)
+        named, described = functions
+        named("numbers")(ctypes.byref(described), start, stop, scratch.data_ptr(), KINDS[dtype])
+        yield start, scratch[: stop - start]
+
+
+def _functions(weight: Rows, dtype: torch.dtype) -> Functions | None:
+    """Those of a weight; None where they cannot be used."""
+    tensors = weight.tensors
+    if dtype not in KINDS or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+        return None
+    described = weight.described()
+    compiled = None if described is None else library("rows")
+    if described is None or compiled is None:
+        return None
+    name, structure = described
+
+    def named(what: str) -> Any:
+        function = getattr(compiled, f"{name}_{what}")
+        if function.argtypes is None:
+            function.argtypes = [ctypes.c_void_p, *ARGUMENTS.get(what, PRODUCT_ARGUMENTS)]
+            function.restype = None if what == "numbers" else ctypes.c_int
+        return function
+
+    return named, structure
+
+
+def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
+    """Define lrcompress::name(x, the parts of a weight of `kind`, transposed)."""
+    torch.library.define(f"lrcompress::{name}", f"(Tensor x, {parts}, bool transposed) -> Tensor")
+
+    def run(x: Tensor, *given: Any) -> Tensor:
+        return multiply(x, kind(*given[:-1]), transposed=given[-1])
+
+    def shape(x: Tensor, *given: Any) -> Tensor:
+        weight = kind(*given[:-1])
+        return x.new_empty(x.shape[0], weight.columns if given[-1] else weight.rows)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plain = [None if isinstance(part, Tensor) else part for part in inputs[1:]]
+        ctx.places = [place for place, part in enumerate(inputs[1:]) if isinstance(part, Tensor)]
+        ctx.save_for_backward(*(part for part in inputs[1:] if isinstance(part, Tensor)))
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        given = list(ctx.plain)
+        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+            given[place] = tensor
+        operator = getattr(torch.ops.lrcompress, name)
+        return operator(gradient, *given[:-1], not given[-1]), *([None] * len(given))
+
+    torch.library.impl(f"lrcompress::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"lrcompress::{name}", shape)
+    torch.library.register_autograd(f"lrcompress::{name}", backward, setup_context=keep)
+
+
+_operator("quantized", "Tensor codes, Tensor? zeros, Tensor scale, int bits, int columns, int group", QuantizedRows)
+_operator("sparse", "Tensor values, Tensor? scale, Tensor positions, int columns", SparseRows)
+_operator("pairs", "Tensor values, Tensor positions, int columns", PairRows)
