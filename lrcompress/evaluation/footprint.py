@@ -23,7 +23,8 @@ CHUNK = 2**20
 @dataclass(frozen=True)
 class Footprint:
     """load_seconds: from files that the system has cached to a model on its device; rss_bytes: what this process's
-    resident memory grew by while it was loaded, read a few tokens and one, so that what is mapped or decoded late counts."""
+    resident memory grew by while it was loaded, read a few tokens and one, so that what is mapped or decoded late
+    counts."""
 
     load_seconds: float
     rss_bytes: int

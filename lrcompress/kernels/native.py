@@ -23,7 +23,7 @@ WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 loaded is the one that torch's wheels bring."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
-    "rows": "run uncompiled, many times slower",
+    "rows": "decodes in plain torch, many times slower",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",
 }
 """What is said where a library cannot be had."""

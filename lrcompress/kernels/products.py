@@ -18,8 +18,8 @@ from lrcompress.kernels.rows import KINDS, PairRows, QuantizedRows, Rows, Sparse
 FEW = 8
 """Rows of x from which on panels are faster."""
 
-PANEL = 2**21
-"""Numbers of a panel, at most."""
+PANEL = 2**22
+"""Bytes of a panel, at most: of longer ones torch's product is slower in float32, of shorter ones in bfloat16."""
 
 GATHER_ROWS, GATHER_COLUMNS, CHUNK = 32, 3, 128
 """From so many rows of x, in float32, and columns for each stored number on only those numbers are multiplied."""
@@ -38,8 +38,6 @@ ARGUMENTS = {
 
 Functions = tuple[Callable[[str], Any], ctypes.Structure]
 """What finds a weight's compiled functions by name, and what they read of it."""
-
-_OPERATORS = torch.library.Library("lrcompress", "DEF")
 
 
 def way(weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool = False) -> str:
@@ -112,7 +110,11 @@ def _gathered(x: Tensor, weight: Rows, functions: Functions) -> Tensor:
 def _by_panels(x: Tensor, weight: Rows) -> Tensor:
     y = x.new_empty(len(x), weight.rows)
     for start, panel in _panels(weight, x.dtype):
-        y[:, start : start + len(panel)] = torch.nn.functional.linear(x, panel)
+        part = y[:, start : start + len(panel)]
+        if x.dtype == torch.bfloat16:
+            torch.mm(x, panel.T, out=part)
+        else:  # oneDNN writes into a part of a matrix as fast, BLAS does not
+            part.copy_(torch.nn.functional.linear(x, panel))
     return y
 
 
@@ -127,7 +129,7 @@ def _added(x: Tensor, weight: Rows) -> Tensor:
 
 def _panels(weight: Rows, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """First row and numbers of every panel; a panel is overwritten by the next."""
-    functions, height = _functions(weight, dtype), max(1, PANEL // weight.columns)
+    functions, height = _functions(weight, dtype), max(1, PANEL // (weight.columns * dtype.itemsize))
     scratch = None
     for start in range(0, weight.rows, height):
         stop = min(start + height, weight.rows)
@@ -164,7 +166,7 @@ def _functions(weight: Rows, dtype: torch.dtype) -> Functions | None:
 
 def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
     """Define lrcompress::name(x, the parts of a weight of `kind`, transposed)."""
-    _OPERATORS.define(f"{name}(Tensor x, {parts}, bool transposed) -> Tensor")
+    torch.library.define(f"lrcompress::{name}", f"(Tensor x, {parts}, bool transposed) -> Tensor")
 
     def run(x: Tensor, *given: Any) -> Tensor:
         return multiply(x, kind(*given[:-1]), transposed=given[-1])
@@ -185,9 +187,9 @@ def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
         operator = getattr(torch.ops.lrcompress, name)
         return operator(gradient, *given[:-1], not given[-1]), *([None] * len(given))
 
-    _OPERATORS.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lrcompress::{name}", shape, lib=_OPERATORS)
-    torch.library.register_autograd(f"lrcompress::{name}", backward, setup_context=keep, lib=_OPERATORS)
+    torch.library.impl(f"lrcompress::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"lrcompress::{name}", shape)
+    torch.library.register_autograd(f"lrcompress::{name}", backward, setup_context=keep)
 
 
 _operator("quantized", "Tensor codes, Tensor? zeros, Tensor scale, int bits, int columns, int group", QuantizedRows)
