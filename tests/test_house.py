@@ -23,6 +23,7 @@ LAYERS = [
     ["linalg"],
     ["kernels"],
     ["coding"],
+    ["ggml"],
     ["formats"],
     ["allocators"],
     ["bases"],
