@@ -1,4 +1,4 @@
-"""Bits of codes and scales in the order in which ggml's blocks hold them (ggml-common.h of llama.cpp, gguf/quants.py)."""
+"""Bits of codes and scales in the order in which ggml's blocks hold them (llama.cpp's ggml-common.h)."""
 
 import torch
 from torch import Tensor

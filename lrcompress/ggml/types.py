@@ -16,8 +16,8 @@ NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 class Blocks:
     """N blocks: number = scale * step * level(code) - minimum * offset, of its block and its run of codes.
 
-    codes (N, block) counted from 0; scale and minimum (N,) float16 numbers in float32; steps and offsets (N, runs) whole
-    numbers. steps is None where a block has one run of step 1, minimum where a type has none.
+    codes (N, block) counted from 0; scale and minimum (N,) float16 numbers in float32; steps and offsets (N, runs)
+    whole numbers. steps is None where a block has one run of step 1, minimum where a type has none.
     """
 
     codes: Tensor
@@ -31,8 +31,8 @@ class Blocks:
 class BlockType:
     """name and number: ggml's; block: numbers a block, each run of `run` with a step of its own; size: bytes a block.
 
-    levels: what codes 0, 1, ... stand for, in steps; steps and offsets: the smallest and largest of those whole numbers,
-    None where there are none. has_minimum without offsets: a float16 number per block, added.
+    levels: what codes 0, 1, ... stand for, in steps; steps and offsets: the smallest and largest of those numbers, None
+    where there are none. has_minimum without offsets: a float16 number per block, added.
     """
 
     name: str
@@ -46,6 +46,15 @@ class BlockType:
     has_minimum: bool
     pack: Callable[[Blocks], Tensor]
     unpack: Callable[[Tensor], Blocks]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether levels follow one another by one."""
+        return self.levels[-1] - self.levels[0] + 1 == len(self.levels)
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of so many numbers are whole blocks."""
+        return columns % self.block == 0
 
     def bytes_of(self, rows: int, columns: int) -> int:
         """What a (rows, columns) weight takes; columns a multiple of `block`."""
