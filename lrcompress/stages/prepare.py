@@ -37,7 +37,9 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
+from lrcompress.ggml.file_types import check_file_type
 from lrcompress.methods import Method, make_method
+from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
@@ -87,7 +89,9 @@ class Request:
 
     @property
     def amount_by(self) -> str:
-        """What decides on a weight's level: the allocator, or the one rank that was asked for."""
+        """What decides on a weight's level: the allocator, or the one rank or file type that was asked for."""
+        if self.recipe.type is not None:
+            return "type"
         return self.allocator.name if self.recipe.rank is None else "rank"
 
 
@@ -156,13 +160,22 @@ def check_request(recipe: Recipe) -> Request:
     method = make_method(recipe.method.name, recipe.method.options, recipe.format, recipe.base)
     if recipe.rank is not None and not method.takes_rank:
         raise InputError(f"method {method.name} takes no --rank {recipe.rank}: ask for a --ratio")
+    blocks = isinstance(method, GgmlBlocks)
+    if blocks != (recipe.type is not None):
+        asked = f"--type {recipe.type} is" if recipe.type else "block types are"
+        raise InputError(
+            f"{asked} for method ggml, which takes nothing else: give both, as in -o FILE.gguf --type Q4_K_M"
+        )
+    if recipe.type is not None:
+        recipe = recipe.model_copy(update={"type": check_file_type(recipe.type)})
     if recipe.ratio_of == "rank" and not method.levels_are_ranks:
         raise InputError(
             f"method {method.name} has no ranks of the weights themselves for ratio_of=rank to count: "
             "ask for ratio_of=bytes or flops" + (", or --format low_rank" if "low_rank" in method.formats else "")
         )
-    if recipe.rank is not None and recipe.allocator is not None:
-        raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
+    if (recipe.rank is not None or blocks) and recipe.allocator is not None:
+        asked = f"--type {recipe.type}" if blocks else f"--rank {recipe.rank}"
+        raise InputError(f"{asked} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
     if method.options.toward_dense and method.options.propagation != "sequential":
         raise InputError(
@@ -440,7 +453,8 @@ def header_bytes(opened: Opened) -> int:
 
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio or a size that cannot be reached, before any text is read."""
-    if opened.request.recipe.rank is None and opened.request.recipe.max_loss is None:
+    recipe = opened.request.recipe
+    if recipe.rank is None and recipe.max_loss is None and recipe.type is None:
         budget_of(opened, opened.costs())
 
 

@@ -1,0 +1,102 @@
+"""GGML: llama.cpp's own block types, their scales and codes found in the metric of what a layer reads and gives."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pydantic
+import torch
+from torch import Tensor
+
+from lrcompress.formats.ggml import Ggml
+from lrcompress.ggml.rounding import DAMPING, OUTPUT_DAMPING, ROUNDS, round_weight
+from lrcompress.ggml.types import BLOCK_TYPES
+from lrcompress.methods.base import METHODS, Method, MethodOptions
+from lrcompress.methods.spectral import Metric
+from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+
+
+class GgmlOptions(MethodOptions):
+    """Options of ggml."""
+
+    metric: Metric = "two_sided"
+    damping: float = pydantic.Field(DAMPING, ge=0.0)
+    """Added to the inputs' second moment, relative to its mean."""
+    gradient_damping: float = pydantic.Field(OUTPUT_DAMPING, ge=0.0)
+    """Added to the output gradients' second moment, relative to its mean (metric=two_sided)."""
+    rounds: int = pydantic.Field(ROUNDS, ge=1)
+    """How often every row is chosen again, given all others."""
+
+
+@METHODS.register
+class GgmlBlocks(Method):
+    """W in blocks of the type that llama-quantize would give it, rounded as ggml/rounding.py says.
+
+    Which type that is depends on the whole model and on the names that llama.cpp's converter gives its tensors: `types`
+    is filled in before any curve is asked for (stages/block_types.py). A weight without an entry stays dense.
+    """
+
+    name: ClassVar[str] = "ggml"
+    title: ClassVar[str] = "GGML blocks"
+    paper: ClassVar[str] = "https://github.com/ggml-org/llama.cpp"
+    summary: ClassVar[str] = "llama.cpp's own block types (-o FILE.gguf --type Q4_K_M), rounded to inputs and outputs"
+    Options: ClassVar[type[MethodOptions]] = GgmlOptions
+    formats: ClassVar[tuple[str, ...]] = (Ggml.name,)
+    options: GgmlOptions
+
+    def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
+        super().__init__(options, format, base)
+        self.types: Mapping[str, str] = {}
+
+    @property
+    def metric(self) -> str:
+        return self.options.metric
+
+    @property
+    def needs_gradient_gram(self) -> bool:
+        return self.metric == "two_sided"
+
+    def curve(self, site: Site, element_size: int) -> Curve:
+        dense = site.dense_bytes(element_size)
+        costs = [BLOCK_TYPES[self.types[site.name]].bytes_of(*site.shape)] if site.name in self.types else []
+        costs = [cost for cost in costs if cost < dense]
+        return Curve(site.name, torch.arange(len(costs) + 1), torch.tensor([*costs, dense]), dense)
+
+    def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
+        inputs, outputs = self._grams(weight, statistics)
+        size = self._loss(weight.double(), inputs, outputs)
+        if site.name not in self.types:
+            return {"error": torch.zeros_like(size), "size": size}
+        kind = BLOCK_TYPES[self.types[site.name]]
+        blocks = round_weight(
+            kind, weight, inputs, outputs,
+            damping=self.options.damping, output_damping=self.options.gradient_damping, rounds=self.options.rounds,
+        )  # fmt: skip
+        error = self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs)
+        return {"blocks": blocks, "error": error, "size": size}
+
+    def _grams(self, weight: Tensor, statistics: InputStatistics | None) -> tuple[Tensor | None, Tensor | None]:
+        """(in, in) and (out, out) float64: what errors of inputs and outputs are weighed by, None where all alike."""
+        if statistics is None or not self.needs_statistics:
+            return None, None
+        inputs = statistics.gram(centred=self.metric == "centred")
+        if self.metric == "trace":
+            inputs = inputs * statistics.gradient_squares().mean()
+        return inputs, statistics.gradients if self.metric == "two_sided" else None
+
+    @staticmethod
+    def _loss(error: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
+        weighted = error if inputs is None else error @ inputs
+        return ((weighted if outputs is None else outputs @ weighted) * error).sum().clamp_min(0)
+
+    def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        zero = torch.zeros(1, dtype=torch.float64, device=artefact["error"].device)
+        return torch.cat([artefact["error"].reshape(1)[: len(curve.ranks) - 1], zero])
+
+    def total(self, artefact: dict[str, Tensor]) -> float:
+        return float(artefact["size"])
+
+    def spec(self, site: Site, rank: int, element_size: int) -> Spec:
+        return Spec(Ggml.name, site.shape, site.bias, False, site.conv1d, {"type": self.types[site.name]})
+
+    def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
+        return Ggml.encode(artefact["blocks"], bias)
