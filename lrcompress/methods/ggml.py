@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from lrcompress.formats.ggml import Ggml
+from lrcompress.ggml.file_types import fitting
 from lrcompress.ggml.rounding import DAMPING, OUTPUT_DAMPING, ROUNDS, round_weight
-from lrcompress.ggml.types import BLOCK_TYPES
+from lrcompress.ggml.types import BLOCK_TYPES, BlockType
+from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
+
+USUAL = "Q4_K"
+"""The block type of most tensors of Q4_K_M."""
 
 
 class GgmlOptions(MethodOptions):
@@ -32,7 +37,8 @@ class GgmlBlocks(Method):
     """W in blocks of the type that llama-quantize would give it, rounded as ggml/rounding.py says.
 
     Which type that is depends on the whole model and on the names that llama.cpp's converter gives its tensors: `types`
-    is filled in before any curve is asked for (stages/block_types.py). A weight without an entry stays dense.
+    by site is filled in before any curve is asked for (stages/block_types.py). Until then it is that of most tensors of
+    Q4_K_M. A weight that has none stays dense.
     """
 
     name: ClassVar[str] = "ggml"
@@ -45,7 +51,11 @@ class GgmlBlocks(Method):
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
-        self.types: Mapping[str, str] = {}
+        self.types: Mapping[str, str] | None = None
+
+    def _kind(self, site: Site) -> BlockType | None:
+        kind = fitting(USUAL, site.shape[1]) if self.types is None else self.types.get(site.name)
+        return None if kind is None else BLOCK_TYPES.get(kind)
 
     @property
     def metric(self) -> str:
@@ -57,20 +67,20 @@ class GgmlBlocks(Method):
 
     def curve(self, site: Site, element_size: int) -> Curve:
         dense = site.dense_bytes(element_size)
-        costs = [BLOCK_TYPES[self.types[site.name]].bytes_of(*site.shape)] if site.name in self.types else []
+        kind = self._kind(site)
+        costs = [] if kind is None else [kind.bytes_of(*site.shape)]
         costs = [cost for cost in costs if cost < dense]
         return Curve(site.name, torch.arange(len(costs) + 1), torch.tensor([*costs, dense]), dense)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         inputs, outputs = self._grams(weight, statistics)
-        size = self._loss(weight.double(), inputs, outputs)
-        if site.name not in self.types:
+        size, kind = self._loss(weight.double(), inputs, outputs), self._kind(site)
+        if kind is None:
             return {"error": torch.zeros_like(size), "size": size}
-        kind = BLOCK_TYPES[self.types[site.name]]
+        rounds = self.options.rounds
         blocks = round_weight(
-            kind, weight, inputs, outputs,
-            damping=self.options.damping, output_damping=self.options.gradient_damping, rounds=self.options.rounds,
-        )  # fmt: skip
+            kind, weight, inputs, outputs, damping=self.options.damping, output_damping=0.0, rounds=rounds
+        )
         error = self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs)
         return {"blocks": blocks, "error": error, "size": size}
 
@@ -81,7 +91,10 @@ class GgmlBlocks(Method):
         inputs = statistics.gram(centred=self.metric == "centred")
         if self.metric == "trace":
             inputs = inputs * statistics.gradient_squares().mean()
-        return inputs, statistics.gradients if self.metric == "two_sided" else None
+        if self.metric != "two_sided":
+            return inputs, None
+        assert statistics.gradients is not None
+        return inputs, damped(statistics.gradients, self.options.gradient_damping)
 
     @staticmethod
     def _loss(error: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> Tensor:
@@ -96,7 +109,9 @@ class GgmlBlocks(Method):
         return float(artefact["size"])
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        return Spec(Ggml.name, site.shape, site.bias, False, site.conv1d, {"type": self.types[site.name]})
+        kind = self._kind(site)
+        assert kind is not None
+        return Spec(Ggml.name, site.shape, site.bias, False, site.conv1d, {"type": kind.name})
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         return Ggml.encode(artefact["blocks"], bias)
