@@ -135,7 +135,9 @@ def logits(file: str, tokens: str, output: str) -> None:
         if native.llama_decode(context, batch):
             raise SystemExit(f"llama.cpp cannot run {file}")
         values = native.llama_get_logits(context)
-        found[index] = np.frombuffer(ffi.buffer(values, 4 * len(window) * vocabulary), np.float32).reshape(found[0].shape)
+        found[index] = np.frombuffer(ffi.buffer(values, 4 * len(window) * vocabulary), np.float32).reshape(
+            found[0].shape
+        )
     found.flush()
     os._exit(0)  # what the bindings free at the end has been freed by then
 

@@ -37,7 +37,7 @@ LAYERS = [
     ["export"],
     ["adapters", "training"],
     ["pipeline"],
-    ["sweep", "heal", "lm_eval", "gguf_file"],
+    ["sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

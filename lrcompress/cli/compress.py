@@ -34,6 +34,14 @@ def compress(
             rich_help_panel=o.OUTPUT,
         ),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --type: weigh errors by llama.cpp's importance matrix (.gguf or .dat), not by a text.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +88,8 @@ def compress(
 
     if type is not None and method == "auto":
         method = "ggml"
+    if imatrix is not None:
+        settings = [*(settings or []), f"imatrix={imatrix}"]
     if type is None and output is not None and output.endswith(".gguf"):
         raise InputError(f"output {output} is a GGUF file: say which --type, such as Q4_K_M, or name a folder")
     recipe = o.recipe_from_flags(

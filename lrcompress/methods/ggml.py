@@ -24,6 +24,8 @@ class GgmlOptions(MethodOptions):
     """Options of ggml."""
 
     metric: Metric = "two_sided"
+    imatrix: str | None = None
+    """llama.cpp's importance matrix (.gguf or .dat) in the place of a metric: no calibration text is summed up."""
     damping: float = pydantic.Field(DAMPING, ge=0.0)
     """Added to the inputs' second moment, relative to its mean."""
     gradient_damping: float = pydantic.Field(OUTPUT_DAMPING, ge=0.0)
@@ -52,6 +54,7 @@ class GgmlBlocks(Method):
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
         self.types: Mapping[str, str] | None = None
+        self.importance: Mapping[str, Tensor] = {}
 
     def _kind(self, site: Site) -> BlockType | None:
         kind = fitting(USUAL, site.shape[1]) if self.types is None else self.types.get(site.name)
@@ -59,7 +62,7 @@ class GgmlBlocks(Method):
 
     @property
     def metric(self) -> str:
-        return self.options.metric
+        return self.options.metric if self.options.imatrix is None else "plain"
 
     @property
     def needs_gradient_gram(self) -> bool:
@@ -73,7 +76,7 @@ class GgmlBlocks(Method):
         return Curve(site.name, torch.arange(len(costs) + 1), torch.tensor([*costs, dense]), dense)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
-        inputs, outputs = self._grams(weight, statistics)
+        inputs, outputs = self._grams(site, weight, statistics)
         size, kind = self._loss(weight.double(), inputs, outputs), self._kind(site)
         if kind is None:
             return {"error": torch.zeros_like(size), "size": size}
@@ -84,8 +87,12 @@ class GgmlBlocks(Method):
         error = self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs)
         return {"blocks": blocks, "error": error, "size": size}
 
-    def _grams(self, weight: Tensor, statistics: InputStatistics | None) -> tuple[Tensor | None, Tensor | None]:
+    def _grams(
+        self, site: Site, weight: Tensor, statistics: InputStatistics | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(in, in) and (out, out) float64: what errors of inputs and outputs are weighed by, None where all alike."""
+        if site.name in self.importance:
+            return torch.diag(self.importance[site.name].double().to(weight.device)), None
         if statistics is None or not self.needs_statistics:
             return None, None
         inputs = statistics.gram(centred=self.metric == "centred")

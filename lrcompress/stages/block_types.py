@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from lrcompress.checkpoint.converter import Converted, Weight, converter_command, find_rows
 from lrcompress.errors import InputError
 from lrcompress.ggml.file_types import types_of
+from lrcompress.ggml.imatrix import read_imatrix
 from lrcompress.ggml.types import BLOCK_TYPES
 from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.processes import processes
@@ -28,10 +31,14 @@ def find_block_types(opened: Opened, scratch: Path, reporter: Reporter) -> None:
         command = converter_command(None if recipe.converter is None else Path(recipe.converter))
         reporter.say(f"asking {Path(command[-1]).name} for the names and the order of the weights' rows")
         code = recipe.trust_remote_code
-        found = find_rows(command, opened.model.folder, _weights(opened), scratch, code=code, label=recipe.model)
-        write_json(path, _types_of_sites(recipe.type, found))
+        found = find_rows(command, opened.model.folder, dense_weights(opened), scratch, code=code, label=recipe.model)
+        tensors = {site: tensor for tensor, rows in found.rows.items() for site in set(rows.site)}
+        write_json(path, {"types": _types_of_sites(recipe.type, found), "tensors": tensors})
     processes().wait()
-    method.types = json.loads(path.read_text())
+    read = json.loads(path.read_text())
+    method.types = read["types"]
+    if method.options.imatrix is not None:
+        method.importance = _importance(opened, Path(method.options.imatrix), read["tensors"], reporter)
     left = [site.name for site in opened.sites if site.name not in method.types]
     if len(left) == len(opened.sites):
         raise InputError(f"--type {recipe.type}: no weight of {recipe.model} is one of llama.cpp's, row by row")
@@ -42,7 +49,31 @@ def find_block_types(opened: Opened, scratch: Path, reporter: Reporter) -> None:
         )
 
 
-def _weights(opened: Opened) -> dict[str, Weight]:
+def _importance(opened: Opened, path: Path, tensors: dict[str, str], reporter: Reporter) -> dict[str, Tensor]:
+    """Mean squares (in,) of the inputs of the sites that the imatrix knows, by the GGUF tensors that hold them."""
+    matrix, found = read_imatrix(path), {}
+    for site in opened.sites:
+        known = matrix.get(tensors.get(site.name, ""))
+        if known is None:
+            continue
+        means = known.means()
+        if means.shape != (1, site.shape[1]):
+            raise InputError(
+                f"imatrix {path} has {means.numel()} numbers for {tensors[site.name]}, whose rows have {site.shape[1]}: "
+                "it is of another model"
+            )
+        found[site.name] = means[0]
+    if not found:
+        raise InputError(f"imatrix {path} knows none of the model's weights: it is of another model")
+    if len(found) < len(opened.sites):
+        reporter.warn(
+            f"imatrix {path} says nothing of {len(opened.sites) - len(found)} weights: all inputs count alike"
+        )
+    return found
+
+
+def dense_weights(opened: Opened) -> dict[str, Weight]:
+    """The weights of the sites as they lie in the dense checkpoint, those that lie there by themselves."""
     keys = {site: opened.walker.names.get(f"{site.name}.weight") for site in opened.sites}
     stored = set(opened.reader.names()) - set(opened.reader.made())
     return {site.name: Weight(key, site.conv1d) for site, key in keys.items() if key is not None and key in stored}
