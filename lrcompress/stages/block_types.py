@@ -59,8 +59,8 @@ def _importance(opened: Opened, path: Path, tensors: dict[str, str], reporter: R
         means = known.means()
         if means.shape != (1, site.shape[1]):
             raise InputError(
-                f"imatrix {path} has {means.numel()} numbers for {tensors[site.name]}, whose rows have {site.shape[1]}: "
-                "it is of another model"
+                f"imatrix {path} has {means.numel()} numbers for {tensors[site.name]}, not {site.shape[1]}: it is of "
+                "another model"
             )
         found[site.name] = means[0]
     if not found:
