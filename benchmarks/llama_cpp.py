@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama.cpp itself, through the libraries of llama-cpp-py-sync: quantising with an imatrix, and logits of a file.
 
-Run by benchmarks/gguf.py with the Python of an environment that has `pip install llama-cpp-py-sync gguf numpy`. Where that
+Run by benchmarks/gguf_files.py with the Python of an environment that has `pip install llama-cpp-py-sync gguf numpy`. Where that
 wheel's libraries ask for a newer glibc than there is (only for C23's names of strtol and sscanf), `--fit` changes what
 they ask for, in place, and compiles the four names beside them.
 

@@ -7,8 +7,8 @@ Prints a Markdown table; files stay in --work. --llama-python is the Python of a
 and numpy (see llama_cpp.py), --converter llama.cpp's. A model whose weights once were blocks of 4 bits flatters plain
 rounding at 4 bits: `--perturb STEPS` trains it on the calibration text first, and takes that as the dense model.
 
-usage: gguf.py --model FOLDER --calibration FILE [FILE ...] --text FILE --work DIR --llama-python PYTHON
-               [--converter FILE] [--types Q4_0 Q2_K ...] [--samples 48] [--seqlen 1024] [--windows 8] [--length 512]
+usage: gguf_files.py --model FOLDER --calibration FILE [FILE ...] --text FILE --work DIR --llama-python PYTHON
+                     [--converter FILE] [--types Q4_0 Q2_K ...] [--samples 48] [--seqlen 1024] [--windows 8] [--length 512]
 """
 
 import argparse
