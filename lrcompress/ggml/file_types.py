@@ -32,6 +32,9 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
 }
 """Name to the number that GGUF gives it and the block type that most tensors get."""
 
+OTHERS = "Q6_K"
+"""The file type by which matrices that no calibration speaks of are stored where a size is asked for."""
+
 FALLBACKS = {"IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 """Where rows are no multiple of 256."""
 

@@ -1,6 +1,6 @@
 """GGML: llama.cpp's own block types, their scales and codes found in the metric of what a layer reads and gives."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import pydantic
@@ -16,8 +16,8 @@ from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
-USUAL = "Q4_K"
-"""The block type of most tensors of Q4_K_M."""
+MIXED = ("Q2_K", "Q3_K", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0")
+"""What a weight may get where a size is asked for, or falls back to: each errs far less than the one before."""
 
 
 class GgmlOptions(MethodOptions):
@@ -39,8 +39,9 @@ class GgmlBlocks(Method):
     """W in blocks of the type that llama-quantize would give it, rounded as ggml/rounding.py says.
 
     Which type that is depends on the whole model and on the names that llama.cpp's converter gives its tensors: `types`
-    by site is filled in before any curve is asked for (stages/block_types.py). Until then it is that of most tensors of
-    Q4_K_M. A weight that has none stays dense.
+    by site is filled in before any curve is asked for (stages/block_types.py). Where a size is asked for it stays None,
+    and every weight has a curve of types, with one price for the whole model. What is `left` stays dense here; `beside`
+    are the bytes of the rest of the file, at most.
     """
 
     name: ClassVar[str] = "ggml"
@@ -49,16 +50,26 @@ class GgmlBlocks(Method):
     summary: ClassVar[str] = "llama.cpp's own block types (-o FILE.gguf --type Q4_K_M), rounded to inputs and outputs"
     Options: ClassVar[type[MethodOptions]] = GgmlOptions
     formats: ClassVar[tuple[str, ...]] = (Ggml.name,)
+    default_allocator: ClassVar[str] = "marginal_error"
+    rounds = True
     options: GgmlOptions
 
     def __init__(self, options: MethodOptions, format: str | None = None, base: str | None = None) -> None:
         super().__init__(options, format, base)
         self.types: Mapping[str, str] | None = None
         self.importance: Mapping[str, Tensor] = {}
+        self.left: Collection[str] = ()
+        self.beside = 0
 
-    def _kind(self, site: Site) -> BlockType | None:
-        kind = fitting(USUAL, site.shape[1]) if self.types is None else self.types.get(site.name)
-        return None if kind is None else BLOCK_TYPES.get(kind)
+    def _kinds(self, site: Site) -> list[BlockType]:
+        """The types that the site may get, smallest first; none where it stays dense."""
+        if site.name in self.left:
+            return []
+        if self.types is not None:
+            kind = BLOCK_TYPES.get(self.types.get(site.name, ""))
+            return [] if kind is None else [kind]
+        fitted = [BLOCK_TYPES.get(fitting(name, site.shape[1])) for name in MIXED]
+        return list({kind.bytes_of(*site.shape): kind for kind in fitted if kind is not None}.values())
 
     @property
     def metric(self) -> str:
@@ -70,22 +81,21 @@ class GgmlBlocks(Method):
 
     def curve(self, site: Site, element_size: int) -> Curve:
         dense = site.dense_bytes(element_size)
-        kind = self._kind(site)
-        costs = [] if kind is None else [kind.bytes_of(*site.shape)]
+        costs = [kind.bytes_of(*site.shape) for kind in self._kinds(site)]
         costs = [cost for cost in costs if cost < dense]
         return Curve(site.name, torch.arange(len(costs) + 1), torch.tensor([*costs, dense]), dense)
 
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         inputs, outputs = self._grams(site, weight, statistics)
-        size, kind = self._loss(weight.double(), inputs, outputs), self._kind(site)
-        if kind is None:
-            return {"error": torch.zeros_like(size), "size": size}
-        rounds = self.options.rounds
-        blocks = round_weight(
-            kind, weight, inputs, outputs, damping=self.options.damping, output_damping=0.0, rounds=rounds
-        )
-        error = self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs)
-        return {"blocks": blocks, "error": error, "size": size}
+        found, errors, rounds = {}, [], self.options.rounds
+        for kind in self._kinds(site):
+            blocks = round_weight(
+                kind, weight, inputs, outputs, damping=self.options.damping, output_damping=0.0, rounds=rounds
+            )
+            found[f"blocks.{kind.name}"] = blocks
+            errors.append(self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs))
+        size = self._loss(weight.double(), inputs, outputs)
+        return {**found, "error": torch.stack([*errors, torch.zeros_like(size)]), "size": size}
 
     def _grams(
         self, site: Site, weight: Tensor, statistics: InputStatistics | None
@@ -109,16 +119,15 @@ class GgmlBlocks(Method):
         return ((weighted if outputs is None else outputs @ weighted) * error).sum().clamp_min(0)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
-        zero = torch.zeros(1, dtype=torch.float64, device=artefact["error"].device)
-        return torch.cat([artefact["error"].reshape(1)[: len(curve.ranks) - 1], zero])
+        error: Tensor = artefact["error"]
+        return torch.cat([error[: len(curve.ranks) - 1], error[-1:]])
 
     def total(self, artefact: dict[str, Tensor]) -> float:
         return float(artefact["size"])
 
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
-        kind = self._kind(site)
-        assert kind is not None
+        kind = self._kinds(site)[rank]
         return Spec(Ggml.name, site.shape, site.bias, False, site.conv1d, {"type": kind.name})
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-        return Ggml.encode(artefact["blocks"], bias)
+        return Ggml.encode(artefact[f"blocks.{spec.parameters['type']}"], bias)

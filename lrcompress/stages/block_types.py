@@ -7,13 +7,13 @@ from torch import Tensor
 
 from lrcompress.checkpoint.converter import Converted, Weight, converter_command, find_rows
 from lrcompress.errors import InputError
-from lrcompress.ggml.file_types import types_of
+from lrcompress.ggml.file_types import OTHERS, types_of
 from lrcompress.ggml.imatrix import read_imatrix
 from lrcompress.ggml.types import BLOCK_TYPES
 from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.prepare import Opened, budget_of
 from lrcompress.stages.workspace import write_json
 
 
@@ -27,26 +27,29 @@ def find_block_types(opened: Opened, scratch: Path, reporter: Reporter) -> None:
         return
     path = scratch / "block-types.json"
     if not path.exists() and processes().first:
-        assert recipe.type is not None
         command = converter_command(None if recipe.converter is None else Path(recipe.converter))
         reporter.say(f"asking {Path(command[-1]).name} for the names and the order of the weights' rows")
         code = recipe.trust_remote_code
         found = find_rows(command, opened.model.folder, dense_weights(opened), scratch, code=code, label=recipe.model)
         tensors = {site: tensor for tensor, rows in found.rows.items() for site in set(rows.site)}
-        write_json(path, {"types": _types_of_sites(recipe.type, found), "tensors": tensors})
+        types = None if recipe.type is None else _types_of_sites(recipe.type, found)
+        write_json(path, {"types": types, "tensors": tensors, "beside": found.bytes_beside(OTHERS)})
     processes().wait()
     read = json.loads(path.read_text())
-    method.types = read["types"]
+    method.types, method.beside = read["types"], read["beside"]
     if method.options.imatrix is not None:
         method.importance = _importance(opened, Path(method.options.imatrix), read["tensors"], reporter)
-    left = [site.name for site in opened.sites if site.name not in method.types]
+    known = read["tensors"] if method.types is None else method.types
+    method.left = left = [site.name for site in opened.sites if site.name not in known]
     if len(left) == len(opened.sites):
-        raise InputError(f"--type {recipe.type}: no weight of {recipe.model} is one of llama.cpp's, row by row")
+        raise InputError(f"no weight of {recipe.model} is one of llama.cpp's, row by row")
     if left:
         reporter.warn(
             f"{len(left)} weights, {left[0]} first, are no rows of what llama.cpp's converter writes, or fit no "
             "block: they are rounded by their own numbers, without any text"
         )
+    if recipe.type is None:
+        budget_of(opened, opened.costs())
 
 
 def _importance(opened: Opened, path: Path, tensors: dict[str, str], reporter: Reporter) -> dict[str, Tensor]:

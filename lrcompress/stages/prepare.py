@@ -161,11 +161,10 @@ def check_request(recipe: Recipe) -> Request:
     if recipe.rank is not None and not method.takes_rank:
         raise InputError(f"method {method.name} takes no --rank {recipe.rank}: ask for a --ratio")
     blocks = isinstance(method, GgmlBlocks)
-    if blocks != (recipe.type is not None):
-        asked = f"--type {recipe.type} is" if recipe.type else "block types are"
-        raise InputError(
-            f"{asked} for method ggml, which takes nothing else: give both, as in -o FILE.gguf --type Q4_K_M"
-        )
+    if recipe.type is not None and not blocks:
+        raise InputError(f"--type {recipe.type} is for method ggml: leave --method {method.name} out")
+    if blocks and recipe.type is None and recipe.bpw is None and recipe.size is None:
+        raise InputError("method ggml stores llama.cpp's block types: ask for a --type Q4_K_M, a --bpw or a --size")
     if recipe.type is not None:
         recipe = recipe.model_copy(update={"type": check_file_type(recipe.type)})
     if recipe.ratio_of == "rank" and not method.levels_are_ranks:
@@ -173,8 +172,8 @@ def check_request(recipe: Recipe) -> Request:
             f"method {method.name} has no ranks of the weights themselves for ratio_of=rank to count: "
             "ask for ratio_of=bytes or flops" + (", or --format low_rank" if "low_rank" in method.formats else "")
         )
-    if (recipe.rank is not None or blocks) and recipe.allocator is not None:
-        asked = f"--type {recipe.type}" if blocks else f"--rank {recipe.rank}"
+    if (recipe.rank is not None or recipe.type is not None) and recipe.allocator is not None:
+        asked = f"--type {recipe.type}" if recipe.type is not None else f"--rank {recipe.rank}"
         raise InputError(f"{asked} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
     if method.options.toward_dense and method.options.propagation != "sequential":
@@ -355,6 +354,8 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
     With a size, that is what everything else leaves of it.
     """
     request, curves = opened.request, [choice.asked for choice in choices]
+    if request.recipe.size is not None and isinstance(request.method, GgmlBlocks):
+        return _budget_of_file(request.method, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
     if request.recipe.size is not None:
         return _budget_of_size(opened, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
     if request.recipe.bpw is not None:
@@ -381,6 +382,16 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
             "bytes removed already, ask for more"
         )
     return budget
+
+
+def _budget_of_file(method: GgmlBlocks, text: str, least: int) -> int:
+    size = parse_size(text)
+    if method.beside + least > size:
+        raise InputError(
+            f"size {text} cannot be reached: everything but the targets has {method.beside} bytes in the file, the "
+            f"smallest types of the targets {least}: ask for at least {method.beside + least} bytes"
+        )
+    return size - method.beside
 
 
 def _budget_of_bits(opened: Opened, bits: float, curves: Sequence[Curve]) -> int:
@@ -454,7 +465,8 @@ def header_bytes(opened: Opened) -> int:
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio or a size that cannot be reached, before any text is read."""
     recipe = opened.request.recipe
-    if recipe.rank is None and recipe.max_loss is None and recipe.type is None:
+    blocks = isinstance(opened.request.method, GgmlBlocks)  # whose types are still to be found
+    if recipe.rank is None and recipe.max_loss is None and not blocks:
         budget_of(opened, opened.costs())
 
 

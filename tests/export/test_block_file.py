@@ -84,6 +84,21 @@ def test_what_was_kept_computes_about_the_same_and_gives_the_same_file(made, tmp
     assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
 
 
+def test_a_size_is_kept_and_types_follow_from_one_price(make_model, tmp_path):
+    file = tmp_path / "sized.gguf"
+    done = run_cli(
+        "compress", make_model("llama"), "-o", file, "--size", "62KB", "--keep", tmp_path / "kept",
+        "--converter", CONVERTER, "--samples", 4, "--seqlen", 32,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 48000 < file.stat().st_size <= 62000
+    found = contents(file)
+    kinds = {kind for name, (kind, _) in found.items() if name.startswith("blk") and "attn_q" in name}
+    assert kinds <= {"IQ4_NL", "Q4_0", "Q5_0", "Q5_1", "Q8_0"}
+    weight = load(tmp_path / "kept").get_submodule("model.layers.0.self_attn.v_proj").dense().detach().float()
+    np.testing.assert_array_equal(found["blk.0.attn_v.weight"][1], weight.numpy())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -92,6 +107,7 @@ def test_what_was_kept_computes_about_the_same_and_gives_the_same_file(made, tmp
         (["-o", "x.gguf", "--type", "Q4_0", "--ratio", "0.5"], "give one of them"),
         (["-o", "x", "--type", "Q4_0", "--method", "lord"], "method ggml"),
         (["-o", "x", "--method", "ggml", "--ratio", "0.5"], "--type Q4_K_M"),
+        (["-o", "x.gguf", "--size", "9KB"], "ask for at least"),
         (["-o", "x.gguf", "--type", "Q4_0", "--allocator", "uniform"], "nothing to decide"),
         (["-o", "x", "--ratio", "0.5", "--keep", "y"], "--keep y"),
     ],
