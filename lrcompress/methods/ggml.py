@@ -119,8 +119,9 @@ class GgmlBlocks(Method):
         return ((weighted if outputs is None else outputs @ weighted) * error).sum().clamp_min(0)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
+        """A type that errs more than a smaller one, as may be where one input is huge, counts as that one."""
         error: Tensor = artefact["error"]
-        return torch.cat([error[: len(curve.ranks) - 1], error[-1:]])
+        return torch.cat([error[: len(curve.ranks) - 1].cummin(0).values, error[-1:]])
 
     def total(self, artefact: dict[str, Tensor]) -> float:
         return float(artefact["size"])
