@@ -46,7 +46,7 @@ def find_block_types(opened: Opened, scratch: Path, reporter: Reporter) -> None:
     if left:
         reporter.warn(
             f"{len(left)} weights, {left[0]} first, are no rows of what llama.cpp's converter writes, or fit no "
-            "block: they are rounded by their own numbers, without any text"
+            "block: they are rounded by their own numbers, or get 16 bits"
         )
     if recipe.type is None:
         budget_of(opened, opened.costs())
