@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.formats.base import FORMATS, DecodedLinear, added_bias_bytes
+from lrcompress.formats.base import FORMATS, LeafLinear, added_bias_bytes
 from lrcompress.ggml.types import BLOCK_TYPES, BlockType
 from lrcompress.protocols import Spec
 
 
 @FORMATS.register
-class Ggml(DecodedLinear):
-    """blocks: (out, bytes of a row) uint8, rows in the order of the model's own weight."""
+class Ggml(LeafLinear):
+    """blocks: (out, bytes of a row) uint8, rows in the order of the model's own weight; decoded at every call."""
 
     name: ClassVar[str] = "ggml"
     blocks: Tensor
@@ -50,6 +50,9 @@ class Ggml(DecodedLinear):
 
     def dense(self) -> Tensor:
         return self.kind.dense(self.blocks).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense(), self.bias)
 
     def dense_bias(self) -> Tensor | None:
         return self.bias
