@@ -58,6 +58,10 @@ def compress(
     """Compress as the recipe says and write the checkpoint; the folder appears whole or not at all."""
     reporter = reporter or Reporter(quiet=True)
     output = output_folder(recipe)
+    if output.suffix == ".gguf":
+        raise InputError(
+            f"output {output} is no folder's name: lrcompress compress -o writes GGUF files, name a folder"
+        )
     request = check_request(recipe)
     join_processes(request, reporter)
     if resume and (finished := _finished(output, request)):

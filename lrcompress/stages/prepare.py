@@ -355,7 +355,7 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
     """
     request, curves = opened.request, [choice.asked for choice in choices]
     if request.recipe.size is not None and isinstance(request.method, GgmlBlocks):
-        return _budget_of_file(request.method, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
+        return _budget_of_file(request.method, request.recipe.size, choices)
     if request.recipe.size is not None:
         return _budget_of_size(opened, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
     if request.recipe.bpw is not None:
@@ -384,14 +384,18 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
     return budget
 
 
-def _budget_of_file(method: GgmlBlocks, text: str, least: int) -> int:
-    size = parse_size(text)
-    if method.beside + least > size:
+def _budget_of_file(method: GgmlBlocks, text: str, choices: Sequence[Costs]) -> int:
+    """What fits no block has 16 bits a number in the file, whatever it has in a checkpoint."""
+    size = parse_size(text) - method.beside
+    kept = [choice for choice in choices if len(choice.asked.bytes) == 1]
+    more = sum(int(choice.asked.bytes[0]) - sum(2 * s.shape[0] * s.shape[1] for s in choice.sites) for choice in kept)
+    least = sum(int(choice.asked.bytes[0]) for choice in choices) - more
+    if least > size:
         raise InputError(
             f"size {text} cannot be reached: everything but the targets has {method.beside} bytes in the file, the "
             f"smallest types of the targets {least}: ask for at least {method.beside + least} bytes"
         )
-    return size - method.beside
+    return size + more
 
 
 def _budget_of_bits(opened: Opened, bits: float, curves: Sequence[Curve]) -> int:
