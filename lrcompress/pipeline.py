@@ -24,6 +24,7 @@ from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import computing_versions, load_report, write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
+from lrcompress.stages.block_types import find_block_types
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.lengths import encode_all
 from lrcompress.stages.needs import check_memory, needs
@@ -57,6 +58,10 @@ def compress(
     """Compress as the recipe says and write the checkpoint; the folder appears whole or not at all."""
     reporter = reporter or Reporter(quiet=True)
     output = output_folder(recipe)
+    if output.suffix == ".gguf":
+        raise InputError(
+            f"output {output} is no folder's name: lrcompress compress -o writes GGUF files, name a folder"
+        )
     request = check_request(recipe)
     join_processes(request, reporter)
     if resume and (finished := _finished(output, request)):
@@ -106,6 +111,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     processes().wait()  # until the first one has made room for all
     check_memory(opened, needed, reporter)
     check_judges(opened)
+    find_block_types(opened, scratch, reporter)
     artefacts = profile_model(opened, scratch, reporter)
     more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(request)}
     if request.recipe.max_loss is not None:
@@ -249,6 +255,7 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder, in_words:
         scratch = Path(folder)
         opened = open_request(request, reporter, calibrate=False)
+        find_block_types(opened, scratch, reporter)
         needed, artefacts = needs(opened), None
         check_memory(opened, needed, reporter)
         if needs_artefacts(opened):
@@ -289,6 +296,8 @@ def _amount_name(recipe: Recipe) -> str:
         return f"{recipe.bpw:g}bpw"
     if recipe.max_loss is not None:
         return f"loss-{100 * recipe.max_loss:g}%"
+    if recipe.type is not None:
+        return recipe.type
     if recipe.ratio is None:
         return f"r{recipe.rank}"
     return f"{recipe.ratio:g}" + ("" if recipe.ratio_of == "bytes" else f"-{recipe.ratio_of}")
@@ -316,7 +325,9 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "ratio": {"asked": opened.request.recipe.ratio, "of": opened.request.recipe.ratio_of, "counted": plan.removed,
                   "planned": removed(stored, dense), "whole_model": (dense - stored) / whole,
                   "bpw": bits_per_weight(stored, sum(site.shape[0] * site.shape[1] for site in opened.sites))},
-        "asked": opened.request.recipe.model_dump(mode="json", include={"ratio", "bpw", "size", "rank", "max_loss"}),
+        "asked": opened.request.recipe.model_dump(
+            mode="json", include={"ratio", "bpw", "size", "rank", "max_loss", "type"}
+        ),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),
         **({"joined": plan.joined()} if plan.joins else {}),

@@ -99,6 +99,10 @@ class Recipe(_Strict):
     """How far perplexity on held-out calibration text may rise, such as 2%, instead of a ratio."""
     rank: int | None = pydantic.Field(None, ge=0, le=2**31)
     """One rank for all weights instead of a ratio (eora: of the correction)."""
+    type: str | None = None
+    """ggml: the GGUF file type whose block types the weights get, such as Q4_K_M, instead of a ratio."""
+    converter: str | None = None
+    """ggml: llama.cpp's convert_hf_to_gguf.py, where none is on the PATH."""
     base: str | None = None
     """What eora corrects: such as rtn:4:64, or the folder of a compressed checkpoint."""
     refine: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
@@ -138,7 +142,7 @@ class Recipe(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _how_much(self) -> "Recipe":
-        asked = {key: getattr(self, key) for key in ("ratio", "bpw", "size", "max_loss", "rank")}
+        asked = {key: getattr(self, key) for key in ("ratio", "bpw", "size", "max_loss", "rank", "type")}
         given = [f"{key} {value}" for key, value in asked.items() if value is not None]
         if not given:
             raise ValueError(
@@ -154,7 +158,7 @@ class Recipe(_Strict):
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to write the same files."""
-        return self.model_dump(exclude={"output", "evaluate", "expect", "memory"})
+        return self.model_dump(exclude={"output", "evaluate", "expect", "memory", "converter"})
 
 
 class SweepMethod(MethodSpec):

@@ -23,6 +23,7 @@ LAYERS = [
     ["linalg"],
     ["kernels"],
     ["coding"],
+    ["ggml"],
     ["formats"],
     ["allocators"],
     ["bases"],
@@ -36,7 +37,7 @@ LAYERS = [
     ["export"],
     ["adapters", "training"],
     ["pipeline"],
-    ["sweep", "heal", "lm_eval"],
+    ["sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,7 @@ import typer
 from lrcompress.cli import (
     bench,
     cache,
+    calibrate,
     compress,
     evaluate,
     export,
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

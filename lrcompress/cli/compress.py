@@ -18,6 +18,36 @@ def compress(
     size: o.Size = None,
     max_loss: o.MaxLoss = None,
     rank: o.Rank = None,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With -o FILE.gguf: llama.cpp's file type whose blocks the weights get, such as Q4_K_M.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With -o FILE.gguf: llama.cpp's convert_hf_to_gguf.py [default: that on the PATH].",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --type: weigh errors by llama.cpp's importance matrix (.gguf or .dat), not by a text.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="With -o FILE.gguf: keep a checkpoint of the same blocks.", rich_help_panel=o.OUTPUT
+        ),
+    ] = None,
     base: o.Base = None,
     refine: o.Refine = None,
     output: Annotated[
@@ -54,9 +84,18 @@ def compress(
     verbose: o.Verbose = False,
 ) -> None:
     """Compress a checkpoint and write one that transformers loads."""
+    from lrcompress.errors import InputError
+
+    file = output is not None and output.endswith(".gguf")
+    if (type is not None or file) and method == "auto":
+        method = "ggml"
+    if imatrix is not None:
+        settings = [*(settings or []), f"imatrix={imatrix}"]
+    if file and type is None and bpw is None and size is None:
+        raise InputError(f"output {output} is a GGUF file: say which --type, such as Q4_K_M, or give a --bpw or --size")
     recipe = o.recipe_from_flags(
         model=model, method=method, ratio=ratio, ratio_of=ratio_of, bpw=bpw, size=size, max_loss=max_loss,
-        rank=rank,
+        rank=rank, type=type, converter=None if converter is None else str(converter),
         base=base, refine=refine, settings=settings, calibration=calibration,
         samples=samples, seqlen=seqlen, output=output, allocator=allocator, format=format, target=target or [],
         ignore=ignore or [], seed=seed, device=device, dtype=dtype, shard_size=shard_size,
@@ -64,6 +103,7 @@ def compress(
         memory=memory,
     )  # fmt: skip
     from lrcompress.cli.show import quiet_libraries, show_plan, show_report
+    from lrcompress.gguf_file import compress_to_file, wants_file
     from lrcompress.pipeline import compress as run_compress
     from lrcompress.pipeline import make_plan, output_folder
     from lrcompress.processes import processes, refuse_several
@@ -73,6 +113,8 @@ def compress(
     quiet_libraries()
     reporter = Reporter(quiet=quiet, verbose=verbose)
     o.check_result(json_file, output_folder(recipe))
+    if keep is not None and not wants_file(recipe):
+        raise InputError(f"--keep {keep} is for -o FILE.gguf: name a folder with -o")
     if dry_run:
         refuse_several("a plan")
     if save_recipe is not None:
@@ -83,6 +125,11 @@ def compress(
         plan = make_plan(recipe, reporter=reporter)
         show_plan(plan, quiet=quiet)
         o.write_result(json_file, plan)
+        return
+    if wants_file(recipe):
+        made = compress_to_file(recipe, keep=keep, overwrite=overwrite, resume=resume, reporter=reporter)
+        show_report(made.report, made.path, quiet=quiet)
+        o.write_result(json_file, {**made.report, "file": {"path": str(made.path), "bytes": made.bytes}})
         return
     result = run_compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
     if not processes().first:

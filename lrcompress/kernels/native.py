@@ -24,10 +24,11 @@ loaded is the one that torch's wheels bring."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
     "rows": "decodes in plain torch, many times slower",
+    "blocks": "are rounded by torch, many times slower, 32 rows of a weight at a time",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",
 }
 """What is said where a library cannot be had."""
-CURE = "install a C compiler (cc, or name one by CC) for speed; results are the same without"
+CURE = "install a C compiler (cc, or name one by CC) for speed; results are as good without"
 
 
 @functools.cache

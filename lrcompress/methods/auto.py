@@ -70,6 +70,7 @@ class Auto(Method):
         self._by_input = Cospadi(CospadiOptions(**shared, side="input"))
         if codes:
             self.sizes_are_estimates, self.cut = self._coded.sizes_are_estimates, self._coded.cut
+            self.rounds = self._coded.rounds
             self.takes_tokens = self._coded.takes_tokens
         self.errors_are_exact = self.levels_are_ranks = self.retruncates = self.format in ("low_rank", "pivoted")
 

@@ -65,6 +65,9 @@ class Method(ABC):
     sizes_are_estimates: bool = False
     """How many bytes a weight takes is known once it is encoded; a curve's are close (stages/lengths.py)."""
 
+    rounds: bool = False
+    """Weights are rounded with feedback, which takes Cholesky factors of both Grams and no eigenvectors."""
+
     takes_tokens: bool = False
     """Whether input embeddings may be targets, and no token is compared with another in an output head."""
 

@@ -49,6 +49,7 @@ class Ecsq(Method):
     formats: ClassVar[tuple[str, ...]] = ("coded",)
     default_allocator: ClassVar[str] = "marginal_error"
     sizes_are_estimates = True
+    rounds = True
     takes_tokens = True
     cut = 0.125
     errors_are_exact = False

@@ -111,6 +111,8 @@ def answer(report: dict[str, Any], recipe: dict[str, Any]) -> str | None:
         return f"asked for a checkpoint of at most {recipe['size']}"
     if recipe.get("bpw") is not None:
         return f"asked for at most {recipe['bpw']:g} bits a weight of the targets"
+    if recipe.get("type") is not None:
+        return f"asked for the block types of a GGUF {recipe['type']}"
     if ratio.get("of", "bytes") != "bytes":
         return f"asked for {ratio['asked']:.2%} of the targets' {MEASURES[ratio['of']]}, removed {ratio['counted']:.2%}"
     if search := report.get("search"):

@@ -63,7 +63,7 @@ class Plan:
 def needs_artefacts(opened: Opened) -> bool:
     """Whether the allocator decides by decompositions."""
     allocator = opened.request.allocator
-    if opened.request.recipe.rank is not None:
+    if opened.request.recipe.rank is not None or opened.request.recipe.type is not None:
         return False
     joins = any(opened.request.method.joins(site) for site in opened.sites)
     return allocator.needs_errors or allocator.needs_spectrum or joins
@@ -102,6 +102,8 @@ def _allocated(
     priced = [choice.priced(choice.stored) for choice in choices]
     if request.recipe.rank is not None:
         asked = {curve.name: rank_level(curve, request.recipe.rank) for curve in priced}
+    elif request.recipe.type is not None:
+        asked = {curve.name: 0 for curve in priced}
     else:
         asked = request.allocator.allocate(priced, budget_of(opened, choices))
     levels = {choice.stored.name: int(choice.levels[asked[choice.stored.name]]) for choice in choices}

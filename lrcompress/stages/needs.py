@@ -128,7 +128,7 @@ def disk_need(opened: Opened) -> int:
 
 def _kept_numbers(opened: Opened, site: Site) -> int:
     """Of an artefact: both factors, or a weight that is still to be rounded and the factors of both its Grams."""
-    (m, n), rounds = site.shape, opened.request.method.sizes_are_estimates
+    (m, n), rounds = site.shape, opened.request.method.rounds
     if rounds:
         return m * n + n * n * GROUPS if site.of_tokens else m * n + m * m + n * n
     return min(m, n) * (m + n)
@@ -157,7 +157,7 @@ def seconds_need(opened: Opened) -> float:
     single += tokens * sum(_compared(opened, s) ** 2 for s in opened.sites)
     double = sum(_decomposing(opened, site) for site in opened.sites)
     coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
-    if method.sizes_are_estimates:
+    if method.rounds:
         coding = sum(ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape[s.of_tokens :]) for s in opened.sites)
     device = opened.walker.device
     return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
@@ -167,7 +167,7 @@ def _decomposing(opened: Opened, site: Site) -> float:
     """Multiply-adds of a site's float64 decompositions."""
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
-    if opened.request.method.sizes_are_estimates:  # two Cholesky factors and an inverse of each
+    if opened.request.method.rounds:  # two Cholesky factors and an inverse of each
         return times * (_compared(opened, site) ** 3 + n**3)
     eigenproblems = k**3 + _compared(opened, site) ** 3
     moment = 0 if site.by_outputs else m * n * n

@@ -37,7 +37,9 @@ from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
+from lrcompress.ggml.file_types import check_file_type
 from lrcompress.methods import Method, make_method
+from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_device, resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
@@ -87,7 +89,9 @@ class Request:
 
     @property
     def amount_by(self) -> str:
-        """What decides on a weight's level: the allocator, or the one rank that was asked for."""
+        """What decides on a weight's level: the allocator, or the one rank or file type that was asked for."""
+        if self.recipe.type is not None:
+            return "type"
         return self.allocator.name if self.recipe.rank is None else "rank"
 
 
@@ -156,13 +160,21 @@ def check_request(recipe: Recipe) -> Request:
     method = make_method(recipe.method.name, recipe.method.options, recipe.format, recipe.base)
     if recipe.rank is not None and not method.takes_rank:
         raise InputError(f"method {method.name} takes no --rank {recipe.rank}: ask for a --ratio")
+    blocks = isinstance(method, GgmlBlocks)
+    if recipe.type is not None and not blocks:
+        raise InputError(f"--type {recipe.type} is for method ggml: leave --method {method.name} out")
+    if blocks and recipe.type is None and recipe.bpw is None and recipe.size is None:
+        raise InputError("method ggml stores llama.cpp's block types: ask for a --type Q4_K_M, a --bpw or a --size")
+    if recipe.type is not None:
+        recipe = recipe.model_copy(update={"type": check_file_type(recipe.type)})
     if recipe.ratio_of == "rank" and not method.levels_are_ranks:
         raise InputError(
             f"method {method.name} has no ranks of the weights themselves for ratio_of=rank to count: "
             "ask for ratio_of=bytes or flops" + (", or --format low_rank" if "low_rank" in method.formats else "")
         )
-    if recipe.rank is not None and recipe.allocator is not None:
-        raise InputError(f"--rank {recipe.rank} leaves allocator {recipe.allocator} nothing to decide: leave one out")
+    if (recipe.rank is not None or recipe.type is not None) and recipe.allocator is not None:
+        asked = f"--type {recipe.type}" if recipe.type is not None else f"--rank {recipe.rank}"
+        raise InputError(f"{asked} leaves allocator {recipe.allocator} nothing to decide: leave one out")
     allocator = ALLOCATORS.get(recipe.allocator or method.default_allocator)()
     if method.options.toward_dense and method.options.propagation != "sequential":
         raise InputError(
@@ -342,6 +354,8 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
     With a size, that is what everything else leaves of it.
     """
     request, curves = opened.request, [choice.asked for choice in choices]
+    if request.recipe.size is not None and isinstance(request.method, GgmlBlocks):
+        return _budget_of_file(request.method, request.recipe.size, choices)
     if request.recipe.size is not None:
         return _budget_of_size(opened, request.recipe.size, sum(int(c.bytes[0]) for c in curves))
     if request.recipe.bpw is not None:
@@ -368,6 +382,20 @@ def budget_of(opened: Opened, choices: Sequence[Costs]) -> int:
             "bytes removed already, ask for more"
         )
     return budget
+
+
+def _budget_of_file(method: GgmlBlocks, text: str, choices: Sequence[Costs]) -> int:
+    """What fits no block has 16 bits a number in the file, whatever it has in a checkpoint."""
+    size = parse_size(text) - method.beside
+    kept = [choice for choice in choices if len(choice.asked.bytes) == 1]
+    more = sum(int(choice.asked.bytes[0]) - sum(2 * s.shape[0] * s.shape[1] for s in choice.sites) for choice in kept)
+    least = sum(int(choice.asked.bytes[0]) for choice in choices) - more
+    if least > size:
+        raise InputError(
+            f"size {text} cannot be reached: everything but the targets has {method.beside} bytes in the file, the "
+            f"smallest types of the targets {least}: ask for at least {method.beside + least} bytes"
+        )
+    return size + more
 
 
 def _budget_of_bits(opened: Opened, bits: float, curves: Sequence[Curve]) -> int:
@@ -440,7 +468,9 @@ def header_bytes(opened: Opened) -> int:
 
 def check_amount(opened: Opened) -> None:
     """Refuse a ratio or a size that cannot be reached, before any text is read."""
-    if opened.request.recipe.rank is None and opened.request.recipe.max_loss is None:
+    recipe = opened.request.recipe
+    blocks = isinstance(opened.request.method, GgmlBlocks)  # whose types are still to be found
+    if recipe.rank is None and recipe.max_loss is None and not blocks:
         budget_of(opened, opened.costs())
 
 

@@ -8,7 +8,7 @@ from lrcompress.methods import METHODS, make_method
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.stages.store import as_encoded
 
-SHAPE = (24, 16)
+SHAPE = (24, 32)
 GENERATOR = torch.Generator().manual_seed(5)
 
 CASES = [
@@ -84,7 +84,7 @@ def test_what_is_singular_is_stored_in_finite_numbers(name, options, form, base,
     if "factor_bits" not in options:  # a rounded component may harm more than it mends
         assert (errors.diff() <= 1e-6 * total).all()
     assert 0 <= total < float("inf")
-    for level in {0, len(curve.ranks) // 2}:
+    for level in {0, len(curve.ranks) // 2} - {len(curve.ranks) - 1}:
         spec = method.spec(site, int(curve.ranks[level]), 4)
         stored = method.encode(spec, artefact, None)
         for tensor in stored.values():

@@ -129,7 +129,7 @@ def loaded(spec: Spec, stored, dtype=torch.float32):
 
 
 def test_every_registered_format_is_in_this_suite():
-    others = ["table"]  # of embeddings, see tests/test_embeddings.py
+    others = ["table", "ggml"]  # of embeddings, see tests/test_embeddings.py; of whole blocks, see tests/ggml
     assert sorted([*{name.split()[0] for name in ALL}, *others]) == FORMATS.names()
 
 

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
+from lrcompress.checkpoint.converter import CONVERTERS
 from lrcompress.errors import InputError
-from lrcompress.export.gguf import CONVERTERS, export_gguf
+from lrcompress.export.gguf import export_gguf
 from tests.checkpoint.test_loading import IDS, load, logits
 from tests.commands import run_cli
 
