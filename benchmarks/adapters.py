@@ -106,7 +106,18 @@ def main() -> None:
     for rank in args.squeeze:
         small, errors = [args.work / f"{name}-{rank}" for name in names], []
         for one, squeezed in zip(whole, small, strict=True):
-            cli("squeeze", one, "--rank", rank, "-o", squeezed, "--overwrite", "--json", args.work / "squeezed.json")
+            cli(
+                "squeeze",
+                one,
+                "--rank",
+                rank,
+                "--per-module-ranks",
+                "-o",
+                squeezed,
+                "--overwrite",
+                "--json",
+                args.work / "squeezed.json",
+            )
             errors.append(json.loads((args.work / "squeezed.json").read_text())["relative_error"])
         shown = " ".join(f"{error:.3f}" for error in errors)
         print(

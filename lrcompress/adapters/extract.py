@@ -11,6 +11,7 @@ from torch import Tensor
 from lrcompress.adapters.shared import FILES, SCHEMA, SHARED, combined, load_elements, read_index
 from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
+from lrcompress.checkpoint.one_rank import adapter_dtype, cast, check_twins, level_config, levelled, one_rank, padded
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError, nearest
@@ -21,14 +22,27 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 """Module to left (out, r) and right (r, in)."""
 
 
-def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write one task of a shared basis as what it was: an adapter that PEFT loads, or a checkpoint of ours."""
-    folder = Path(shared).expanduser()
+def extract(
+    shared: str,
+    task: str,
+    output: Path,
+    *,
+    per_module_ranks: bool = False,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one task of a shared basis as what it was: an adapter, or a checkpoint of ours.
+
+    All updates of an adapter are padded to one rank, but for `per_module_ranks`.
+    """
+    folder, wanted = Path(shared).expanduser(), adapter_dtype(dtype)
     index = read_index(folder, shared)
     if task not in index["tasks"]:
         raise InputError(f"{shared} holds no task {task!r}: {nearest(task, list(index['tasks']))}")
     entry, reader = index["tasks"][task], CheckpointReader(folder, f"{SHARED}.safetensors")
     specs = Manifest.from_json(entry["config"]["quantization_config"]).modules if entry["kind"] == "model" else {}
+    if specs and (per_module_ranks or wanted is not None):
+        raise InputError(f"{task} is a checkpoint, --per-module-ranks and --dtype are for adapters: leave them out")
     factors = {}
     for module, held in index["modules"].items():
         if task in held["tasks"]:
@@ -41,7 +55,7 @@ def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) ->
             copy_files_beside(folder / FILES, partial, code=True)
             _write_model(entry, factors, reader, partial)
         else:
-            _write_adapter(entry, factors, reader, partial)
+            _write_adapter(entry, factors, reader, partial, wanted, per_module=per_module_ranks)
     ranks = [left.shape[1] for left, _ in factors.values()]
     size = sum(left.nbytes + right.nbytes for left, right in factors.values())
     return {
@@ -50,24 +64,49 @@ def extract(shared: str, task: str, output: Path, *, overwrite: bool = False) ->
     }  # fmt: skip
 
 
-def _write_adapter(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:
+def _write_adapter(
+    entry: dict[str, Any],
+    factors: Factors,
+    reader: CheckpointReader,
+    folder: Path,
+    dtype: torch.dtype | None,
+    *,
+    per_module: bool,
+) -> None:
     ranks = {module: left.shape[1] for module, (left, _) in factors.items()}
     kept = {module: (int(rank), float(scaling)) for module, (rank, scaling) in entry["kept"].items()}
     twins = {module: (str(twin), float(scaling)) for module, (twin, scaling) in entry.get("twins", {}).items()}
-    write_json(folder / CONFIG, resized_config(entry["config"], ranks, kept, twins))
-    tied = {module: twin for module, (twin, _) in twins.items()}
+    common = None if per_module else one_rank([*ranks.values(), *(rank for rank, _ in kept.values())])
+    if common is None:
+        config = resized_config(entry["config"], ranks, kept, twins)
+    else:
+        check_twins(str(entry["config"].get("base_model_name_or_path")), twins)
+        config = level_config(entry["config"], common)
+    write_json(folder / CONFIG, config)
+
+    def other(name: str, tensor: Tensor) -> Tensor:
+        return cast(tensor if common is None else levelled(name, tensor, kept, common), dtype)
+
     shapes = {
-        module: Shape((len(left), right.shape[1]), ranks[module], (right.dtype, left.dtype), tied.get(module))
+        module: Shape(
+            (len(left), right.shape[1]),
+            common or ranks[module],
+            (dtype or right.dtype, dtype or left.dtype),
+            twins[module][0] if module in twins else None,
+        )
         for module, (left, right) in factors.items()
     }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, place in entry["tensors"].items():
-            yield name, reader.tensor(place)
+            yield name, other(name, reader.tensor(place))
         for module, (left, right) in factors.items():
-            yield from lora_tensors(module, right, left, tied.get(module))
+            full = padded(cast(right, dtype), cast(left, dtype), shapes[module].rank)
+            yield from lora_tensors(module, *full, shapes[module].twin)
 
-    write_adapter(folder, {name: reader.meta(place) for name, place in entry["tensors"].items()}, shapes, tensors())
+    write_adapter(
+        folder, {name: other(name, reader.meta(place)) for name, place in entry["tensors"].items()}, shapes, tensors()
+    )
 
 
 def _write_model(entry: dict[str, Any], factors: Factors, reader: CheckpointReader, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """A LoRA adapter as a smaller one (LoRA-Squeeze, arXiv 2602.10993): every update truncated from its small core.
 
-Which update keeps how many components is decided by their energies, over all modules at once.
+All updates get one rank, which every reader of adapters takes; with ranks of their own which update keeps how many
+components is decided by their energies, over all modules at once.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.adapters.inputs import Inputs, input_grams
+from lrcompress.adapters.written import Written, common_rank, write_squeezed
 from lrcompress.budget import check_ratio
-from lrcompress.checkpoint.adapter import (
-    CONFIG,
-    Adapter,
-    Shape,
-    lora_tensors,
-    open_adapter,
-    resized_config,
-    write_adapter,
-)
+from lrcompress.checkpoint.adapter import Adapter, open_adapter
+from lrcompress.checkpoint.one_rank import adapter_dtype
 from lrcompress.checkpoint.opening import short_name
-from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.ranks import ranks_for_error, ranks_within
 from lrcompress.linalg.truncation import Spectrum, product_energy, randomised, retruncate
 from lrcompress.report.progress import Reporter
@@ -35,15 +27,15 @@ from lrcompress.stages.workspace import new_folder, write_json
 
 @dataclass(frozen=True)
 class Amount:
-    """How small: one of the mean rank, the fraction of the factors' bytes to remove, the relative error of all updates.
+    """How small: one of the rank, the fraction of the factors' bytes to remove, the relative error of all updates.
 
-    uniform: every module gets the same rank.
+    per_module: every module gets a rank of its own by its energy, `rank` is their mean; else all have one.
     """
 
     rank: int | None = None
     ratio: float | None = None
     error: float | None = None
-    uniform: bool = False
+    per_module: bool = False
 
     def check(self) -> None:
         """InputError unless exactly one is given, in its range."""
@@ -56,8 +48,6 @@ class Amount:
             check_ratio(self.ratio)
         if self.error is not None and not 0.0 < self.error < 1.0:
             raise InputError(f"--error {self.error:g} is outside (0, 1): it is relative to the updates' norm")
-        if self.uniform and self.rank is None:
-            raise InputError("--uniform gives every module one rank: say which with --rank")
 
     @property
     def text(self) -> str:
@@ -72,16 +62,19 @@ def squeeze(
     *,
     inputs: Inputs | None = None,
     randomised_seed: int | None = None,
+    dtype: str = "auto",
     dry_run: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write the adapter `label` truncated to `amount`; returns the report. What is no linear layer's update is kept.
+    """Write the adapter `label` truncated to `amount`; returns the report. What is no linear layer's update is kept,
+    where all get one rank padded to it.
 
     With a `randomised_seed` the decompositions are randomised ones, good for ranks far below the adapter's.
     """
     reporter = reporter or Reporter(quiet=True)
     amount.check()
+    wanted = adapter_dtype(dtype)
     if randomised_seed is not None and (amount.error is not None or inputs is not None):
         raise InputError(
             "--randomized needs to know how many components: it goes with --rank or --ratio, without --base"
@@ -100,12 +93,13 @@ def squeeze(
     if randomised_seed is not None:
         totals = {name: product_energy(*adapter.factors(name)) for name in spectra}
     ranks = _ranks(adapter, amount, spectra)
-    report = _report(adapter, amount, folder, spectra, totals, ranks)
+    written = Written(adapter, ranks, None if amount.per_module else common_rank(adapter, ranks), wanted)
+    report = _report(written, amount, folder, spectra, totals)
     report |= {"metric": "plain" if inputs is None else "input", "base": None if inputs is None else inputs.base,
                "randomized": randomised_seed is not None}  # fmt: skip
     if not dry_run:
         with new_folder([adapter.folder], folder, overwrite=overwrite) as partial:
-            _write(adapter, spectra, ranks, partial)
+            write_squeezed(written, spectra, partial)
             write_json(partial / "report.json", report)
             (partial / "README.md").write_text(_card(report), encoding="utf8")
     return report
@@ -118,8 +112,9 @@ def _check_amount(adapter: Adapter, amount: Amount) -> None:
         raise InputError(f"adapter {adapter.label} has no update of a linear layer: there is nothing to squeeze")
     ranks = [lora.rank for lora in linear.values()]
     mean = sum(ranks) / len(ranks)
-    if amount.rank is not None and amount.rank >= (max(ranks) if amount.uniform else mean):
-        raise InputError(f"--rank {amount.rank}: the adapter has a mean rank of {mean:g} already, ask for less")
+    if amount.rank is not None and amount.rank >= (mean if amount.per_module else max(ranks)):
+        has = f"a mean rank of {mean:g}" if amount.per_module else f"rank {max(ranks)}"
+        raise InputError(f"--rank {amount.rank}: the adapter has {has} already, ask for less")
     if amount.ratio is not None:
         least = 1 - sum(adapter.bytes(name) / lora.rank for name, lora in linear.items()) / _bytes(adapter)
         if amount.ratio > least:
@@ -148,16 +143,15 @@ def _randomised(adapter: Adapter, amount: Amount, seed: int) -> dict[str, Spectr
 
 def _most(rank: int, amount: Amount) -> int:
     """Components that a randomised decomposition finds: twice what a module gets on average."""
-    if amount.uniform and amount.rank is not None:
-        return min(rank, amount.rank)
     mean = amount.rank if amount.rank is not None else (1 - (amount.ratio or 0.0)) * rank
     return min(rank, int(2 * mean) + 1)
 
 
 def _ranks(adapter: Adapter, amount: Amount, spectra: dict[str, Spectrum]) -> dict[str, int]:
     energies = [spectrum.energies for spectrum in spectra.values()]
-    if amount.uniform and amount.rank is not None:
-        return {name: min(amount.rank, len(spectrum.energies)) for name, spectrum in spectra.items()}
+    if not amount.per_module:
+        rank = _one_rank(adapter, amount, energies)
+        return {name: min(rank, len(spectrum.energies)) for name, spectrum in spectra.items()}
     if amount.rank is not None:
         found = ranks_within(energies, [1] * len(energies), amount.rank * len(energies))
     else:
@@ -170,36 +164,23 @@ def _ranks(adapter: Adapter, amount: Amount, spectra: dict[str, Spectrum]) -> di
     return dict(zip(spectra, found, strict=True))
 
 
-def _write(adapter: Adapter, spectra: dict[str, Spectrum], ranks: dict[str, int], folder: Path) -> None:
-    copy_files_beside(adapter.folder, folder, code=False)
-    write_json(folder / CONFIG, resized_config(adapter.config, ranks, adapter.kept, adapter.twins))
-    shapes = {}
-    for name, rank in ranks.items():
-        lora = adapter.modules[name]
-        assert lora.shape is not None
-        dtypes = adapter.reader.meta(lora.right).dtype, adapter.reader.meta(lora.left).dtype
-        shapes[name] = Shape(lora.shape, rank, dtypes, adapter.tied.get(name))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in adapter.others:
-            yield name, adapter.carried(name)
-        for name, rank in ranks.items():
-            spectrum, (right, left) = spectra[name], shapes[name].dtypes
-            stored = LowRank.encode(spectrum.left[:, :rank], spectrum.right[:rank], None)
-            factors = stored["A.weight"].to(right), stored["B.weight"].to(left)
-            yield from lora_tensors(name, *factors, adapter.tied.get(name))
-
-    write_adapter(folder, {name: adapter.reader.meta(name) for name in adapter.others}, shapes, tensors())
+def _one_rank(adapter: Adapter, amount: Amount, energies: list[Tensor]) -> int:
+    """The largest rank of all within the bytes asked for, or the least that errs as little as asked for."""
+    if amount.rank is not None:
+        return amount.rank
+    if amount.ratio is not None:
+        each = sum(adapter.bytes(name) // lora.rank for name, lora in adapter.linear.items())
+        return int((1 - amount.ratio) * _bytes(adapter) / each)
+    assert amount.error is not None
+    limit = amount.error**2 * sum(float(found.sum()) for found in energies)
+    longest = max(len(found) for found in energies)
+    return next(r for r in range(1, longest + 1) if r == longest or sum(float(f[r:].sum()) for f in energies) <= limit)
 
 
 def _report(
-    adapter: Adapter,
-    amount: Amount,
-    output: Path,
-    spectra: dict[str, Spectrum],
-    totals: dict[str, float],
-    ranks: dict[str, int],
+    written: Written, amount: Amount, output: Path, spectra: dict[str, Spectrum], totals: dict[str, float]
 ) -> dict[str, Any]:
+    adapter, ranks = written.adapter, written.ranks
     modules: list[dict[str, Any]] = []
     lost = 0.0
     for name, spectrum in spectra.items():
@@ -211,16 +192,17 @@ def _report(
         lost += rest
         modules.append({
             "name": name, "shape": list(lora.shape), "rank_before": lora.rank, "rank": rank, "bytes_before": before,
-            "bytes": before // lora.rank * rank, "relative_error": (rest / total) ** 0.5 if total > 0 else 0.0,
+            "bytes": written.bytes(name), "relative_error": (rest / total) ** 0.5 if total > 0 else 0.0,
         })  # fmt: skip
-    carried = sum(adapter.reader.meta(name).numel() * adapter.reader.meta(name).itemsize for name in adapter.others)
+    others = [written.other(name, adapter.reader.meta(name)) for name in adapter.others]
+    carried = sum(meta.numel() * meta.itemsize for meta in others)
     total = sum(totals.values())
     before, after = (sum(m[key] for m in modules) for key in ("bytes_before", "bytes"))
     return {
         "schema": 1,
         "adapter": adapter.label,
         "output": str(output),
-        "asked": {key: getattr(amount, key) for key in ("rank", "ratio", "error", "uniform")},
+        "asked": {key: getattr(amount, key) for key in ("rank", "ratio", "error", "per_module")},
         "bytes": {"before": before, "after": after, "carried": carried},
         "ratio": 1 - after / before,
         "relative_error": (lost / total) ** 0.5 if total > 0 else 0.0,

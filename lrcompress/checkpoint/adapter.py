@@ -253,8 +253,8 @@ def resized_config(
     return {**config, **lora_settings(whole, {name: scaling for name, (_, scaling) in others.items()})}
 
 
-def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) -> dict[str, Any]:
-    """adapter_config.json of an adapter on linear layers, every scaling 1.
+def new_config(settings: Mapping[str, Any], base: str, modules: Collection[str]) -> dict[str, Any]:
+    """adapter_config.json of an adapter on linear layers, whose ranks and scalings `settings` has.
 
     Weights of stored formats are (out, in) where the dense layer is a Conv1D too, so fan_in_fan_out is false.
     """
@@ -263,7 +263,7 @@ def new_config(ranks: Mapping[str, int], base: str, modules: Collection[str]) ->
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **lora_settings(ranks),
+        **settings,
         "target_modules": list(modules),
         "lora_dropout": 0.0,
         "bias": "none",

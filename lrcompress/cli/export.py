@@ -22,7 +22,11 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="Output folder, or file [default: ./CHECKPOINT-SHAPE or CHECKPOINT.gguf]."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="dense, gguf: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto, float32, bfloat16, float16; of an adapter all but float16, its base stays as it is."),
+    ] = "auto",
+    per_module_ranks: o.PerModuleRanks = False,
     shard_size: Annotated[str, typer.Option(help="Largest shard, such as 5GB.")] = "5GB",
     converter: Annotated[
         Path | None,
@@ -44,8 +48,8 @@ def export(
 
     if to not in (shapes := ["dense", "peft", "gguf"]):
         raise InputError(f"--to {to!r} is unknown: {nearest(to, shapes)}")
-    if to == "peft" and dtype != "auto":
-        raise InputError(f"--dtype {dtype} is for --to dense: an adapter and its base keep the checkpoint's numbers")
+    if per_module_ranks and to != "peft":
+        raise InputError(f"--per-module-ranks is for --to peft, not for --to {to}: leave it out")
     if to != "gguf" and converter is not None:
         raise InputError(f"--converter is for --to gguf, not for --to {to}: leave it out")
     quiet_libraries()
@@ -60,8 +64,8 @@ def export(
         )  # fmt: skip
     elif to == "peft":
         result = export_peft(
-            checkpoint, folder, shard_size=shard_size, overwrite=overwrite, trust_remote_code=trust_remote_code,
-            reporter=reporter,
+            checkpoint, folder, dtype=dtype, per_module_ranks=per_module_ranks, shard_size=shard_size,
+            overwrite=overwrite, trust_remote_code=trust_remote_code, reporter=reporter,
         )  # fmt: skip
     else:
         result = export_dense(

@@ -43,6 +43,8 @@ def extract(
     shared: Annotated[str, typer.Argument(help="A folder that merge wrote.", show_default=False)],
     task: Annotated[str, typer.Option(help="The task's name: that of its adapter's folder.", show_default=False)],
     output: Output,
+    per_module_ranks: o.PerModuleRanks = False,
+    dtype: o.AdapterDtype = "auto",
     overwrite: o.Overwrite = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -53,7 +55,9 @@ def extract(
 
     quiet_libraries()
     o.check_result(json_file, output.expanduser())
-    result = run(shared, task, output.expanduser(), overwrite=overwrite)
+    result = run(
+        shared, task, output.expanduser(), per_module_ranks=per_module_ranks, dtype=dtype, overwrite=overwrite,
+    )  # fmt: skip
     if not quiet:
         first, last = result["ranks"]
         console().print(

@@ -142,6 +142,13 @@ Cache = Annotated[
 ]  # fmt: skip
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", rich_help_panel=OUTPUT)]
 Dtype = Annotated[str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)]
+PerModuleRanks = Annotated[
+    bool,
+    typer.Option("--per-module-ranks", help="Every module a rank of its own: a smaller adapter, which PEFT reads."),
+]
+AdapterDtype = Annotated[
+    str, typer.Option("--dtype", help="Of the adapter's numbers: auto (as they are), float32, bfloat16.")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=OUTPUT)
 ]

@@ -10,12 +10,12 @@ from lrcompress.cli import options as o
 
 def squeeze(
     adapter: Annotated[str, typer.Argument(help="Folder of a LoRA adapter that PEFT saved.", show_default=False)],
-    rank: Annotated[int | None, typer.Option(help="Mean rank; modules get theirs by energy.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of every module.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Fraction of the factors' bytes to remove, in (0, 1).")] = None,
     error: Annotated[
         float | None, typer.Option(help="The smallest adapter with at most this relative error of all updates.")
     ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="With --rank: the same rank for every module.")] = False,
+    per_module_ranks: o.PerModuleRanks = False,
     randomized: Annotated[
         bool, typer.Option("--randomized", help="Randomised SVD: faster where far fewer components are kept.")
     ] = False,
@@ -32,12 +32,13 @@ def squeeze(
     ] = None,
     overwrite: o.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show ranks and errors, write nothing.")] = False,
+    dtype: o.AdapterDtype = "auto",
     device: o.Device = "auto",
     trust_remote_code: o.Trust = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a LoRA adapter as a smaller one: every update truncated, ranks by energy over all modules."""
+    """Write a LoRA adapter as a smaller one: every update truncated to its best approximation."""
     from lrcompress.adapters.inputs import Inputs
     from lrcompress.adapters.squeeze import Amount
     from lrcompress.adapters.squeeze import squeeze as run
@@ -58,8 +59,9 @@ def squeeze(
         inputs = Inputs(base, specs, seed, device, trust_remote_code)
     with errors_in_words(resolve_device(device), "run again"):
         report = run(
-            adapter, output and output.expanduser(), Amount(rank, ratio, error, uniform),
-            inputs=inputs, randomised_seed=seed if randomized else None, dry_run=dry_run, overwrite=overwrite,
+            adapter, output and output.expanduser(), Amount(rank, ratio, error, per_module_ranks),
+            inputs=inputs, randomised_seed=seed if randomized else None, dtype=dtype,
+            dry_run=dry_run, overwrite=overwrite,
             reporter=Reporter(quiet=quiet),
         )  # fmt: skip
     show_squeeze(report, quiet=quiet, written=not dry_run)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, new_config, write_adapter
+from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_settings, lora_tensors, new_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
+from lrcompress.checkpoint.one_rank import adapter_dtype, level_config, one_rank, padded
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
@@ -28,6 +29,8 @@ def export_peft(
     checkpoint: str,
     output: Path,
     *,
+    dtype: str = "auto",
+    per_module_ranks: bool = False,
     shard_size: str = "5GB",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -36,9 +39,10 @@ def export_peft(
     """Write `output` as a LoRA adapter with the base in its folder `base`: base + adapter computes the checkpoint.
 
     The base's tensors are the checkpoint's bit for bit, and it carries the sums' biases, those that a centred metric
-    moved by what the correction leaves included: an adapter has none.
+    moved by what the correction leaves included: an adapter has none. All corrections are padded to one rank, which
+    every reader of adapters takes, but for `per_module_ranks`; `dtype` is the adapter's.
     """
-    reporter, limit = reporter or Reporter(quiet=True), parse_size(shard_size)
+    reporter, limit, wanted = reporter or Reporter(quiet=True), parse_size(shard_size), adapter_dtype(dtype)
     source = open_compressed(checkpoint)
     corrected = {name: spec for name, spec in source.manifest.modules.items() if spec.format == Sum.name}
     if not corrected:
@@ -56,9 +60,9 @@ def export_peft(
         base = folder / BASE
         base.mkdir()
         write_base(source, bases, base, limit, reporter)
-        write_corrections(source, corrected, folder, reporter)
-        ranks = {name: spec.rank for name, spec in corrected.items()}
-        write_json(folder / CONFIG, new_config(ranks, str((output / BASE).resolve()), corrected))
+        found = write_adapter_folder(
+            source, corrected, folder, str((output / BASE).resolve()), wanted, reporter, per_module=per_module_ranks
+        )
         report = exported_report(source, base, bases, trust_remote_code=trust_remote_code)
         if report is not None:
             write_json(base / "report.json", report)
@@ -66,15 +70,13 @@ def export_peft(
         (folder / "README.md").write_text(adapter_card(source, corrected), encoding="utf8")
         sizes = {key: sum(p.stat().st_size for p in where.glob("*.safetensors"))
                  for key, where in (("adapter", folder), ("base", base))}  # fmt: skip
-    dtypes = {str(factor_dtype(source, name)).removeprefix("torch.") for name in corrected}
     return {
         "schema": 1,
         "checkpoint": checkpoint,
         "to": "peft",
         "output": str(output),
         "layers": len(corrected),
-        "ranks": [min(ranks.values()), max(ranks.values())],
-        "dtypes": sorted(dtypes),
+        **found,
         "bytes": sizes,
     }
 
@@ -112,21 +114,47 @@ def base_name(source: Source, name: str) -> str | None:
     return name if key in ("weight", "bias") else None
 
 
-def write_corrections(source: Source, corrected: dict[str, Spec], folder: Path, reporter: Reporter) -> None:
-    """Its file, a layer in memory at a time."""
-    dtypes = {name: factor_dtype(source, name) for name in corrected}
-    shapes = {name: Shape(spec.shape, spec.rank, (dtypes[name],) * 2) for name, spec in corrected.items()}
+def write_adapter_folder(
+    source: Source,
+    corrected: dict[str, Spec],
+    folder: Path,
+    base: str,
+    dtype: torch.dtype | None,
+    reporter: Reporter,
+    *,
+    per_module: bool = False,
+) -> dict[str, Any]:
+    """Config and weights of the adapter, a layer in memory at a time; returns its ranks and dtypes.
+
+    base: what the config names as its base.
+    """
+    own = {name: spec.rank for name, spec in corrected.items()}
+    common = one_rank(own.values())
+    ranks = own if per_module else dict.fromkeys(own, common)
+    dtypes = {name: dtype or factor_dtype(source, name) for name in corrected}
+    shapes = {name: Shape(spec.shape, ranks[name], (dtypes[name],) * 2) for name, spec in corrected.items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with reporter.phase("write adapter", len(corrected)) as tick:
-            for name, dtype in dtypes.items():
-                layer = source.layer(name)
-                assert isinstance(layer, Sum)
-                left, right = layer.factors()
-                yield from lora_tensors(name, right.to(dtype), left.to(dtype))
+            for name in corrected:
+                left, right = sum_layer(source, name).factors()
+                yield from lora_tensors(name, *padded(right.to(dtypes[name]), left.to(dtypes[name]), ranks[name]))
                 tick()
 
     write_adapter(folder, {}, shapes, tensors())
+    settings = lora_settings(own) if per_module else level_config({}, common)
+    write_json(folder / CONFIG, new_config(settings, base, corrected))
+    return {
+        "ranks": [min(ranks.values()), max(ranks.values())],
+        "dtypes": sorted({str(found).removeprefix("torch.") for found in dtypes.values()}),
+    }
+
+
+def sum_layer(source: Source, name: str) -> Sum:
+    """Corrected module `name` with its tensors, in float32."""
+    layer = source.layer(name)
+    assert isinstance(layer, Sum)
+    return layer
 
 
 def factor_dtype(source: Source, name: str) -> torch.dtype:

@@ -32,7 +32,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_update_is_its_best_approximation(make_adapter, load_adapter, tmp_path, config):
     source = make_adapter(**config)
-    report = squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=3, per_module=True))
     before, after = deltas(load_adapter(source)), deltas(load_adapter(tmp_path / "out"))
     assert before.keys() == after.keys()
     ranks = {module["name"]: module["rank"] for module in report["modules"]}
@@ -58,7 +58,7 @@ def test_every_update_is_its_best_approximation(make_adapter, load_adapter, tmp_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_is_kept(make_adapter, load_adapter, tmp_path, dtype):
     source = make_adapter(dtype=dtype)
-    squeeze(str(source), tmp_path / "out", Amount(rank=4, uniform=True))
+    squeeze(str(source), tmp_path / "out", Amount(rank=4))
     assert {t.dtype for t in load_file(tmp_path / "out/adapter_model.safetensors").values()} == {dtype}
     before, after = deltas(load_adapter(source)), deltas(load_adapter(tmp_path / "out"))
     for name, update in before.items():
@@ -67,7 +67,7 @@ def test_the_dtype_is_kept(make_adapter, load_adapter, tmp_path, dtype):
 
 def test_ratio_counts_the_bytes_that_are_written(make_adapter, tmp_path):
     source = make_adapter()
-    report = squeeze(str(source), tmp_path / "out", Amount(ratio=0.5))
+    report = squeeze(str(source), tmp_path / "out", Amount(ratio=0.5, per_module=True))
     stored = [load_file(f / "adapter_model.safetensors") for f in (source, tmp_path / "out")]
     before, after = (sum(t.numel() * t.itemsize for t in tensors.values()) for tensors in stored)
     assert report["bytes"] == {"before": before, "after": after, "carried": 0}
@@ -77,7 +77,7 @@ def test_ratio_counts_the_bytes_that_are_written(make_adapter, tmp_path):
 
 def test_error_is_met_with_nothing_to_spare(make_adapter, load_adapter, tmp_path):
     source = make_adapter()
-    report = squeeze(str(source), tmp_path / "out", Amount(error=0.3))
+    report = squeeze(str(source), tmp_path / "out", Amount(error=0.3, per_module=True))
     before, after = deltas(load_adapter(source)), deltas(load_adapter(tmp_path / "out"))
     total = sum(float(update.square().sum()) for update in before.values())
     lost = sum(float((before[n] - after[n]).square().sum()) for n in before)
@@ -91,8 +91,8 @@ def test_error_is_met_with_nothing_to_spare(make_adapter, load_adapter, tmp_path
 
 def test_randomised_is_nearly_as_good(make_adapter, load_adapter, tmp_path):
     source = make_adapter(r=16, decay=0.95)
-    exact = squeeze(str(source), tmp_path / "exact", Amount(rank=3))
-    found = squeeze(str(source), tmp_path / "out", Amount(rank=3), randomised_seed=1)
+    exact = squeeze(str(source), tmp_path / "exact", Amount(rank=3, per_module=True))
+    found = squeeze(str(source), tmp_path / "out", Amount(rank=3, per_module=True), randomised_seed=1)
     before, after = deltas(load_adapter(source)), deltas(load_adapter(tmp_path / "out"))
     total = sum(float(update.square().sum()) for update in before.values())
     lost = sum(float((before[n] - after[n]).square().sum()) for n in before)
@@ -103,8 +103,8 @@ def test_randomised_is_nearly_as_good(make_adapter, load_adapter, tmp_path):
 def test_inputs_of_the_adapted_model_weigh_errors(make_adapter, load_adapter, llama, tmp_path):
     source = make_adapter(target_modules=["k_proj", "up_proj", "down_proj", "lm_head"])
     inputs = Inputs(str(llama), [CalibrationSpec(samples=3, seqlen=48)])
-    report = squeeze(str(source), tmp_path / "out", Amount(rank=3, uniform=True), inputs=inputs)
-    squeeze(str(source), tmp_path / "plain", Amount(rank=3, uniform=True))
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=3), inputs=inputs)
+    squeeze(str(source), tmp_path / "plain", Amount(rank=3))
     model, before = load_adapter(source), deltas(load_adapter(source))
     after, plain = deltas(load_adapter(tmp_path / "out")), deltas(load_adapter(tmp_path / "plain"))
     grams = _grams(model, llama, before)
@@ -189,12 +189,19 @@ def test_an_update_of_tied_embeddings_stays_one(make_adapter, load_adapter, tmp_
     source = make_adapter(architecture="qwen3", **{**defaults, **config})
     path = source / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    report = squeeze(str(source), tmp_path / "out", Amount(rank=3, uniform=True))
+    two_scalings = "alpha_pattern" in config or "rank_pattern" in config
+    if two_scalings:
+        with pytest.raises(InputError, match=r"lm_head .* two numbers.*--per-module-ranks"):
+            squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    amount = Amount(rank=3, per_module=two_scalings)
+    report = squeeze(str(source), tmp_path / "out", amount)
+    ranks = {module["name"]: module["rank"] for module in report["modules"]}
     before, after = (load_adapter(folder, "qwen3") for folder in (source, tmp_path / "out"))
     near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(embedding_delta(after), best(embedding_delta(before), 3), **near)
+    wanted = best(embedding_delta(before), ranks["lm_head"])
+    torch.testing.assert_close(embedding_delta(after), wanted, **near)
     for name, update in deltas(before).items():
-        torch.testing.assert_close(deltas(after)[name], best(update, 3), **near)
+        torch.testing.assert_close(deltas(after)[name], best(update, ranks[name]), **near)
     files = [load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "out")]
     assert files[0].keys() == files[1].keys()
     sizes = [
@@ -234,7 +241,9 @@ def test_a_tied_pair_that_was_trained_apart_is_kept(make_adapter, load_adapter, 
     tensors = load_file(path)
     tensors["base_model.model.lm_head.lora_A.weight"] *= 1.5
     save_file(tensors, path, metadata={"format": "pt"})
-    report = squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    with pytest.raises(InputError, match=r"keeps its rank 8.*--per-module-ranks"):
+        squeeze(str(source), tmp_path / "out", Amount(rank=3))
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=3, per_module=True))
     assert {module["name"].rpartition(".")[2] for module in report["modules"]} == {"v_proj"}
     squeeze(str(source), tmp_path / "same", Amount(error=1e-7))
     found, wanted = (logits(load_adapter(folder, "qwen3")) for folder in (tmp_path / "same", source))
@@ -257,7 +266,7 @@ def test_an_update_of_zero_keeps_rank_one(make_adapter, load_adapter, tmp_path):
     zero = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     tensors[zero] = torch.zeros_like(tensors[zero])
     save_file(tensors, source / "adapter_model.safetensors")
-    report = squeeze(str(source), tmp_path / "out", Amount(rank=7))
+    report = squeeze(str(source), tmp_path / "out", Amount(rank=7, per_module=True))
     ranks = {module["name"]: module["rank"] for module in report["modules"]}
     assert ranks["model.layers.0.self_attn.q_proj"] == 1
     assert not deltas(load_adapter(tmp_path / "out"))["model.layers.0.self_attn.q_proj"].any()
@@ -320,11 +329,11 @@ def test_files_that_are_refused(make_adapter, llama, tmp_path):
         (Amount(), "give one of"),
         (Amount(rank=2, error=0.1), "give one of.*--rank and --error"),
         (Amount(rank=0), "at least 1"),
-        (Amount(rank=8), "mean rank of 8 already"),
+        (Amount(rank=8, per_module=True), "mean rank of 8 already"),
+        (Amount(rank=8), "has rank 8 already"),
         (Amount(ratio=0.9), "rank 1 everywhere removes 0.8750"),
         (Amount(ratio=1.5), "outside"),
         (Amount(error=1.5), "outside"),
-        (Amount(ratio=0.5, uniform=True), "with --rank"),
     ],
 )
 def test_amounts_that_are_refused(make_adapter, tmp_path, amount, message):

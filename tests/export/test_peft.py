@@ -55,7 +55,7 @@ def test_base_and_adapter_are_equal_to_the_checkpoint(compressed, export, recwar
         assert not torch.allclose(logits(model, IDS), expected, atol=1e-2)
     layers = {"llama": 21, "gpt2": 12, "qwen3": 21, "opt": 18}[architecture]
     assert result["layers"] == layers
-    assert result["ranks"] == [3, 3]
+    assert result["ranks"] == [8, 8]
     assert not any(module.spec.format == "sum" for module in stored_layers(load(folder / "base")).values())
     assert len(stored_layers(load(folder / "base"))) == layers
 
@@ -66,7 +66,7 @@ def test_unequal_ranks_meet_exactly_their_layers(compressed, export):
     specs = read_manifest(source).modules
     ranks = {name: spec.rank for name, spec in specs.items() if spec.format == "sum"}
     assert len(set(ranks.values())) > 3
-    folder, result = export(source)
+    folder, result = export(source, per_module_ranks=True)
     model = assembled(folder)
     found = {}
     for name, module in model.base_model.model.named_modules():
@@ -99,8 +99,12 @@ def test_factors_keep_their_numbers(compressed, export, bits, dtype):
     assert {t.dtype for t in stored.values()} == {dtype}
     for name, module in stored_layers(load(source, dtype=torch.float32)).items():
         left, right = module.factors()
-        assert torch.equal(stored[f"base_model.model.{name}.lora_B.weight"].float(), left)
-        assert torch.equal(stored[f"base_model.model.{name}.lora_A.weight"].float(), right)
+        b, a = (stored[f"base_model.model.{name}.lora_{part}.weight"].float() for part in "BA")
+        assert torch.equal(b[:, :3], left)
+        assert torch.equal(a[:3], right)
+        assert (b.shape[1], a.shape[0]) == (8, 8)
+        assert not b[:, 3:].any()
+        assert not a[3:].any()
     model = PeftModel.from_pretrained(load(folder / "base", dtype=torch.float32), folder)
     torch.testing.assert_close(logits(model, IDS), logits(load(source, dtype=torch.float32), IDS), **EXACT)
 
