@@ -15,7 +15,8 @@ def export(
         typer.Option(
             metavar="SHAPE",
             help="dense: an ordinary checkpoint, as large as before; peft: eora's corrections as a LoRA adapter, "
-            "and the base beside it; gguf: one file, through llama.cpp's converter, as large as before.",
+            "and the base beside it; compressed-tensors: integers that vLLM and transformers read; gguf: one file for "
+            "llama.cpp, through its converter.",
         ),
     ],
     output: Annotated[
@@ -41,12 +42,13 @@ def export(
     from lrcompress.checkpoint.opening import short_name
     from lrcompress.cli.show import quiet_libraries, show_export
     from lrcompress.errors import InputError, nearest
+    from lrcompress.export.compressed_tensors import export_compressed_tensors
     from lrcompress.export.dense import export_dense
     from lrcompress.export.gguf import export_gguf
     from lrcompress.export.peft import export_peft
     from lrcompress.report.progress import Reporter
 
-    if to not in (shapes := ["dense", "peft", "gguf"]):
+    if to not in (shapes := ["dense", "peft", "compressed-tensors", "gguf"]):
         raise InputError(f"--to {to!r} is unknown: {nearest(to, shapes)}")
     if per_module_ranks and to != "peft":
         raise InputError(f"--per-module-ranks is for --to peft, not for --to {to}: leave it out")
@@ -60,6 +62,11 @@ def export(
     if to == "gguf":
         result = export_gguf(
             checkpoint, folder, converter=converter, dtype=dtype, overwrite=overwrite,
+            trust_remote_code=trust_remote_code, reporter=reporter,
+        )  # fmt: skip
+    elif to == "compressed-tensors":
+        result = export_compressed_tensors(
+            checkpoint, folder, dtype=dtype, shard_size=shard_size, overwrite=overwrite,
             trust_remote_code=trust_remote_code, reporter=reporter,
         )  # fmt: skip
     elif to == "peft":

@@ -260,7 +260,10 @@ def show_export(result: dict[str, Any], *, quiet: bool) -> None:
     if quiet:
         return
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in result["bytes"].items())
-    console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}\nwrote {result['output']}")
+    console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}")
+    for note in result.get("notes", []):
+        console().print(note)
+    console().print(f"wrote {result['output']}")
 
 
 def show_squeeze(report: dict[str, Any], *, quiet: bool, written: bool) -> None:

@@ -45,7 +45,7 @@ def export_dense(
         copy_files_beside(source.folder, folder, code=True)
         config = dense_config(source, wanted, switches, trust_remote_code=trust_remote_code)
         write_json(folder / "config.json", config)
-        write_weights(source, model, folder, limit, wanted, zeros, reporter)
+        write_weights(Layers(source), model, folder, limit, wanted, zeros, reporter)
         report = exported_report(source, folder, {}, trust_remote_code=trust_remote_code)
         if report is not None:
             write_json(folder / "report.json", report)
@@ -87,8 +87,24 @@ def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module 
     return model
 
 
+class Layers:
+    """What stands in the place of a compressed layer: here the dense one."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def planned(self, name: str, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+        """Names and meta tensors of what `tensors` gives."""
+        spec = self.source.manifest.modules[name]
+        return [(key, torch.empty(shape, dtype=dtype, device="meta")) for key, shape in dense_shapes(name, spec)]
+
+    def tensors(self, name: str, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+        """What is written for layer `name`, numbers of the dense rest in `dtype`."""
+        return dense_tensors(self.source, name, dtype)
+
+
 def write_weights(
-    source: Source,
+    layers: Layers,
     model: nn.Module | None,
     folder: Path,
     limit: int,
@@ -98,7 +114,8 @@ def write_weights(
 ) -> None:
     """Every tensor in the order of its name, experts of `model` fused; `zeros` are meta tensors of biases that a switch
     asks for, added last."""
-    modules, reader = source.manifest.modules, source.reader
+    source = layers.source
+    reader = source.reader
     experts = {} if model is None else linear_experts(model)
     fused = {f"{name}.{key}": (name, key) for name, module in experts.items() for key in module.fused_shapes()}
 
@@ -121,8 +138,7 @@ def write_weights(
         elif module is None:
             planned.append((name, cast(reader.meta(name))))
         else:
-            shapes = dense_shapes(module, modules[module])
-            planned += [(key, torch.empty(shape, dtype=written(name), device="meta")) for key, shape in shapes]
+            planned += layers.planned(module, written(name))
     planned += [(name, cast(meta)) for name, meta in zeros.items()]
     metas = dict(planned)
     writer = ShardedWriter(folder, planned, limit)
@@ -131,20 +147,20 @@ def write_weights(
             module = source.owner(name)
             if name in fused:
                 holder, key = fused[name]
-                tensor = fused_tensor(source, holder, experts[holder], key, metas[name].dtype)
+                tensor = fused_tensor(layers, holder, experts[holder], key, metas[name].dtype)
                 writer.write([(name, tensor)])
             elif module is None:
                 writer.write([(name, cast(source.reader.tensor(name)))])
             else:
-                writer.write(dense_tensors(source, module, written(name)))
+                writer.write(layers.tensors(module, written(name)))
             tick()
     writer.write((name, torch.zeros(cast(meta).shape, dtype=cast(meta).dtype)) for name, meta in zeros.items())
     writer.close()
 
 
-def fused_tensor(source: Source, name: str, experts: LinearExperts, parameter: str, dtype: torch.dtype) -> Tensor:
+def fused_tensor(layers: Layers, name: str, experts: LinearExperts, parameter: str, dtype: torch.dtype) -> Tensor:
     """Fused `parameter` of module `name`, one expert's weights multiplied out at a time."""
-    found = torch.empty(experts.fused_shapes()[parameter], dtype=dtype)
+    source, found = layers.source, torch.empty(experts.fused_shapes()[parameter], dtype=dtype)
     for index in range(experts.count):
         parts = {}
         for key in experts.tensors_of(parameter):
@@ -152,7 +168,7 @@ def fused_tensor(source: Source, name: str, experts: LinearExperts, parameter: s
             layer = full.rpartition(".")[0]
             compressed = layer in source.manifest.modules
             parts[key] = (
-                dict(dense_tensors(source, layer, dtype))[full] if compressed else source.reader.tensor(full).to(dtype)
+                dict(layers.tensors(layer, dtype))[full] if compressed else source.reader.tensor(full).to(dtype)
             )
         found[index] = experts.join(parameter, parts)
     return found
