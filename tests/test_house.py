@@ -31,7 +31,7 @@ LAYERS = [
     ["model"],
     ["calibration"],
     ["checkpoint"],
-    ["report"],
+    ["report", "vllm_plugin"],
     ["evaluation"],
     ["stages"],
     ["export"],
