@@ -1,7 +1,7 @@
 """A GGUF file of block types: the converter's file with its matrices in the blocks that a checkpoint holds."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,33 @@ def write_blocks(source: Source, converted: Path, names: Converted, output: Path
     Blocks of the checkpoint are taken as they are, their rows in the converter's order; what it does not hold in such
     blocks (embeddings, output head) is rounded here, by its own numbers.
     """
-    from gguf import GGUFReader, GGUFWriter
+    from gguf import GGUFReader
 
     reader, file_type = GGUFReader(converted), file_type_of(source)
     shapes = [Shape(t.name, tuple(int(axis) for axis in reversed(t.shape.tolist()))) for t in reader.tensors]
     types = types_of(file_type or OTHERS, shapes, model_of(reader))
     if file_type is None:
         types |= _own_types(source, names)
-    writer = GGUFWriter(output, "", endianess=reader.endianess)
-    _copy_metadata(reader, writer, file_type or most_common(source))
     makers = {
         tensor.name: _maker(source, names, tensor, types[shape.name])
         for tensor, shape in zip(reader.tensors, shapes, strict=True)
     }
+    write_file(reader, output, file_type or most_common(source), types, makers)
+
+
+def write_file(
+    reader: Any, output: Path, file_type: str, types: Mapping[str, str | None], makers: Mapping[str, Callable[[], Any]]
+) -> None:
+    """Write `output`: what gguf's `reader` has, each tensor as its type in `types` with the data that its maker gives.
+
+    None is the type that it has.
+    """
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(output, "", endianess=reader.endianess)
+    _copy_metadata(reader, writer, file_type)
     for tensor in reader.tensors:
-        kind, bytes_shape, dtype = _stored_as(tensor, types[tensor.name])
+        kind, bytes_shape, dtype = stored_as(tensor, types[tensor.name])
         size = int(np.prod(bytes_shape)) * np.dtype(dtype).itemsize
         writer.add_tensor_info(tensor.name, bytes_shape, np.dtype(dtype), size, kind)
     writer.write_header_to_file()
@@ -113,7 +125,7 @@ def _copy_metadata(reader: Any, writer: Any, file_type: str) -> None:
     writer.add_quantization_version(QUANTISATION_VERSION)
 
 
-def _stored_as(tensor: Any, kind: str | None) -> tuple[Any, tuple[int, ...], Any]:
+def stored_as(tensor: Any, kind: str | None) -> tuple[Any, tuple[int, ...], Any]:
     """gguf's type, the shape and the dtype of what is written for a tensor."""
     from gguf import GGMLQuantizationType
 
@@ -135,8 +147,8 @@ def _maker(source: Source, names: Converted, tensor: Any, kind: str | None) -> C
     held = names.rows.get(tensor.name)
     modules = source.manifest.modules
     if held is not None and all(_type_of(modules.get(site)) == kind for site in set(held.site)):
-        return lambda: _taken(source, held.site, held.row).numpy().reshape(_stored_as(tensor, kind)[1])
-    return lambda: torch.cat(list(_rounded(tensor, kind))).numpy().reshape(_stored_as(tensor, kind)[1])
+        return lambda: _taken(source, held.site, held.row).numpy().reshape(stored_as(tensor, kind)[1])
+    return lambda: torch.cat(list(_rounded(tensor, kind))).numpy().reshape(stored_as(tensor, kind)[1])
 
 
 def _type_of(spec: Spec | None) -> str | None:

@@ -1,15 +1,17 @@
-"""As one GGUF file, through llama.cpp's own converter: multiplied out first, since GGUF knows no factors."""
+"""As a GGUF file, through llama.cpp's own converter: integers in its blocks, corrections as a LoRA file beside it."""
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.converter import convert, converter_command, find_rows
+from lrcompress.checkpoint.converter import Weight, convert, converter_command, find_rows
 from lrcompress.checkpoint.opening import short_name
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.export.block_file import block_weights, holds_blocks, write_blocks
 from lrcompress.export.dense import export_dense
+from lrcompress.export.native_blocks import NativeBlocks
 from lrcompress.export.source import open_compressed
 from lrcompress.report.progress import Reporter
 
@@ -26,17 +28,21 @@ def export_gguf(
     trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write file `output`; it appears whole. `converter` is llama.cpp's convert_hf_to_gguf.py, else that on the PATH.
+    """Write file `output`, which appears whole, and `OUTPUT-lora.gguf` where there are corrections.
 
+    Quantized weights keep their numbers where a block type holds them, every other compressed one becomes Q8_0 and the
+    loss is measured; `dtype` is the rest's. `converter` is llama.cpp's convert_hf_to_gguf.py, else that on the PATH.
     InputError where there is no converter, or it fails: its last words are in the message.
     """
     reporter = reporter or Reporter(quiet=True)
     if dtype not in GGUF_DTYPES:
         raise InputError(f"--dtype {dtype} is unknown: use one of {', '.join(GGUF_DTYPES)}")
     command = converter_command(converter)
-    if output.exists() and (output.is_dir() or not overwrite):
-        cure = "name a file with -o" if output.is_dir() else "choose another with -o, or pass --overwrite"
-        raise InputError(f"output {output} exists: {cure}")
+    lora = output.with_name(f"{output.stem}-lora.gguf")
+    for path in (output, lora):
+        if path.exists() and (path.is_dir() or not overwrite):
+            cure = "name a file with -o" if path.is_dir() else "choose another with -o, or pass --overwrite"
+            raise InputError(f"output {path} exists: {cure}")
     try:
         with disk_errors(output.parent):
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -55,5 +61,18 @@ def export_gguf(
             names = find_rows(command, dense, weights, Path(scratch), code=code, label=checkpoint)
             write_blocks(source, partial, names, Path(scratch) / "blocks.gguf")
             partial = Path(scratch) / "blocks.gguf"
+            more: dict[str, Any] = {}
+        else:
+            weights = {name: Weight(f"{name}.weight", spec.conv1d) for name, spec in source.manifest.modules.items()}
+            held = {name: weight for name, weight in weights.items() if weight.name in CheckpointReader(dense).names()}
+            names = find_rows(command, dense, held, Path(scratch), code=trust_remote_code, label=checkpoint)
+            native = NativeBlocks(source, partial, names)
+            partial = native.write(Path(scratch) / "blocks.gguf")
+            more = native.measured(checkpoint, trust_remote_code=trust_remote_code)
+            if native.corrected:
+                native.write_lora(Path(scratch) / "lora.gguf")
+                (Path(scratch) / "lora.gguf").replace(lora)
+                more |= {"lora": str(lora)}
         partial.replace(output)
-    return {**found, "to": "gguf", "output": str(output), "bytes": {"checkpoint": output.stat().st_size}}
+    sizes = {"checkpoint": output.stat().st_size, **({"lora": lora.stat().st_size} if "lora" in more else {})}
+    return {**found, **more, "to": "gguf", "output": str(output), "bytes": sizes}

@@ -23,7 +23,11 @@ EXACT = {"rtol": 1e-4, "atol": 1e-4}
 def read(folder, zeros=False):
     from transformers import CompressedTensorsConfig
 
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if zeros or (folder / "adapter").is_dir() else {}
+    options = (
+        {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        if zeros or (folder / "adapter").is_dir()
+        else {}
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return (PeftModel.from_pretrained(model, folder / "adapter") if (folder / "adapter").is_dir() else model).eval()
 

@@ -1,44 +1,132 @@
 """GGUF through a converter: a real one where it is installed, elsewhere a stand-in that shows what it was given."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from lrcompress.checkpoint.converter import CONVERTERS
 from lrcompress.errors import InputError
 from lrcompress.export.gguf import export_gguf
-from tests.checkpoint.test_loading import IDS, load, logits
+from lrcompress.model.surgery import dense_parts, stored_layers
+from tests.checkpoint.test_loading import load
 from tests.commands import run_cli
-
-STAND_IN = """
-import argparse, pathlib, shutil, sys
-parser = argparse.ArgumentParser()
-parser.add_argument("model", type=pathlib.Path); parser.add_argument("--outfile"); parser.add_argument("--outtype")
-args = parser.parse_args()
-assert args.outtype == "f32", args
-shutil.make_archive(args.outfile, "tar", args.model)
-shutil.move(args.outfile + ".tar", args.outfile)
-"""
+from tests.export.converter import rotated
+from tests.export.test_peft import eora
 
 
 @pytest.fixture
 def stand_in(tmp_path):
-    path = tmp_path / "convert_hf_to_gguf.py"
-    path.write_text(STAND_IN)
-    return path
+    return Path(shutil.copy(Path(__file__).parent / "converter.py", tmp_path / "convert_hf_to_gguf.py"))
 
 
-def test_the_converter_is_given_the_dense_model(compressed, stand_in, tmp_path):
-    import torch
-
+def test_what_is_no_whole_blocks_is_the_dense_model(compressed, stand_in, tmp_path):
+    """Rows of 48 numbers, embeddings and norms are the converter's."""
     source, output = compressed("llama", method="lord"), tmp_path / "deep/model.gguf"
     result = export_gguf(str(source), output, converter=stand_in, dtype="float32")
     assert result["bytes"]["checkpoint"] == output.stat().st_size
     assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]
-    shutil.unpack_archive(output, tmp_path / "dense", "tar")
-    torch.testing.assert_close(logits(load(tmp_path / "dense"), IDS), logits(load(source), IDS), rtol=1e-4, atol=1e-4)
+    layers, tensors = stored_layers(load(source)), read(output)
+    for i in range(3):
+        weight = dense_parts(layers[f"model.layers.{i}.mlp.down_proj"])[0]
+        torch.testing.assert_close(tensors[f"blk.{i}.ffn_down.weight"][1], weight, rtol=0, atol=1e-6)
+    assert torch.equal(tensors["token_embd.weight"][1], load(source).model.embed_tokens.weight)
     with pytest.raises(InputError, match="--overwrite"):
         export_gguf(str(source), output, converter=stand_in, dtype="float32")
+
+
+def read(path):
+    """Name to type and numbers, by gguf's own code."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    return {
+        t.name: (t.tensor_type.name, torch.from_numpy(dequantize(t.data, t.tensor_type)))
+        for t in GGUFReader(path).tensors
+    }
+
+
+PLACES = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up"}
+
+
+@pytest.mark.parametrize(("base", "kind"), [("rtn:2:32", "Q4_0"), ("gptq:3:32", "Q4_0"), ("rtn:4:32", "Q5_0")])
+def test_integers_and_corrections_keep_their_numbers(compressed, stand_in, tmp_path, base, kind):
+    source, output = compressed("llama", dtype="bfloat16", **eora(base)), tmp_path / "model.gguf"
+    result = export_gguf(str(source), output, converter=stand_in, dtype="float32")
+    assert result["loss"] is None
+    assert result["relative_error"] == 0
+    assert result["types"] in ({kind: 18}, {kind: 18 - (n := result["types"].get("Q4_1", 0)), "Q4_1": n})
+    tensors, lora = read(output), read(tmp_path / "model-lora.gguf")
+    assert result["bytes"] == {
+        name: p.stat().st_size for name, p in (("checkpoint", output), ("lora", tmp_path / "model-lora.gguf"))
+    }
+    for name, place in PLACES.items():
+        layer = stored_layers(load(source, dtype=torch.float32))[f"model.layers.1.{name}"]
+        heads = {"attn_q": 4}.get(place)
+        left, right = (t.detach() for t in layer.factors())
+        weight = layer.base.dense().detach()
+        if heads:
+            weight, left = rotated(weight, heads), rotated(left, heads)
+        found, numbers = tensors[f"blk.1.{place}.weight"]
+        assert found in (kind, "Q4_1")
+        assert torch.equal(numbers, weight)
+        a, b = (lora[f"blk.1.{place}.weight.lora_{part}"][1] for part in "ab")
+        assert (a.shape[0], b.shape[1]) == (8, 8)
+        assert torch.equal(a[:3], right)
+        assert torch.equal(b[:, :3], left)
+    from gguf import GGUFReader
+
+    fields = GGUFReader(tmp_path / "model-lora.gguf").fields
+    said = {
+        key: fields[key].contents()
+        for key in ("general.type", "adapter.type", "adapter.lora.alpha", "general.architecture")
+    }
+    assert said == {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+        "general.architecture": "llama",
+    }
+
+
+def test_factors_become_blocks_of_eight_bits_and_the_loss_is_said(compressed, stand_in, tmp_path):
+    source = compressed("llama", method="lord")
+    done = run_cli(
+        "export",
+        source,
+        "--to",
+        "gguf",
+        "-o",
+        tmp_path / "model.gguf",
+        "--converter",
+        stand_in,
+        "--json",
+        tmp_path / "r.json",
+    )
+    assert done.returncode == 0, done.stderr
+    result, tensors = json.loads((tmp_path / "r.json").read_text()), read(tmp_path / "model.gguf")
+    assert result["types"] == {"Q8_0": 18}
+    assert "perplexity" in done.stdout
+    assert "no multiple of 32" in done.stdout.replace("\n", " ")
+    assert abs(result["loss"]) < 0.01
+    errors = []
+    for name, layer in stored_layers(load(source)).items():
+        weight = dense_parts(layer)[0]
+        if weight.shape[1] == 32 and "attn.q" not in name and "attn.k" not in name:
+            kind = name.removeprefix("model.layers.").partition(".")[2]
+            place = {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", **PLACES}[kind]
+            found = tensors[f"blk.{name.split('.')[2]}.{place}.weight"][1]
+            errors.append(float((found - weight).norm() / weight.norm()))
+    assert 0 < max(errors) <= result["relative_error"] < 0.01
+
+
+def test_scales_that_float16_rounds_are_near(compressed, stand_in, tmp_path):
+    result = export_gguf(str(compressed("llama", **eora("rtn:3:32"))), tmp_path / "m.gguf", converter=stand_in)
+    assert result["types"] == {"Q4_0": 18}
+    assert 0 < result["relative_error"] <= 2**-11
+    assert abs(result["loss"]) < 1e-3
 
 
 def test_a_converter_that_fails_leaves_what_was_there(compressed, tmp_path):

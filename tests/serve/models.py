@@ -24,6 +24,7 @@ def config(architecture: str) -> Any:
 def tokenizer() -> Any:
     """A byte-level BPE of 320 pieces, learnt from what every Python carries, with a chat template."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +78,11 @@ def compress(dense: Path, output: Path, recipe: dict[str, Any]) -> Path:
     from lrcompress.pipeline import compress
     from lrcompress.recipe import make_recipe
 
-    data = {"model": str(dense), "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}, "output": str(output)}
+    data = {
+        "model": str(dense),
+        "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64},
+        "output": str(output),
+    }
     compress(make_recipe({**data, **recipe}))
     return output
 
