@@ -15,6 +15,7 @@ from lrcompress.budget import FEW_TARGETS, bits_per_weight
 from lrcompress.checkpoint.reader import read_json_object
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
+from lrcompress.report.serving import serving
 
 
 def versions() -> dict[str, str]:
@@ -219,7 +220,8 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 
 ```yaml
 {dump_recipe(recipe)}```
-"""
+
+{serving(report)}"""
 
 
 def training(found: dict[str, Any] | None) -> str | None:
