@@ -19,7 +19,8 @@ def serving(report: dict[str, Any]) -> str:
     flag = " --lora model-lora.gguf" if corrected else ""
     if experts or tables:
         what = "experts" if experts else "embeddings"
-        vllm = f"vLLM has no place for compressed {what}: `lrcompress export path/of/this/folder --to dense` writes what it serves.\n"
+        cure = "`lrcompress export path/of/this/folder --to dense` writes what it serves"
+        vllm = f"vLLM has no place for compressed {what}: {cure}.\n"
     else:
         vllm = """With vLLM, beside which lrcompress needs only to be installed:
 

@@ -113,7 +113,7 @@ class CompressedMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -149,7 +149,7 @@ class CompressedMethod(LinearMethodBase):
 
         return take
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Put the tensors that were taken into layers, cut to what is this process's."""
         for key in self.keys:
             first = key.split(".")[0]
@@ -189,7 +189,7 @@ class CompressedMethod(LinearMethodBase):
         }
         return shard(spec.alone(), found, self._cut(layer, spec.shape, sizes), self.dtype)
 
-    def _cut(self, layer: nn.Module, shape: tuple[int, int], sizes: list[int]) -> Cut | None:
+    def _cut(self, layer: Any, shape: tuple[int, int], sizes: list[int]) -> Cut | None:
         """What of a weight of `shape` is this process's, whose outputs there have `sizes`; None for all of it."""
         rank, processes, width = layer.tp_rank, layer.tp_size, getattr(layer, "input_size_per_partition", shape[1])
         if width < shape[1]:
@@ -220,7 +220,7 @@ class CompressedMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def _keep_bias(layer: nn.Module) -> None:
+def _keep_bias(layer: Any) -> None:
     """vLLM declares that a layer has no bias after its weights: one that compression added keeps its place."""
     declare = layer.register_parameter
 
@@ -230,7 +230,7 @@ def _keep_bias(layer: nn.Module) -> None:
         else:
             declare(name, parameter)
 
-    layer.register_parameter = kept  # type: ignore[method-assign]
+    layer.register_parameter = kept
 
 
 def _multiply(x: Tensor, name: str, width: int) -> Tensor:

@@ -24,7 +24,7 @@ def stand_in(tmp_path):
 
 def test_what_is_no_whole_blocks_is_the_dense_model(compressed, stand_in, tmp_path):
     """Rows of 48 numbers, embeddings and norms are the converter's."""
-    source, output = compressed("llama", method="lord"), tmp_path / "deep/model.gguf"
+    source, output = compressed("llama", **INPUT), tmp_path / "deep/model.gguf"
     result = export_gguf(str(source), output, converter=stand_in, dtype="float32")
     assert result["bytes"]["checkpoint"] == output.stat().st_size
     assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]
@@ -47,6 +47,9 @@ def read(path):
         for t in GGUFReader(path).tensors
     }
 
+
+INPUT = {"method": {"name": "lord", "metric": "input"}}
+"""No biases, which the stand-in for the converter does not know."""
 
 PLACES = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up"}
 
@@ -92,7 +95,7 @@ def test_integers_and_corrections_keep_their_numbers(compressed, stand_in, tmp_p
 
 
 def test_factors_become_blocks_of_eight_bits_and_the_loss_is_said(compressed, stand_in, tmp_path):
-    source = compressed("llama", method="lord")
+    source = compressed("llama", **INPUT)
     done = run_cli(
         "export",
         source,

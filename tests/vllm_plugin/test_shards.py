@@ -15,7 +15,7 @@ ROWS = {"some rows": torch.arange(8, 16), "rows of three parts": torch.tensor([4
 
 
 def part_of(name, shape, cut, bias=True):
-    spec, stored, weight, values = example(name, shape, 11, bias)
+    spec, stored, *_ = example(name, shape, 11, bias)
     x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
     return spec, restored(spec, stored, torch.float32), shard(spec, stored, cut, torch.float32), x
 
