@@ -59,6 +59,8 @@ class LrcompressQuantizer(HfQuantizer):
                 found[name].mark(fused)
             # Some models fill the fused weights from the module around them, unless it is said to be filled.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+        experts = linear_experts(model).items()
+        self._fused = [f"{name}.{key}" for name, module in experts for key in module.fused_shapes()]
         for name, spec in manifest.modules.items():
             try:
                 replaced = model.get_submodule(name)
@@ -76,11 +78,12 @@ class LrcompressQuantizer(HfQuantizer):
             list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
         leave_files(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Without the conversions into fused experts and compressed weights: those are stored as they are here."""
-        modules = linear_experts(model)
-        own = [f"{name}.{key}" for name, experts in modules.items() for key in experts.fused_shapes()]
-        own += [f"{name}.weight" for name in self.quantization_config.manifest().modules]
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Without the conversions into fused experts and compressed weights: those are stored as they are here.
+
+        transformers names the model too, since 5.20.
+        """
+        own = [*self._fused, *(f"{name}.weight" for name in self.quantization_config.manifest().modules)]
 
         def makes_own(conversion: Any) -> bool:
             patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
