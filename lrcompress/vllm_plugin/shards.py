@@ -17,8 +17,9 @@ from lrcompress.formats.coded import GRID_BYTES, Coded
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.formats.quantized import Quantized
-from lrcompress.formats.semi_sparse import KEPT, POSITION_BITS, WIDTH, SemiSparse
+from lrcompress.formats.semi_sparse import SemiSparse
 from lrcompress.formats.sum import Sum, part
+from lrcompress.kernels.rows import KEPT, PLACE_BITS, WIDTH
 from lrcompress.linalg.packing import pack, unpack
 from lrcompress.protocols import Spec
 
@@ -151,8 +152,8 @@ def _semi_sparse(spec: Spec, stored: Tensors, cut: Cut) -> tuple[Spec, Tensors]:
     values, positions = cut.of_rows(stored["values"]), cut.of_rows(stored["positions"])
     if cut.columns is not None:
         first, last = KEPT * cut.columns[0] // WIDTH, KEPT * -(-cut.columns[1] // WIDTH)
-        places = unpack(positions, POSITION_BITS, values.shape[1])[:, first:last]
-        values, positions = values[:, first:last], pack(places, POSITION_BITS)
+        places = unpack(positions, PLACE_BITS, values.shape[1])[:, first:last]
+        values, positions = values[:, first:last], pack(places, PLACE_BITS)
     return replace(spec, shape=cut.shape(spec)), {"values": values.contiguous(), "positions": positions}
 
 
