@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from layers import coded, processor
+from layers import processor
+from stored import coded
 from torch import Tensor, nn
 
 from lrcompress.formats import StoredLinear, restored

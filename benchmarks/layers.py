@@ -1,8 +1,13 @@
-"""How fast is a single compressed layer against nn.Linear? python benchmarks/layers.py [--seconds 0.5]
+"""How fast does every stored format multiply, times the dense layer of the same dtype?
 
-Random weights, the rank that removes the fraction from the bytes; low_rank, pivoted and dense are timed by turns.
-Prints the median microseconds of dense, then for both formats how many times faster they are, the spread
-(p90 - p10) / median of their times, and the bound: dense over compressed multiply-adds.
+    python benchmarks/layers.py                                     # a block of a 1B Llama: hidden 2048, MLP 8192
+    python benchmarks/layers.py --hidden 256 --mlp 512 --formats "quantized 4:64" --seconds 0.1
+
+Random weights (benchmarks/stored.py); of a block's seven layers q and o, gate and up have one shape each, k and v a
+quarter of q's rows. All formats and dense are timed by turns, one call after the other. A ratio is that of the sums over
+the layers of the fastest tenth of the calls: what other programs take of the machine is in the slower ones. On a busy
+machine: OMP_NUM_THREADS=1 and --thread-time, the seconds that the thread itself ran. The bound is
+that of the bytes that decoding reads, and of the multiply-adds of prefill.
 """
 
 import argparse
@@ -10,105 +15,117 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
+from stored import FORMATS, layer
 from torch import Tensor, nn
 
-from lrcompress.coding import estimated_bits
-from lrcompress.evaluation.bench import spread
-from lrcompress.formats import StoredLinear, build, spec_bytes
-from lrcompress.formats.coded import Coded, Scales
-from lrcompress.protocols import Spec
+from lrcompress.evaluation.bounds import counted
 
-SHAPES = [(576, 576), (1536, 576), (2048, 2048), (8192, 2048)]
-"""(out, in)."""
-REMOVED = [0.2, 0.5]
-BATCHES = [1, 512]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = ["bfloat16", "float32"]
 
 
-def largest_spec(name: str, shape: tuple[int, int], removed: float) -> Spec:
-    """The spec of the largest rank that removes at least this fraction of the 16-bit bytes."""
-    specs = (Spec(name, shape, parameters={"rank": rank}) for rank in range(min(shape) - 1, 0, -1))
-    return next(s for s in specs if spec_bytes(s, 2) <= (1 - removed) * shape[0] * shape[1] * 2)
+def shapes(hidden: int, mlp: int) -> dict[tuple[int, int], int]:
+    """(out, in) of a block's linear layers, and how many there are."""
+    return {(hidden, hidden): 2, (hidden // 4, hidden): 2, (mlp, hidden): 2, (hidden, mlp): 1}
 
 
-def layer(spec: Spec, dtype: torch.dtype) -> StoredLinear:
-    """Random factors of moderate size, for pivoted in an order that moves every output."""
-    generator = torch.Generator().manual_seed(0)
-    module = build(spec, dtype)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
-    if "order" in module.state_dict():
-        module.order.copy_(torch.randperm(spec.shape[0], generator=generator))
-    return module
+CLOCKS = {False: time.perf_counter, True: time.thread_time}
+"""By whether a thread's own time is wanted."""
 
 
-@cache
-def coded(shape: tuple[int, int], bits: float) -> tuple[Spec, dict[str, Tensor]]:
-    """Laplacian codes of about so many bits a weight, their rows and columns of sizes that differ by octaves."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [torch.exp2(0.8 * torch.randn(n, generator=generator)) for n in shape]
-    drawn = torch.rand(shape, generator=generator) - 0.5
-    drawn = -drawn.sign() * torch.log1p(-2 * drawn.abs().clamp(max=0.499999)) * sizes[0][:, None] * sizes[1]
-    low, high = 2.0**-6, 2.0**12
-    part = drawn[:: max(1, shape[0] // 256)]
-    while high / low > 1.01:
-        middle = (low * high) ** 0.5
-        fewer = estimated_bits((middle * part).round().int()) < bits * part.numel()
-        low, high = (middle, high) if fewer else (low, middle)
-    scales = Scales.nearest(shape[1] ** -0.5 / sizes[0] / low, 1 / sizes[1])
-    stored = Coded.encode((low * drawn).round().int(), scales, None)
-    return Spec("coded", shape, parameters={"length": len(stored["stream"])}), {"weight": torch.empty(0), **stored}
-
-
-def timed(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
+def timed(
+    runs: dict[str, Callable[[], Tensor]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every call, the runs by turns; the first two of each do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
         run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["dense"]) < 3:
+    end = clock() + seconds
+    while clock() < end or len(times["dense"]) < 5:
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 
+def fastest(times: list[float]) -> float:
+    """Median of the fastest tenth."""
+    return statistics.median(sorted(times)[: max(1, len(times) // 10)])
+
+
+def measured(
+    shape: tuple[int, int], names: list[str], dtype: torch.dtype, rows: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, tuple[float, int, int, str]]:
+    """Per format and "dense": seconds of a call, weight bytes read, multiply-adds, and what multiplied."""
+    with torch.inference_mode(False):  # as loaded weights are: no inference tensors
+        modules: dict[str, nn.Module] = {
+            "dense": nn.Linear(shape[1], shape[0], bias=False, dtype=dtype).requires_grad_(False)
+        }
+        modules |= {name: layer(name, shape, dtype) for name in names}
+    x = torch.randn(1, rows, shape[1], dtype=dtype)
+    times = timed({name: partial(module, x) for name, module in modules.items()}, seconds, clock)
+    found = {}
+    for name, module in modules.items():
+        work, _ = counted(module, partial(module, x))
+        kernel = "".join(work.kernels).partition(": ")[2] or "dense product"
+        found[name] = (fastest(times[name]), work.weight_bytes, work.multiply_adds, kernel)
+    return found
+
+
 @torch.inference_mode()
+def table(
+    hidden: int,
+    mlp: int,
+    names: list[str],
+    dtype: torch.dtype,
+    contexts: list[int],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[str]:
+    """Lines of Markdown, a row a format."""
+    cells: dict[str, list[str]] = {name: [] for name in names}
+    for rows in contexts:
+        total = {name: [0.0, 0, 0] for name in ["dense", *names]}
+        kernels: dict[str, str] = {}
+        for shape, count in shapes(hidden, mlp).items():
+            for name, (taken, held, multiplied, kernel) in measured(shape, names, dtype, rows, seconds, clock).items():
+                total[name] = [
+                    old + count * new for old, new in zip(total[name], (taken, held, multiplied), strict=True)
+                ]
+                kernels[name] = kernel
+        dense = total["dense"]
+        for name in names:
+            bound = dense[1] / total[name][1] if rows == 1 else dense[2] / total[name][2]
+            cells[name] += [f"{dense[0] / total[name][0]:.2f} ({bound:.2f})", kernels[name]]
+    kind = str(dtype).removeprefix("torch.")
+    return [f"| {name} | {kind} | {' | '.join(found)} |" for name, found in cells.items()]
+
+
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=0.5, help="per row of the table")
-    seconds = parser.parse_args().seconds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=8192)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 512], help="1 is decoding, more are a prefill")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per layer and number of rows")
+    parser.add_argument("--thread-time", action="store_true", help="count what the calling thread ran, not what passed")
+    given = parser.parse_args()
+    clock = CLOCKS[given.thread_time]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {processor()}")
-    names = ["low_rank", "pivoted"]
-    head = "".join(f" {name} x | spread | bound |" for name in names)
-    print(f"| out x in | removed | dtype | batch | dense us |{head}\n|{'---|' * 11}")
-    for shape in SHAPES:
-        for removed in REMOVED:
-            specs = {name: largest_spec(name, shape, removed) for name in names}
-            for dtype in DTYPES:
-                with torch.inference_mode(False):  # as loaded weights are: no inference tensors
-                    modules = {name: layer(spec, dtype).requires_grad_(False) for name, spec in specs.items()}
-                    dense = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype).requires_grad_(False)
-                for batch in BATCHES:
-                    x = torch.randn(1, batch, shape[1], dtype=dtype)
-                    times = timed({n: partial(m, x) for n, m in {"dense": dense, **modules}.items()}, seconds)
-                    median = {name: statistics.median(found) for name, found in times.items()}
-                    cells = "".join(
-                        f" {median['dense'] / median[n]:.2f} | {spread(times[n]):.0%} |"
-                        f" {dense.weight.numel() / m.multiply_adds(batch):.2f} |"
-                        for n, m in modules.items()
-                    )
-                    kind = str(dtype).removeprefix("torch.")
-                    print(
-                        f"| {shape[0]}x{shape[1]} | {removed:.0%} | {kind} | {batch} | {1e6 * median['dense']:.0f} |{cells}"
-                    )
+    head = "".join(f" {rows} rows x dense (bound) | kernel |" for rows in given.rows)
+    print(f"| format | dtype |{head}\n|{'---|' * (2 + 2 * len(given.rows))}", flush=True)
+    for dtype in given.dtypes:
+        for line in table(
+            given.hidden, given.mlp, given.formats, getattr(torch, dtype), given.rows, given.seconds, clock
+        ):
+            print(line, flush=True)
 
 
 def processor() -> str:

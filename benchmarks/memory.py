@@ -1,5 +1,7 @@
 """Peak resident memory of `lrcompress compress` at two depths of one width, every run in a process of its own.
 
+    python benchmarks/memory.py --folder /tmp/used --used demo          # of loading and using a model in every format instead
+    python benchmarks/memory.py --folder /tmp/used --used demo --formats semi_sparse coded --also /tmp/auto-3.1
     python benchmarks/memory.py --folder /tmp/deep                      # hidden 2048, MLP 8192, 24 and 48 blocks
     python benchmarks/memory.py --folder /tmp/deep --hidden 512 --mlp 2048 --depths 6 24 --methods lord auto eora cospadi
     python benchmarks/memory.py --folder /tmp/deep --every 6            # compress every sixth block's weights only
@@ -8,16 +10,25 @@ Checkpoints are random, bfloat16, in shards of 1 GB, and written a tensor at a t
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from stored import FORMATS
 from torch import Tensor
 
+from lrcompress.checkpoint.opening import open_model, read_sound_config
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter
+from lrcompress.evaluation.loading import load_network
+from lrcompress.kernels.native import WITHOUT, library
 from lrcompress.model.skeleton import empty_model
 
 RUNS = {
@@ -80,6 +91,71 @@ def peak(model: Path, output: Path, run: str, samples: int, seqlen: int, blocks:
     return int(done.stdout.split()[-1]) * 1024, json.loads((output / "report.json").read_text())
 
 
+@dataclass(frozen=True)
+class Used:
+    """Bytes: of the tensors in files as they are held in memory, and what a process grew by, at most while it loaded and
+    at the end; it generated four tokens."""
+
+    held: int
+    grown: int
+    peak: int
+
+
+def used(folder: Path, dtype: str) -> Used:
+    """Measured in a process of its own."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--measure", str(folder), "--dtypes", dtype]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Used(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(folder: Path, dtype: str) -> Used:
+    """`used` in this process, which should have loaded nothing yet."""
+    empty_model(read_sound_config(folder))  # imports the architecture's code
+    for name in WITHOUT:
+        library(name)  # compiled beforehand
+    element = getattr(torch, dtype).itemsize
+    reader = CheckpointReader(folder)
+    tensors = [reader.meta(name) for name in reader.names()]
+    held = sum(t.numel() * (element if t.is_floating_point() else t.itemsize) for t in tensors)
+    process = psutil.Process()
+    gc.collect()
+    before = process.memory_info().rss
+    seen, over = [before], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            seen.append(process.memory_info().rss)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    _, model = load_network(str(folder), device="cpu", dtype=dtype)
+    with torch.inference_mode():
+        model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    over.set()
+    watching.join()
+    gc.collect()
+    return Used(held, process.memory_info().rss - before, max(seen) - before)
+
+
+def compare_used(folder: Path, label: str, names: list[str], also: list[Path], dtypes: list[str]) -> None:
+    """Print a table: dense and the model's shapes in every format, side by side."""
+    from whole import compressed
+
+    dense = open_model(label).folder
+    rows = {}
+    for name in ["dense", *names]:
+        rows[name] = compressed(dense, folder / name.replace(" ", "-").replace(":", "-"), name, 0.5)
+    rows |= {path.name: path for path in also}
+    print(f"torch {torch.__version__}, {label}, MB; growth may be 1.10 x held + 120, and its peak 1.3 x that")
+    print("| format | dtype | held | growth | allowed | peak | allowed |\n|---|---|---|---|---|---|---|", flush=True)
+    for dtype in dtypes:
+        for name, path in rows.items():
+            found = used(path, dtype)
+            allowed = 1.10 * found.held + 120e6
+            cells = (found.held, found.grown, allowed, found.peak, 1.3 * allowed)
+            print(f"| {name} | {dtype} | {' | '.join(f'{cell / 1e6:.0f}' for cell in cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
@@ -91,7 +167,18 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--every", type=int, default=1, help="only the weights of every so many blocks are compressed")
     parser.add_argument("--methods", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--used", metavar="MODEL", help="measure loading and using it in every format")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--also", nargs="+", type=Path, default=[], help="checkpoints measured beside them")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.measure is not None:
+        print(json.dumps(asdict(measure(given.measure, given.dtypes[0]))))
+        return
+    if given.used is not None:
+        compare_used(given.folder, given.used, given.formats, given.also, given.dtypes)
+        return
     few, many = given.depths
     print(f"{'run':18}{few:>6} blocks{many:>8} blocks    growth  predicted  seconds")
     for run in given.methods:

@@ -4,8 +4,8 @@
     python benchmarks/whole.py --folder /tmp/whole --formats pivoted --removed 0.5 --context 512
     python benchmarks/whole.py --folder /tmp/whole --blocks 2 --formats coded --removed 0.80625 0.5625  # 3.1 and 7 bits
 
-Every linear weight of the blocks has the rank, or the bits, that removes the fraction of its bytes. Factors are random: how
-fast they multiply does not depend on what they hold; codes are Laplacian, their rows and columns of different sizes. Dense and compressed are timed by turns in one process (`lrcompress bench`).
+Every linear weight of the blocks is stored in the format; where that has a rank, or bits, those that remove the fraction of
+its bytes. Numbers are random (benchmarks/stored.py). Dense and compressed are timed by turns in one process (`lrcompress bench`).
 """
 
 import argparse
@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from layers import coded, largest_spec, layer, processor
+from layers import processor
 from memory import generate
+from stored import FORMATS, spec_of, state
 from torch import Tensor
 
 from lrcompress.checkpoint.manifest import Manifest
@@ -27,15 +28,11 @@ from lrcompress.formats import stored_tensors
 from lrcompress.protocols import Spec
 
 
-def stored_state(spec: Spec, removed: float) -> dict[str, Tensor]:
-    """What is stored for a weight."""
-    return (
-        coded(spec.shape, 16 * (1 - removed))[1] if spec.format == "coded" else layer(spec, torch.bfloat16).state_dict()
-    )
-
-
 def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
-    """A checkpoint like `dense` whose blocks' linear weights are random ones in format `name`; made once."""
+    """A checkpoint in bfloat16 like `dense` whose blocks' linear weights are random ones in format `name`; made once.
+
+    With the name `dense` they are what they were.
+    """
     if (folder / "config.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -43,14 +40,13 @@ def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
     reader = CheckpointReader(dense)
     specs: dict[str, Spec] = {}
     for key in reader.names():
-        shape: tuple[int, int] = tuple(reader.meta(key).shape)  # type: ignore[assignment]
-        if key.endswith("_proj.weight"):
-            spec = coded(shape, 16 * (1 - removed))[0] if name == "coded" else largest_spec(name, shape, removed)
-            specs[key.removesuffix(".weight")] = spec
+        shape = tuple(reader.meta(key).shape)
+        if key.endswith("_proj.weight") and name != "dense":
+            specs[key.removesuffix(".weight")] = spec_of(name, shape, removed)  # type: ignore[arg-type]
     planned = []
     for key in reader.names():
-        found = specs.get(key.removesuffix(".weight"))
-        own = {"weight": reader.meta(key)} if found is None else stored_tensors(found, torch.bfloat16)
+        spec = specs.get(key.removesuffix(".weight"))
+        own = {"weight": reader.meta(key).bfloat16()} if spec is None else stored_tensors(spec, torch.bfloat16)
         stem = key.removesuffix("weight")
         planned += [(stem + leaf, tensor) for leaf, tensor in own.items()]
 
@@ -58,17 +54,19 @@ def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
         for key in reader.names():
             spec, stem = specs.get(key.removesuffix(".weight")), key.removesuffix("weight")
             if spec is None:
-                yield key, reader.tensor(key)
+                yield key, reader.tensor(key).bfloat16()
             else:
-                state = stored_state(spec, removed)
-                yield from ((stem + leaf, state[leaf]) for leaf in stored_tensors(spec, torch.bfloat16))
+                made = state(name, spec.shape, torch.bfloat16, removed)
+                yield from ((stem + leaf, made[leaf]) for leaf in stored_tensors(spec, torch.bfloat16))
 
     writer = ShardedWriter(folder, planned, 10**9)
     writer.write(tensors())
     writer.close()
     copy_files_beside(dense, folder, code=False)
     config = json.loads((dense / "config.json").read_text())
-    config["quantization_config"] = Manifest("lord", specs).as_json()
+    if specs:
+        config["quantization_config"] = Manifest("lord", specs).as_json()
+    config["dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -81,8 +79,10 @@ def main() -> None:
     parser.add_argument("--mlp", type=int, default=8192)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--formats", nargs="+", default=["low_rank", "pivoted"])
-    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS, "coded"], default=["low_rank", "pivoted"])
+    parser.add_argument(
+        "--removed", nargs="+", type=float, default=[0.2, 0.5], help="by formats that have a rank, or coded"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[512])
@@ -99,7 +99,7 @@ def main() -> None:
     print("|---" * 11 + "|", flush=True)
     for stored in given.formats:
         for removed in given.removed:
-            folder = compressed(dense, given.folder / f"{name}-{stored}-{removed:g}", stored, removed)
+            folder = compressed(dense, given.folder / f"{name}-{stored.replace(' ', '-')}-{removed:g}", stored, removed)
             for dtype in given.dtypes:
                 found = bench(str(folder), spec, str(dense), dtype=dtype)
                 for row in found["rows"]:

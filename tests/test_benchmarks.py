@@ -1,6 +1,7 @@
 """The benchmarks' own implementations, on tiny models."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.checkpoint.reader import CheckpointReader
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
 
 def benchmark(name):
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    path = BENCHMARKS / f"{name}.py"
+    if str(BENCHMARKS) not in sys.path:  # they import each other
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,3 +61,41 @@ def test_the_generated_checkpoint_is_an_ordinary_one(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = AutoTokenizer.from_pretrained(folder)("some words", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
+
+
+def test_every_format_is_timed_beside_dense(capsys, monkeypatch):
+    layers = benchmark("layers")
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--hidden", "64", "--mlp", "128", "--rows", "1", "--seconds", "0"])
+    layers.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    names = list(layers.FORMATS)
+    assert [(row[0].removeprefix("| "), row[1]) for row in rows] == [
+        (name, dtype) for dtype in layers.DTYPES for name in names
+    ]
+    assert all(float(row[2].split(" ")[0]) > 0 for row in rows)
+    assert all(row[3].removesuffix(" |") for row in rows)
+
+
+@pytest.mark.parametrize("name", ["semi_sparse", "sparse_dictionary", "sum 3:64 + 32 in 8 bits", "coded 3.1 bits"])
+def test_memory_of_a_used_checkpoint(name, llama, tmp_path):
+    """What is held is what a loaded model has; and it generates."""
+    memory, whole = benchmark("memory"), benchmark("whole")
+    folder = whole.compressed(llama, tmp_path / "stored", name, 0.5)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = memory.measure(folder, "float32")
+    assert found.held == sum(t.nbytes for t in model.state_dict().values())
+    assert found.grown <= found.peak
+    assert set(json.loads((folder / "config.json").read_text())["quantization_config"]["modules"])
+
+
+def test_the_device_script_runs_on_the_processor(llama, tmp_path, capsys, monkeypatch):
+    gpu = benchmark("gpu")
+    flags = ["--folder", tmp_path, "--model", llama, "--text", "tokens:python-docs@32", "--limit", 2, "--formats",
+             "quantized", "--samples", 2, "--seqlen", 32, "--context", 16, "--new-tokens", 2, "--device", "cpu",
+             "--no-tests"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, flags)])
+    gpu.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith(("| dense", "| quantized"))]
+    assert [len(row) for row in rows] == [6, 6]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:5])

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
+from lrcompress.checkpoint.mapped import leave_files
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.experts import linear_experts, linearise
@@ -73,6 +74,7 @@ class LrcompressQuantizer(HfQuantizer):
         # Streams of coded weights are decoded, by code that lets other threads run.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
+        leave_files(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Without the conversions into fused experts and compressed weights: those are stored as they are here."""

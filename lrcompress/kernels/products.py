@@ -18,8 +18,8 @@ from lrcompress.kernels.rows import KINDS, PairRows, QuantizedRows, Rows, Sparse
 FEW = 8
 """Rows of x from which on panels are faster."""
 
-PANEL = 2**21
-"""Numbers of a panel, at most."""
+PANEL = 2**22
+"""Bytes of a panel, at most: of longer ones torch's product is slower in float32, of shorter ones in bfloat16."""
 
 GATHER_ROWS, GATHER_COLUMNS, CHUNK = 32, 3, 128
 """From so many rows of x, in float32, and columns for each stored number on only those numbers are multiplied."""
@@ -112,7 +112,11 @@ def _gathered(x: Tensor, weight: Rows, functions: Functions) -> Tensor:
 def _by_panels(x: Tensor, weight: Rows) -> Tensor:
     y = x.new_empty(len(x), weight.rows)
     for start, panel in _panels(weight, x.dtype):
-        y[:, start : start + len(panel)] = torch.nn.functional.linear(x, panel)
+        part = y[:, start : start + len(panel)]
+        if x.dtype == torch.bfloat16:
+            torch.mm(x, panel.T, out=part)
+        else:  # oneDNN writes into a part of a matrix as fast, BLAS does not
+            part.copy_(torch.nn.functional.linear(x, panel))
     return y
 
 
@@ -127,7 +131,7 @@ def _added(x: Tensor, weight: Rows) -> Tensor:
 
 def _panels(weight: Rows, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """First row and numbers of every panel; a panel is overwritten by the next."""
-    functions, height = _functions(weight, dtype), max(1, PANEL // weight.columns)
+    functions, height = _functions(weight, dtype), max(1, PANEL // (weight.columns * dtype.itemsize))
     scratch = None
     for start in range(0, weight.rows, height):
         stop = min(start + height, weight.rows)

@@ -71,83 +71,6 @@ INLINE void put_lanes(void *to, int64_t at, int kind, Lanes of, int columns) {
         for (int l = 0; l < columns; l++) put(to, at + l, kind, of[l]);
 }
 
-/* --- codes of 2, 3, 4 or 8 bits, a scale and a zero point for every group of columns, a multiple of 16 or the row --- */
-
-typedef struct {
-    int64_t rows, columns, group, groups, row_bytes, zero_bytes;
-    const uint8_t *codes, *zeros;
-    const void *scale;
-    int32_t scale_kind, flip; /* flip: what turns codes without a sign, of int8, into these */
-} Quantized;
-
-typedef struct {
-    const uint8_t *codes, *zeros, *end;
-    int64_t scale, group, left;
-    float zero, step;
-    Lanes table; /* what the codes stand for, again and again */
-} QuantizedRow;
-
-INLINE QuantizedRow quantized_begin(const Quantized *w, int64_t row, const int bits) {
-    const uint8_t *codes = w->codes + row * w->row_bytes;
-    return (QuantizedRow){codes, w->zeros + row * w->zero_bytes, codes + w->row_bytes, row * w->groups, 0, 0, 0, 0, {0}};
-}
-
-INLINE void quantized_group(const Quantized *w, QuantizedRow *at, const int bits) {
-    int64_t bit = at->group * bits;
-    uint32_t zero = at->zeros[bit >> 3] >> (bit & 7);
-    if ((bit & 7) + bits > 8) zero |= (uint32_t)at->zeros[(bit >> 3) + 1] << (8 - (bit & 7));
-    at->zero = (float)(zero & ((1u << bits) - 1));
-    at->step = number(w->scale, at->scale + at->group, w->scale_kind);
-    at->group++;
-    at->left = w->group;
-#ifdef WIDE
-    if (bits < 8) {
-        Lanes count;
-        for (int l = 0; l < LANES; l++) count[l] = (float)(l & ((1 << (bits & 7)) - 1));
-        at->table = (count - at->zero) * at->step;
-    }
-#endif
-}
-
-INLINE Lanes quantized_next(const Quantized *w, QuantizedRow *at, int columns, const int bits) {
-    if (at->left <= 0) quantized_group(w, at, bits);
-    at->left -= LANES;
-    uint8_t rest[16] = {0};
-    const uint8_t *from = at->codes;
-    if (columns < LANES) memcpy(rest, from, (size_t)(at->end - from)), from = rest;
-    at->codes += 2 * bits;
-    uint64_t word = 0;
-    uint16_t tail;
-    if (bits < 8) memcpy(&word, from, bits == 3 ? 4 : 2 * (size_t)(bits & 7));
-    if (bits == 3) memcpy(&tail, from + 4, 2), word |= (uint64_t)tail << 32;
-#ifdef WIDE
-    if (bits == 8) {
-        __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)from), _mm_set1_epi8((char)w->flip));
-        return ((Lanes)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)) - at->zero) * at->step;
-    }
-    __m512i words, count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (bits == 2)
-        words = _mm512_srlv_epi32(_mm512_set1_epi32((int)word), _mm512_slli_epi32(count, 1));
-    else {
-        if (bits == 3) word = (word & 0xffffff) | (word >> 24) << 32;
-        words = _mm512_castsi128_si512(_mm_cvtsi64_si128((long long)word));
-        words = _mm512_permutexvar_epi32(_mm512_srli_epi32(count, 3), words);
-        __m512i place = _mm512_and_si512(count, _mm512_set1_epi32(7));
-        words = _mm512_srlv_epi32(words, _mm512_mullo_epi32(place, _mm512_set1_epi32(bits)));
-    }
-    return (Lanes)_mm512_permutexvar_ps(words, (__m512)at->table); /* takes the lowest four bits of an index */
-#else
-    Lanes found;
-    for (int l = 0; l < LANES; l++) {
-        uint32_t code = bits == 8 ? (uint32_t)(from[l] ^ w->flip) : (uint32_t)(word >> (bits * l)) & ((1u << bits) - 1);
-        found[l] = (float)code;
-    }
-    return (found - at->zero) * at->step;
-#endif
-}
-
-/* --- the numbers of a mask's columns, in their order --- */
-
 /* the first `count` of 16 columns in a mask of bits, the lowest first, from bit `at` of `bytes` bytes on */
 INLINE uint32_t mask_at(const uint8_t *mask, int64_t bytes, int64_t at, int count) {
     uint32_t word = 0;
@@ -180,6 +103,99 @@ INLINE int spread(const void *from, int64_t at, uint32_t mask, int kind, Lanes *
     return count;
 }
 
+/* --- codes of 2, 3, 4 or 8 bits, a scale and a zero point for every group of columns, a multiple of 16 or the row --- */
+
+typedef struct {
+    int64_t rows, columns, group, groups, row_bytes, zero_bytes;
+    const uint8_t *codes, *zeros;
+    const void *scale;
+    int32_t scale_kind, flip; /* flip: what turns codes without a sign, of int8, into these */
+} Quantized;
+
+typedef struct {
+    const uint8_t *codes, *zeros, *end;
+    int64_t scale, group, left;
+    Lanes table; /* what the codes stand for, again and again */
+    float steps[LANES], centres[LANES]; /* scales and zero points of 16 groups */
+} QuantizedRow;
+
+INLINE void quantized_begin(const Quantized *w, int64_t row, QuantizedRow *at, const int bits) {
+    at->codes = w->codes + row * w->row_bytes;
+    at->end = at->codes + w->row_bytes;
+    at->zeros = w->zeros + row * w->zero_bytes;
+    at->scale = row * w->groups;
+    at->group = at->left = 0;
+}
+
+/* What 16 codes, in 2 * bits bytes, stand for in a table of 16 that repeats itself; a plain number each with 8 bits and
+   without AVX-512. */
+INLINE Lanes quantized_lanes(const uint8_t *from, int flip, Lanes table, const int bits) {
+    uint64_t word = 0;
+    uint16_t tail;
+    if (bits < 8) memcpy(&word, from, bits == 3 ? 4 : 2 * (size_t)(bits & 7));
+    if (bits == 3) memcpy(&tail, from + 4, 2), word |= (uint64_t)tail << 32;
+#ifdef WIDE
+    if (bits == 8) {
+        __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)from), _mm_set1_epi8((char)flip));
+        return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    }
+    __m512i words, count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (bits == 2)
+        words = _mm512_srlv_epi32(_mm512_set1_epi32((int)word), _mm512_slli_epi32(count, 1));
+    else {
+        if (bits == 3) word = (word & 0xffffff) | (word >> 24) << 32;
+        words = _mm512_castsi128_si512(_mm_cvtsi64_si128((long long)word));
+        words = _mm512_permutexvar_epi32(_mm512_srli_epi32(count, 3), words);
+        __m512i place = _mm512_and_si512(count, _mm512_set1_epi32(7));
+        words = _mm512_srlv_epi32(words, _mm512_mullo_epi32(place, _mm512_set1_epi32(bits)));
+    }
+    return (Lanes)_mm512_permutexvar_ps(words, (__m512)table); /* takes the lowest four bits of an index */
+#else
+    Lanes found;
+    for (int l = 0; l < LANES; l++)
+        found[l] = (float)(bits == 8 ? (uint32_t)(from[l] ^ flip) : (uint32_t)(word >> (bits * l)) & ((1u << bits) - 1));
+    return found;
+#endif
+}
+
+INLINE Lanes quantized_counts(const int bits) {
+    Lanes counts;
+    for (int l = 0; l < LANES; l++) counts[l] = (float)(l & ((1 << bits) - 1));
+    return counts;
+}
+
+INLINE void quantized_group(const Quantized *w, QuantizedRow *at, const int bits) {
+    int place = (int)(at->group % LANES);
+    if (place == 0) {
+        int64_t left = w->groups - at->group;
+        int count = left < LANES ? (int)left : LANES;
+        uint8_t bytes[16] = {0};
+        memcpy(bytes, at->zeros + at->group / LANES * 2 * bits, ((size_t)count * bits + 7) / 8);
+        *(Lanes *)at->centres = quantized_lanes(bytes, 0, quantized_counts(bits), bits);
+        spread(w->scale, at->scale + at->group, (1u << count) - 1, w->scale_kind, (Lanes *)at->steps);
+    }
+    at->table = (quantized_counts(bits) - at->centres[place]) * at->steps[place];
+    at->group++;
+    at->left = w->group;
+}
+
+INLINE Lanes quantized_next(const Quantized *w, QuantizedRow *at, int columns, const int bits) {
+    if (at->left <= 0) quantized_group(w, at, bits);
+    at->left -= LANES;
+    uint8_t rest[16] = {0};
+    const uint8_t *from = at->codes;
+    if (columns < LANES) memcpy(rest, from, (size_t)(at->end - from)), from = rest;
+    at->codes += 2 * bits;
+    Lanes found = quantized_lanes(from, w->flip, at->table, bits);
+#ifdef WIDE
+    if (bits < 8) return found;
+#endif
+    int place = (int)((at->group - 1) % LANES);
+    return (found - at->centres[place]) * at->steps[place];
+}
+
+/* --- the numbers of a mask's columns, in their order --- */
+
 typedef struct {
     int64_t rows, columns, nonzeros, mask_bytes;
     const uint8_t *mask;
@@ -192,8 +208,8 @@ typedef struct {
     float step;
 } MaskedRow;
 
-INLINE MaskedRow masked_begin(const Masked *w, int64_t row, const int unused) {
-    return (MaskedRow){row * w->columns, row * w->nonzeros, w->scale ? number(w->scale, row, w->scale_kind) : 1};
+INLINE void masked_begin(const Masked *w, int64_t row, MaskedRow *at, const int unused) {
+    *at = (MaskedRow){row * w->columns, row * w->nonzeros, w->scale ? number(w->scale, row, w->scale_kind) : 1};
 }
 
 INLINE Lanes masked_next(const Masked *w, MaskedRow *at, int columns, const int unused) {
@@ -216,9 +232,9 @@ typedef struct {
     float step;
 } IndexedRow;
 
-INLINE IndexedRow indexed_begin(const Indexed *w, int64_t row, const int unused) {
+INLINE void indexed_begin(const Indexed *w, int64_t row, IndexedRow *at, const int unused) {
     int64_t from = row * w->nonzeros;
-    return (IndexedRow){0, from, from + w->nonzeros, w->scale ? number(w->scale, row, w->scale_kind) : 1};
+    *at = (IndexedRow){0, from, from + w->nonzeros, w->scale ? number(w->scale, row, w->scale_kind) : 1};
 }
 
 INLINE Lanes indexed_next(const Indexed *w, IndexedRow *at, int columns, const int unused) {
@@ -256,8 +272,8 @@ typedef struct {
 #define SIXTY_FOUR(n) SIXTEEN(n), SIXTEEN(n + 16), SIXTEEN(n + 32), SIXTEEN(n + 48)
 static const uint8_t COLUMNS[256] = {SIXTY_FOUR(0), SIXTY_FOUR(64), SIXTY_FOUR(128), SIXTY_FOUR(192)};
 
-INLINE PairsRow pairs_begin(const Pairs *w, int64_t row, const int unused) {
-    return (PairsRow){w->places + row * w->row_bytes, row * 2 * w->quads};
+INLINE void pairs_begin(const Pairs *w, int64_t row, PairsRow *at, const int unused) {
+    *at = (PairsRow){w->places + row * w->row_bytes, row * 2 * w->quads};
 }
 
 INLINE Lanes pairs_next(const Pairs *w, PairsRow *at, int columns, const int unused) {
@@ -297,7 +313,7 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
     INLINE void NAME##_dot(const WEIGHT *w, int64_t row, const float *x, int64_t width, const int count,             \
                            void *y, int64_t at, int kind) {                                                          \
         Lanes sum[TOGETHER] = {{0}};                                                                                 \
-        WEIGHT##Row state = FORM##_begin(w, row, CONSTANT);                                                          \
+        WEIGHT##Row state; FORM##_begin(w, row, &state, CONSTANT);                                                   \
         int64_t full = w->columns / LANES, b = 0;                                                                    \
         for (; b + TOGETHER <= full; b += TOGETHER)                                                                  \
             _Pragma("GCC unroll 4") for (int k = 0; k < TOGETHER; k++) {                                             \
@@ -337,7 +353,7 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
             _Pragma("omp for schedule(static)") for (int64_t row = 0; row < w->rows; row++)                          \
                 for (int64_t r = 0; own && r < count; r++) {                                                         \
                     float factor = number(x, r * w->rows + row, kind);                                               \
-                    WEIGHT##Row state = FORM##_begin(w, row, CONSTANT);                                              \
+                    WEIGHT##Row state; FORM##_begin(w, row, &state, CONSTANT);                                       \
                     for (int64_t j = 0; j < w->columns; j += LANES) {                                                \
                         int left = w->columns - j < LANES ? (int)(w->columns - j) : LANES;                           \
                         *(Lanes *)(own + r * width + j) += factor * FORM##_next(w, &state, left, CONSTANT);          \
@@ -354,7 +370,7 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
     void NAME##_numbers(const WEIGHT *w, int64_t start, int64_t stop, void *to, int32_t kind) {                      \
         _Pragma("omp parallel for schedule(static) if ((stop - start) * w->columns > SMALL)")                        \
         for (int64_t row = start; row < stop; row++) {                                                               \
-            WEIGHT##Row state = FORM##_begin(w, row, CONSTANT);                                                      \
+            WEIGHT##Row state; FORM##_begin(w, row, &state, CONSTANT);                                               \
             for (int64_t j = 0; j < w->columns; j += LANES) {                                                        \
                 int left = w->columns - j < LANES ? (int)(w->columns - j) : LANES;                                   \
                 put_lanes(to, (row - start) * w->columns + j, kind, FORM##_next(w, &state, left, CONSTANT), left);   \
@@ -365,7 +381,8 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
 /* --- many rows with few numbers each: only what is there is multiplied --- */
 
 INLINE void masked_list(const Masked *w, int64_t row, int32_t *columns, float *values) {
-    MaskedRow at = masked_begin(w, row, 0);
+    MaskedRow at;
+    masked_begin(w, row, &at, 0);
     for (int64_t j = 0; j < w->columns; j += LANES) {
         int count = w->columns - j < LANES ? (int)(w->columns - j) : LANES;
         for (uint32_t mask = mask_at(w->mask, w->mask_bytes, at.bit + j, count); mask; mask &= mask - 1) {
@@ -376,7 +393,8 @@ INLINE void masked_list(const Masked *w, int64_t row, int32_t *columns, float *v
 }
 
 INLINE void indexed_list(const Indexed *w, int64_t row, int32_t *columns, float *values) {
-    IndexedRow at = indexed_begin(w, row, 0);
+    IndexedRow at;
+    indexed_begin(w, row, &at, 0);
     for (int64_t k = at.value; k < at.end; k++) {
         *columns++ = w->index_bytes == 2 ? ((const int16_t *)w->index)[k] : ((const int32_t *)w->index)[k];
         *values++ = number(w->values, k, w->value_kind) * at.step;

@@ -18,6 +18,7 @@ from lrcompress.formats.sum import rounded_factors
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.linalg.dictionary import largest
 from lrcompress.linalg.packing import UNITS, pack, packed_length, unpack
+from lrcompress.model.device import resolve_device
 from lrcompress.protocols import Spec
 
 FACTORED = ["low_rank", "pivoted"]
@@ -198,6 +199,41 @@ def test_bfloat16_storage_costs_nothing_visible(name):
     rounded = {k: t.bfloat16().float() if t.is_floating_point() else t for k, t in stored.items()}
     error = (loaded(spec, rounded).dense() - weight).norm() / weight.norm()
     assert error < 4 * (weight.bfloat16().float() - weight).norm() / weight.norm()
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_format_multiplies_on_this_machines_device(name, rows, dtype):
+    """Loaded there as transformers loads it; against float64 on the CPU."""
+    device = resolve_device("auto")
+    spec, stored, _, values = example(name, (40, 24), 11, True)
+    module = loaded(spec, stored, dtype).to(dtype).to(device)
+    module.lay_out()
+    x = torch.randn(2, rows, 24, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    weight, bias = module.dense().double(), module.dense_bias().double()
+    exact, size = x.double() @ weight.T + bias, x.double().abs() @ weight.abs().T + values.abs().max()
+    assert bool(((module(x).double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size.max()).all())
+
+
+@pytest.mark.parametrize("name", [*BASES, "sum 8 of quantized", DICTIONARY, TRANSPOSED])
+def test_tracing_sees_through_products_with_what_is_stored(name):
+    """torch.compile in one graph, and torch.export for any number of rows; frozen, as PEFT leaves them, with gradients."""
+    spec, stored, _, _ = example(name, (24, 40), 5, True)
+    module = loaded(spec, stored).requires_grad_(False)
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    expected = module(x)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    given = x.clone().requires_grad_(True)
+    compiled(given).sum().backward()
+    torch.testing.assert_close(given.grad, module.dense().sum(0).expand_as(x), rtol=1e-4, atol=1e-3)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    assert any("lrcompress" in str(node.target) for node in exported.graph.nodes)
+    longer = torch.cat([x, x, x], dim=1)
+    torch.testing.assert_close(exported.module()(longer), module(longer))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -12,6 +12,7 @@ import torch
 from lrcompress.kernels import products
 from lrcompress.kernels.products import COMPILED, FEW, GATHERED, PANELS, PLAIN, way
 from lrcompress.kernels.rows import QuantizedRows
+from lrcompress.model.device import resolve_device
 from tests.kernels import weights as examples
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,15 @@ def test_products_are_those_of_the_numbers(shape, dtype):
     for name, weight in examples.weights(*shape, dtype):
         for count in examples.COUNTS:
             examples.check(name, weight, count, dtype)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_on_this_machines_device(dtype):
+    device = resolve_device("auto")
+    for name, weight in examples.weights(24, 40, dtype):
+        for count in (1, 40):
+            examples.check(name, examples.moved(weight, device), count, dtype)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_products_on_other_processors(settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", examples.SHAPES)
 def test_compiled_panels_are_the_numbers_bit_for_bit(shape, dtype, monkeypatch):
-    monkeypatch.setattr(products, "PANEL", 3 * shape[1])  # rows three by three
+    monkeypatch.setattr(products, "PANEL", 3 * shape[1] * dtype.itemsize)  # rows three by three
     for name, weight in examples.weights(*shape, dtype):
         panels = [(start, panel.clone()) for start, panel in products._panels(weight, dtype)]
         assert [start for start, _ in panels] == list(range(0, shape[0], 3))

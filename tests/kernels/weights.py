@@ -1,6 +1,7 @@
 """Random weights of every kind that is stored row by row, and a check of their products against float64."""
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def weights(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[str, 
 def check(name: str, weight: Rows, count: int, dtype: torch.dtype) -> None:
     """Both products to what rounding every number and the sum to the dtype, and sums in float32, may err."""
     for transposed in (False, True):
-        x = random(count, weight.rows if transposed else weight.columns).to(dtype)
+        x = random(count, weight.rows if transposed else weight.columns).to(weight.tensors[0].device, dtype)
         whole = weight.numbers(0, weight.rows).double()
         whole = whole if transposed else whole.T
         found, exact, size = (
@@ -79,6 +80,12 @@ def check(name: str, weight: Rows, count: int, dtype: torch.dtype) -> None:
         off, terms = (found.double() - exact).abs(), x.shape[1] + 8
         allowed = (2 * torch.finfo(dtype).eps + terms * torch.finfo(torch.float32).eps) * size
         assert bool((off <= allowed).all()), f"{name}, {count} rows, {dtype}, transposed {transposed}: {off.max()}"
+
+
+def moved(weight: Rows, device: torch.device) -> Rows:
+    """The same weight on a device."""
+    parts = {f.name: getattr(weight, f.name) for f in fields(weight)}
+    return replace(weight, **{name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)})
 
 
 def check_some() -> None:
