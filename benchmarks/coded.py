@@ -10,35 +10,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from layers import processor
+from stored import coded
 from torch import Tensor, nn
 
-from lrcompress.coding import estimated_bits
 from lrcompress.formats import StoredLinear, restored
 from lrcompress.formats.base import held
-from lrcompress.formats.coded import Coded, Scales
-from lrcompress.protocols import Spec
-
-
-@cache
-def coded(shape: tuple[int, int], bits: float) -> tuple[Spec, dict[str, Tensor]]:
-    """Laplacian codes of about so many bits a weight, their rows and columns of sizes that differ by octaves."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [torch.exp2(0.8 * torch.randn(n, generator=generator)) for n in shape]
-    drawn = torch.rand(shape, generator=generator) - 0.5
-    drawn = -drawn.sign() * torch.log1p(-2 * drawn.abs().clamp(max=0.499999)) * sizes[0][:, None] * sizes[1]
-    low, high = 2.0**-6, 2.0**12
-    part = drawn[:: max(1, shape[0] // 256)]
-    while high / low > 1.01:
-        middle = (low * high) ** 0.5
-        fewer = estimated_bits((middle * part).round().int()) < bits * part.numel()
-        low, high = (middle, high) if fewer else (low, middle)
-    scales = Scales.nearest(shape[1] ** -0.5 / sizes[0] / low, 1 / sizes[1])
-    stored = Coded.encode((low * drawn).round().int(), scales, None)
-    return Spec("coded", shape, parameters={"length": len(stored["stream"])}), {"weight": torch.empty(0), **stored}
 
 
 def block(hidden: int, mlp: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stored import FORMATS, layer, spec_of
+from stored import FORMATS, layer
 from torch import Tensor, nn
 
 from lrcompress.evaluation.bounds import counted
@@ -66,7 +66,7 @@ def measured(
         modules: dict[str, nn.Module] = {
             "dense": nn.Linear(shape[1], shape[0], bias=False, dtype=dtype).requires_grad_(False)
         }
-        modules |= {name: layer(spec_of(name, shape), dtype) for name in names}
+        modules |= {name: layer(name, shape, dtype) for name in names}
     x = torch.randn(1, rows, shape[1], dtype=dtype)
     times = timed({name: partial(module, x) for name, module in modules.items()}, seconds, clock)
     found = {}

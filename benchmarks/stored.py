@@ -1,8 +1,12 @@
 """Random weights in every stored format, for benchmarks: how fast they multiply does not depend on what they hold."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from lrcompress.coding import estimated_bits
 from lrcompress.formats import StoredLinear, build, spec_bytes, stored_tensors
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.linalg.packing import pack, pack_bits
@@ -12,16 +16,16 @@ REMOVED = 0.5
 """Of the 16-bit bytes, by formats that have a rank."""
 
 
-def quantized(bits: int, group: int) -> dict[str, object]:
+def quantized(bits: int, group: int) -> dict[str, Any]:
     return {"bits": bits, "group": group}
 
 
-def corrected(bits: int, group: int, rank: int, factor_bits: int) -> dict[str, object]:
+def corrected(bits: int, group: int, rank: int, factor_bits: int) -> dict[str, Any]:
     base = {"format": "quantized", **quantized(bits, group)}
     return {"base": base, "correction": {"format": "low_rank", "rank": rank, "bits": factor_bits}}
 
 
-FORMATS: dict[str, tuple[str, dict[str, object]]] = {
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantized 4:32": ("quantized", quantized(4, 32)),
     "quantized 4:64": ("quantized", quantized(4, 64)),
     "quantized 4:128": ("quantized", quantized(4, 128)),
@@ -35,19 +39,20 @@ FORMATS: dict[str, tuple[str, dict[str, object]]] = {
     "transposed_dictionary": ("transposed_dictionary", {}),
     "low_rank": ("low_rank", {}),
     "pivoted": ("pivoted", {}),
-    "coded": ("coded", {}),
+    "coded 3.1 bits": ("coded", {"bits": 3.1}),
+    "coded 7 bits": ("coded", {"bits": 7.0}),
 }
-"""Name to format and parameters; those without remove REMOVED, and codes are of about 3 bits."""
+"""Name to format and parameters; those without remove REMOVED."""
 
 
 def spec_of(name: str, shape: tuple[int, int], removed: float = REMOVED) -> Spec:
     """The spec of a weight; `name` of FORMATS, or a format alone."""
     form, parameters = FORMATS.get(name, (name, {}))
     if form == "coded":
-        return Spec(form, shape, parameters={"length": len(_coded(shape)["stream"])})
+        return coded(shape, _bits(parameters, removed))[0]
     if form == "sum":
-        correction: dict[str, object] = dict(parameters["correction"])  # type: ignore[call-overload]
-        parameters = {**parameters, "correction": {**correction, "rank": min(correction["rank"], *shape)}}  # type: ignore[type-var]
+        correction: dict[str, Any] = dict(parameters["correction"])
+        parameters = {**parameters, "correction": {**correction, "rank": min(correction["rank"], *shape)}}
     return Spec(form, shape, parameters=parameters) if parameters else largest_spec(form, shape, removed)
 
 
@@ -62,19 +67,25 @@ def largest_spec(name: str, shape: tuple[int, int], removed: float) -> Spec:
     return next(s for s in specs if spec_bytes(s, 2) <= (1 - removed) * shape[0] * shape[1] * 2)
 
 
-def layer(spec: Spec, dtype: torch.dtype) -> StoredLinear:
-    """A layer with random numbers of moderate size, as it is when loaded."""
-    module = build(spec, dtype)
-    module.load_state_dict(state(spec, dtype))
+def _bits(parameters: dict[str, Any], removed: float) -> float:
+    return float(parameters.get("bits", 16 * (1 - removed)))
+
+
+def layer(name: str, shape: tuple[int, int], dtype: torch.dtype, removed: float = REMOVED) -> StoredLinear:
+    """A layer with random numbers of moderate size, as it is when loaded; `name` as of `spec_of`."""
+    module = build(spec_of(name, shape, removed), dtype)
+    module.load_state_dict(state(name, shape, dtype, removed))
     module.check_indices()
     module.lay_out()
     return module.requires_grad_(False).eval()
 
 
-def state(spec: Spec, dtype: torch.dtype) -> dict[str, Tensor]:
+def state(name: str, shape: tuple[int, int], dtype: torch.dtype, removed: float = REMOVED) -> dict[str, Tensor]:
     """Stored tensors of a random weight."""
-    if spec.format == "coded":
-        return {**_coded(spec.shape), "weight": torch.empty(0, dtype=dtype)}
+    form, parameters = FORMATS.get(name, (name, {}))
+    if form == "coded":
+        return {**coded(shape, _bits(parameters, removed))[1], "weight": torch.empty(0, dtype=dtype)}
+    spec = spec_of(name, shape, removed)
     return {name: _tensor(name, meta, spec, dtype) for name, meta in stored_tensors(spec, dtype).items()}
 
 
@@ -103,10 +114,19 @@ def _tensor(name: str, meta: Tensor, spec: Spec, dtype: torch.dtype) -> Tensor:
     return made.to(dtype)
 
 
-def _coded(shape: tuple[int, int]) -> dict[str, Tensor]:
-    """Codes of about 3 bits, rows and columns of unequal size."""
+@cache
+def coded(shape: tuple[int, int], bits: float) -> tuple[Spec, dict[str, Tensor]]:
+    """Laplacian codes of about so many bits a weight, their rows and columns of sizes that differ by octaves."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns = (torch.exp2(torch.linspace(-0.5, 0.5, size)) for size in shape)
-    codes = (2 * rows[:, None] * columns * torch.randn(shape, generator=generator)).round().int()
-    step = 0.5 * shape[1] ** -0.5
-    return Coded.encode(codes, Scales.nearest(step / rows, 1 / columns), None)
+    sizes = [torch.exp2(0.8 * torch.randn(n, generator=generator)) for n in shape]
+    drawn = torch.rand(shape, generator=generator) - 0.5
+    drawn = -drawn.sign() * torch.log1p(-2 * drawn.abs().clamp(max=0.499999)) * sizes[0][:, None] * sizes[1]
+    low, high = 2.0**-6, 2.0**12
+    part = drawn[:: max(1, shape[0] // 256)]
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        fewer = estimated_bits((middle * part).round().int()) < bits * part.numel()
+        low, high = (middle, high) if fewer else (low, middle)
+    scales = Scales.nearest(shape[1] ** -0.5 / sizes[0] / low, 1 / sizes[1])
+    stored = Coded.encode((low * drawn).round().int(), scales, None)
+    return Spec("coded", shape, parameters={"length": len(stored["stream"])}), {"weight": torch.empty(0), **stored}

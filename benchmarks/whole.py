@@ -2,9 +2,10 @@
 
     python benchmarks/whole.py --folder /tmp/whole                     # hidden 2048, MLP 8192, 16 blocks: a 1B model
     python benchmarks/whole.py --folder /tmp/whole --formats pivoted --removed 0.5 --context 512
+    python benchmarks/whole.py --folder /tmp/whole --blocks 2 --formats coded --removed 0.80625 0.5625  # 3.1 and 7 bits
 
-Every linear weight of the blocks is stored in the format; where that has a rank, the one that removes the fraction of its
-bytes. Numbers are random (benchmarks/stored.py). Dense and compressed are timed by turns in one process (`lrcompress bench`).
+Every linear weight of the blocks is stored in the format; where that has a rank, or bits, those that remove the fraction of
+its bytes. Numbers are random (benchmarks/stored.py). Dense and compressed are timed by turns in one process (`lrcompress bench`).
 """
 
 import argparse
@@ -55,7 +56,7 @@ def compressed(dense: Path, folder: Path, name: str, removed: float) -> Path:
             if spec is None:
                 yield key, reader.tensor(key).bfloat16()
             else:
-                made = state(spec, torch.bfloat16)
+                made = state(name, spec.shape, torch.bfloat16, removed)
                 yield from ((stem + leaf, made[leaf]) for leaf in stored_tensors(spec, torch.bfloat16))
 
     writer = ShardedWriter(folder, planned, 10**9)
@@ -78,8 +79,10 @@ def main() -> None:
     parser.add_argument("--mlp", type=int, default=8192)
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["low_rank", "pivoted"])
-    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.5], help="by formats that have a rank")
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS, "coded"], default=["low_rank", "pivoted"])
+    parser.add_argument(
+        "--removed", nargs="+", type=float, default=[0.2, 0.5], help="by formats that have a rank, or coded"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--context", nargs="+", type=int, default=[512])
@@ -90,8 +93,10 @@ def main() -> None:
     dense = generate(given.folder / name, given.hidden, given.mlp, given.blocks, given.vocabulary)
     spec = BenchSpec(tuple(given.batch), tuple(given.context), given.new_tokens, given.repeats)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}")
-    print("| format | removed | dtype | phase | batch | context | dense tokens/s | speedup | bound | spread |")
-    print("|---" * 10 + "|", flush=True)
+    print(
+        "| format | removed | dtype | phase | batch | context | dense tokens/s | speedup | bound | spread | memory MB |"
+    )
+    print("|---" * 11 + "|", flush=True)
     for stored in given.formats:
         for removed in given.removed:
             folder = compressed(dense, given.folder / f"{name}-{stored.replace(' ', '-')}-{removed:g}", stored, removed)
@@ -100,7 +105,8 @@ def main() -> None:
                 for row in found["rows"]:
                     print(
                         f"| {stored} | {removed:.0%} | {dtype} | {row['phase']} | {row['batch']} | {row['context']} "
-                        f"| {row['dense_tokens_per_s']:.1f} | {row['speedup']:.2f} | {row['bound']:.2f} | {row['spread']:.0%} |",
+                        f"| {row['dense_tokens_per_s']:.1f} | {row['speedup']:.2f} | {row['bound']:.2f} | {row['spread']:.0%} "
+                        f"| {found['rss_bytes']['compressed'] / 1e6:.0f} of {found['rss_bytes']['dense'] / 1e6:.0f} |",
                         flush=True,
                     )
 

@@ -76,7 +76,7 @@ def test_every_format_is_timed_beside_dense(capsys, monkeypatch):
     assert all(row[3].removesuffix(" |") for row in rows)
 
 
-@pytest.mark.parametrize("name", ["semi_sparse", "sparse_dictionary", "sum 3:64 + 32 in 8 bits", "coded"])
+@pytest.mark.parametrize("name", ["semi_sparse", "sparse_dictionary", "sum 3:64 + 32 in 8 bits", "coded 3.1 bits"])
 def test_memory_of_a_used_checkpoint(name, llama, tmp_path):
     """What is held is what a loaded model has; and it generates."""
     memory, whole = benchmark("memory"), benchmark("whole")
