@@ -65,6 +65,8 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     """The planned table."""
     if quiet:
         return
+    from lrcompress.evaluation.in_use import planned_in_use
+
     out = console()
     out.print(kinds_table(plan, block_kinds([t["name"] for t in plan["targets"]])))
     ratio, size = plan["ratio"], plan["bytes"]
@@ -74,6 +76,8 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
         f"{ratio['whole_model']:.2%} of the whole model, "
         f"checkpoint {size['checkpoint'] / 1e6:.2f} MB"
     )
+    if in_use := planned_in_use(plan):
+        out.print(str(in_use))
     out.print(f"needs {Needs(**plan['needs'])}")
     if said := answer(plan, plan["asked"]):
         out.print(said)
@@ -84,6 +88,8 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     """The final table and where the checkpoint lies."""
     if quiet:
         return
+    from lrcompress.evaluation.in_use import stored_in_use
+
     out = console()
     out.print(kinds_table(report, block_kinds([t["name"] for t in report["targets"]])))
     size, seconds = report["bytes"], report["seconds"]
@@ -95,6 +101,8 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     if said := answer(report, report["recipe"]):
         out.print(said)
     _show_joined(report, out)
+    if in_use := stored_in_use(report, folder):
+        out.print(str(in_use))
     calibration = report["calibration"]
     general = calibration is None or calibration["general"]
     if text := caution(report["metric"], report["base"], general=general):

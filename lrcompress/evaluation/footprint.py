@@ -23,7 +23,8 @@ CHUNK = 2**20
 @dataclass(frozen=True)
 class Footprint:
     """load_seconds: from files that the system has cached to a model on its device; rss_bytes: what this process's
-    resident memory grew by while it was loaded and read a few tokens, so that what is mapped or decoded late counts."""
+    resident memory grew by while it was loaded and read a few tokens, then one, so that what is mapped or decoded late
+    counts."""
 
     load_seconds: float
     rss_bytes: int
@@ -55,8 +56,10 @@ def measured(label: str, *, device: str, dtype: str, trust_remote_code: bool) ->
     before, start = _resident(), time.perf_counter()
     _, model = load_network(label, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     seconds = time.perf_counter() - start
+    place = next(model.parameters()).device
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device))
+        for tokens in (TOKENS, 1):  # one row and several may be multiplied by different kernels
+            model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=place))
     return Footprint(seconds, _resident() - before)
 
 

@@ -58,7 +58,7 @@ def _warn(name: str, reason: str) -> None:
 
 def _compiled(source: Path, compiler: list[str]) -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, repr(WAYS), _processor()])
+    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, repr(WAYS), processor()])
     target = cache_folder() / FOLDER / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if target.exists():
         return ctypes.CDLL(str(target))
@@ -90,8 +90,8 @@ def _run(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by several machines."""
+def processor() -> str:
+    """This machine's, all that -march=native depends on: a cache folder may be shared by several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     except OSError:
