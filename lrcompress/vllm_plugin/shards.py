@@ -70,11 +70,12 @@ def shard(spec: Spec, tensors: Mapping[str, Tensor], cut: Cut | None, dtype: tor
 
 
 def _can_cut(spec: Spec, cut: Cut) -> bool:
-    """Whether the part has the format of the whole; fours of a 2:4 weight cannot be divided."""
+    """Whether the part has the format of the whole: not where a four of a 2:4 weight is divided, nor with more
+    components than a part has rows or columns, which would be larger than dense."""
     inner = part(spec, "base") if spec.format == Sum.name else spec
     between = inner.format == SemiSparse.name and cut.columns is not None
     divided = between and any(column % WIDTH and column != spec.shape[1] for column in cut.columns or ())
-    return spec.format in CUTS and inner.format in CUTS and not divided
+    return spec.format in CUTS and inner.format in CUTS and not divided and spec.rank <= min(cut.shape(spec))
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

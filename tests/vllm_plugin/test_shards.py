@@ -11,7 +11,11 @@ from lrcompress.formats import FORMATS, StoredLinear, restored
 from lrcompress.vllm_plugin.shards import Cut, dense_linear, shard
 from tests.contract.test_formats import ALL, example
 
-ROWS = {"some rows": torch.arange(8, 16), "rows of three parts": torch.tensor([4, 5, 6, 12, 13, 20])}
+ROWS = {
+    "some rows": torch.arange(8, 20),
+    "rows of three parts": torch.arange(24).reshape(3, 8)[:, 4:].flatten(),
+    "fewer rows than components": torch.arange(8, 14),
+}
 
 
 def part_of(name, shape, cut, bias=True):
