@@ -53,12 +53,13 @@ def stored_in_use(report: dict[str, Any], folder: Path) -> InUse | None:
     manifest, target = read_manifest(folder), _typical(report["targets"])
     if target is None or manifest is None:
         return None
-    spec, dtype = manifest.modules[target["name"]], getattr(torch, report["dtype"])
+    spec, reader = manifest.modules[target["name"]], CheckpointReader(folder)
+    dtype = reader.meta(f"{target['name']}.weight").dtype
     key = _key(target, dtype)
     known = _recalled(key, target)
     if known is not None:
         return known
-    stored = read_weight(CheckpointReader(folder), target["name"], spec)
+    stored = read_weight(reader, target["name"], spec)
     return _noted(key, target, restored(spec.alone(), stored, dtype), dtype)
 
 
