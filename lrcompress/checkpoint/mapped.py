@@ -14,15 +14,25 @@ def leave_files(model: nn.Module) -> None:
     Where numbers were converted as they were loaded only integers lie there, and would keep all of it in memory.
     """
     ranges = mapped_files()
-    inside: dict[Path, list[Tensor]] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        place = next((path for start, stop, path in ranges if start <= tensor.data_ptr() < stop), None)
-        if place is not None:
-            inside.setdefault(place, []).append(tensor)
-    for path, tensors in inside.items():
-        if sum(t.nbytes for t in tensors) < WORTH * sum(stop - start for start, stop, file in ranges if file == path):
-            for tensor in tensors:
-                tensor.data = tensor.data.clone()
+    inside: dict[Path, list[tuple[nn.Module, str, Tensor]]] = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            place = next((path for start, stop, path in ranges if start <= tensor.data_ptr() < stop), None)
+            if place is not None:
+                inside.setdefault(place, []).append((module, name, tensor))
+    for path, found in inside.items():
+        whole = sum(stop - start for start, stop, file in ranges if file == path)
+        if sum(tensor.nbytes for _, _, tensor in found) < WORTH * whole:
+            for module, name, tensor in found:
+                _copy(module, name, tensor)
+
+
+def _copy(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """A buffer is another tensor then: one that is a view of the file's bytes keeps those, whatever its data are."""
+    if isinstance(tensor, nn.Parameter):
+        tensor.data = tensor.data.clone()
+    else:
+        setattr(module, name, tensor.clone())
 
 
 def mapped_files() -> list[tuple[int, int, Path]]:

@@ -1,5 +1,6 @@
 """Mapped files: left where few of their bytes are used."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def test_a_model_of_the_files_dtype_may_lie_in_them(masked):
 
 def test_a_converted_model_leaves_its_files(masked):
     model = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.float32)
-    expected = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16).state_dict()
     assert not any(inside(model, masked))
+    gc.collect()
+    assert not [path for _, _, path in mapped_files() if path.parent == masked.resolve()]
+    expected = AutoModelForCausalLM.from_pretrained(masked, dtype=torch.bfloat16).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
