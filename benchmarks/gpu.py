@@ -21,6 +21,7 @@ import torch
 from layers import processor
 
 from lrcompress.checkpoint.opening import open_model
+from lrcompress.evaluation.bench import BenchSpec, bench
 from lrcompress.model.device import resolve_device
 
 ROOT = Path(__file__).parent.parent
@@ -58,11 +59,9 @@ def perplexity(model: str, text: str, limit: int, device: str, found: Path) -> f
     return float(result.get("word_perplexity", result.get("token_perplexity")))
 
 
-def speeds(model: str, dense: str, context: int, new_tokens: int, device: str, found: Path) -> dict[str, Any]:
+def speeds(model: str, dense: str, context: int, new_tokens: int, device: str) -> dict[str, Any]:
     """Prefill and decoding, times dense, and the kernels that were taken."""
-    command("bench", model, "--against", dense, "--batch", 1, "--context", context, "--new-tokens", new_tokens,
-            "--repeats", 3, "--device", device, "--quiet", "--json", found)  # fmt: skip
-    return json.loads(found.read_text())
+    return bench(model, BenchSpec((1,), (context,), new_tokens, repeats=3), dense, device=device)
 
 
 def peak(model: str, device: str) -> int:
@@ -128,7 +127,7 @@ def main() -> None:
     for name in given.formats:
         folder = str(compressed(dense, given.folder / name, name, calibration, given.device))
         found = perplexity(folder, given.text, given.limit, given.device, notes)
-        ran = speeds(folder, dense, given.context, given.new_tokens, given.device, notes)
+        ran = speeds(folder, dense, given.context, given.new_tokens, given.device)
         times = {row["phase"]: row["speedup"] for row in ran["rows"]}
         kernels = ", ".join(ran["kernels"]["decode"])
         print(
