@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-SIZES = {"vocab_size": 320, "hidden_size": 192, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 6,
+# vLLM splits embeddings evenly: 384 rows go into two and three processes.
+SIZES = {"vocab_size": 384, "hidden_size": 192, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 6,
          "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": None,
          "pad_token_id": 1, "tie_word_embeddings": False}  # fmt: skip
 
