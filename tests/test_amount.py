@@ -22,6 +22,7 @@ from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from lrcompress.report.ci import markdown_summary
 from tests.commands import run_cli
 from tests.conftest import ARCHITECTURES, compress_tiny
+from tests.products import multiply_adds
 from tests.test_pipeline import header_bytes
 
 
@@ -78,21 +79,6 @@ def test_a_size_that_the_dense_checkpoint_has_already(llama, tmp_path):
         compress_tiny(llama, tmp_path / "out", ratio=None, size=all_bytes(llama))
 
 
-def executed(spec, run):
-    """Multiply-adds of one token, counted while the layer runs."""
-    found = []
-    real = torch.nn.functional.linear
-
-    def linear(x, weight, bias=None):
-        found.append(weight.numel())
-        return real(x, weight, bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", linear)
-        run()
-    return sum(found)
-
-
 @pytest.mark.parametrize(
     "spec",
     [
@@ -119,7 +105,7 @@ def test_multiply_adds_are_those_that_run(spec):
         filled |= encoded
     module.load_state_dict(filled)
     with torch.no_grad():
-        assert executed(spec, lambda: module(torch.ones(1, 20))) == spec_multiplies(spec)
+        assert multiply_adds(lambda: module(torch.ones(1, 20))) == spec_multiplies(spec)
 
 
 def test_a_sparse_product_is_counted_as_such():

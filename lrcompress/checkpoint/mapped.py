@@ -21,8 +21,8 @@ def leave_files(model: nn.Module) -> None:
             if place is not None:
                 inside.setdefault(place, []).append((module, name, tensor))
     for path, found in inside.items():
-        whole = sum(stop - start for start, stop, file in ranges if file == path)
-        if sum(tensor.nbytes for _, _, tensor in found) < WORTH * whole:
+        # Not what is mapped: another model of this process may lie in the same file.
+        if sum(tensor.nbytes for _, _, tensor in found) < WORTH * path.stat().st_size:
             for module, name, tensor in found:
                 _copy(module, name, tensor)
 

@@ -192,7 +192,7 @@ class RowsLinear(LeafLinear):
         if trains(*self.parameters()):
             return nn.functional.linear(x, self.dense(), self.bias)
         y = self.product(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def trains(*tensors: Tensor | None) -> bool:

@@ -234,7 +234,7 @@ class CodedWeight(StoredLinear):
             y = tiles.linear(x, _tiles(own), own["levels"], self.scales[GRID_BYTES:])
         if self.row_gain is not None:
             y = y * self.row_gain.to(y.dtype)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def rows(self, wanted: Tensor) -> Tensor:
         """Rows (..., in) of the weight for integers (...)."""

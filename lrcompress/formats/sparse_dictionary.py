@@ -175,7 +175,7 @@ class SparseDictionary(StoredLinear):
         if learnt:
             return nn.functional.linear(latent, self.codes(), self.bias)
         y = sparse(latent, codes)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _by_dictionary(self, x: Tensor, transposed: bool) -> Tensor:
         """x (..., in) Dᵀ; transposed: x (..., k) D."""

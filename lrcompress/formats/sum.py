@@ -137,7 +137,7 @@ class Sum(StoredLinear):
         else:
             a, b = self._code_rows()
             y = self.base(x) + quantized(quantized(x, a) * self.scale, b, transposed=True)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _code_rows(self) -> tuple[QuantizedRows, QuantizedRows]:
         """The signed codes of A (r, in) and of Bᵀ (r, out), as the kernels read them."""

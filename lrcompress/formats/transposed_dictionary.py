@@ -65,7 +65,7 @@ class TransposedDictionary(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.inner(x, transposed=True)  # called, so that hooks bring its tensors where they are needed
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def inner(spec: Spec) -> Spec:

@@ -74,6 +74,8 @@ def pairs(x: Tensor, weight: PairRows, *, transposed: bool = False) -> Tensor:
 
 
 def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], *, transposed: bool) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     y = operator(x.reshape(-1, x.shape[-1]), *parts, transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

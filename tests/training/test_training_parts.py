@@ -178,7 +178,9 @@ def test_every_format_computes_in_bfloat16_around_float32_factors(name):
         with torch.no_grad():
             again = module(x)
     torch.testing.assert_close(y.float(), x @ weight.T + bias, rtol=0.05, atol=0.05 * float(weight.norm(dim=1).max()))
-    torch.testing.assert_close(again, y.detach())
+    # Without gradients other kernels multiply: both round to bfloat16, not at the same places.
+    assert again.dtype == y.dtype
+    torch.testing.assert_close(again, y.detach(), rtol=2**-6, atol=2**-8 * float(y.detach().abs().max()))
     y.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
 
