@@ -151,7 +151,7 @@ def ours(args: argparse.Namespace, judge: Judge, kind: str, setting: str) -> dic
         "--cache",
         str(args.work / "cache"),
     ]
-    run([*command, "-o", str(output), "--resume"], output.with_suffix(".log"))
+    run([*command, "-o", str(output), "--resume"], output.with_name(f"{output.name}.log"))
     report = json.loads((output / "report.json").read_text())
     model = load_model(str(output), device="cpu", dtype="float32").model
     stored, seconds = report["bytes"]["targets_stored"], report["seconds"]["total"]
