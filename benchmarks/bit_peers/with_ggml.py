@@ -55,7 +55,7 @@ model, layers = linears(folder)
 known = Path(output).with_name("importances.npz")
 if not known.exists():
     np.savez(known, **importances(model, layers, load_file(ids)["ids"].long()))
-sizes = np.load(known)
+sizes = dict(np.load(known))  # the arrays must live as long as their addresses are used
 found, stored = {}, 0
 for name, layer in layers.items():
     kind = gguf.GGMLQuantizationType[setting]
