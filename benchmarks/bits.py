@@ -13,7 +13,6 @@ usage: bits.py --calibration SPEC [SPEC ...] --texts FILE [FILE ...] --work DIR 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layers import processor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -221,12 +221,6 @@ def show(args: argparse.Namespace, rows: list[dict[str, Any]], dense: dict[str, 
     result = {"model": args.model, "dense": dense, "points": rows}
     for path in draw(result, args.work):
         print(f"\nwrote {path}", file=sys.stderr)
-
-
-def processor() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

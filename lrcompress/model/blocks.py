@@ -70,7 +70,7 @@ class BlockWalker:
         self.blocks = find_blocks(model)
         self.names = checkpoint_names(model, source.names(), source.made())
         _check_shapes(model, self.names, source)
-        self._shared = _shared_names(model, self.names)
+        self._known = {**self.names, **_shared_names(model, self.names)}
         self.calls: list[Call] = []
         self.layouts: list[Layout] = []
         """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
@@ -154,8 +154,7 @@ class BlockWalker:
 
     def _names_in(self, index: int) -> dict[str, str]:
         """Model name to stored name of block `index`'s tensors, those of an earlier block that it shares among them."""
-        names = {**self.names, **self._shared}
-        return {k: v for k, v in names.items() if k.startswith(self.blocks[index] + ".")}
+        return {k: v for k, v in self._known.items() if k.startswith(self.blocks[index] + ".")}
 
     def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """A sample's state (1, length, width) after block `index`, called as the model calls it."""

@@ -67,11 +67,12 @@ def find_sites(
         _refuse_embeddings(model, embeddings[0], target)
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and min(m.weight.shape) > 1}  # type: ignore[arg-type]
     lookups = dict([embeddings]) if tokens and embeddings is not None else {}
+    shared = _shared(model, linears, blocks)
     if target:
         wanted = set(_matching({**lookups, **linears}, target, "--target"))
     else:
         wanted = {name for name in linears if _block(name, blocks) < len(blocks)} - _routers(model, linears)
-        wanted -= _shared(model, linears, blocks)
+        wanted -= shared
         wanted |= _of_tokens(model, lookups, linears, blocks) if whole else set()
     dropped = set(_matching({**lookups, **linears}, ignore, "--ignore"))
     sites = [_embedding_site(model, name, blocks) for name in lookups if name in wanted - dropped]
@@ -81,7 +82,6 @@ def find_sites(
             site = _site(linears[name], name, blocks)
             head = tokens and linears[name] is model.get_output_embeddings()  # type: ignore[operator]
             sites.append(replace(site, head=name) if head else site)
-    shared = _shared(model, linears, blocks)
     refuse_tied(model, [site for site in sites if site.name in shared])
     if not sites:
         raise InputError("no weight is left to compress: --ignore excludes every target")

@@ -44,12 +44,7 @@ class Plain:
         return self.parameter.to(self.dtype)
 
     def hold(self) -> Callable[[], None]:
-        exact = self.parameter.detach().clone()
-        self.parameter.data.copy_(exact.to(self.dtype))
-        return lambda: self._restore(exact)
-
-    def _restore(self, exact: Tensor) -> None:
-        self.parameter.data.copy_(exact)
+        return _exchanged([(self.parameter, self.value())])
 
 
 @dataclass(frozen=True)
@@ -83,13 +78,19 @@ class Grids:
         assert layer.row_gain is not None
         assert layer.column_gain is not None
         own, nearest = layer.stored_scales(), Scales.nearest(exact.rows.detach(), exact.columns.detach())
-        gains = [
-            (layer.row_gain, nearest.rows.to(own.rows.device) / own.rows),
-            (layer.column_gain, nearest.columns.to(own.columns.device) / own.columns),
-        ]
-        before = [(gain, gain.detach().clone()) for gain, _ in gains]
-        _set(gains)
-        return lambda: _set(before)
+        return _exchanged(
+            [
+                (layer.row_gain, nearest.rows.to(own.rows.device) / own.rows),
+                (layer.column_gain, nearest.columns.to(own.columns.device) / own.columns),
+            ]
+        )
+
+
+def _exchanged(values: list[tuple[nn.Parameter, Tensor]]) -> Callable[[], None]:
+    """Set parameters; what is returned gives them back the numbers that they had."""
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in values]
+    _set(values)
+    return lambda: _set(before)
 
 
 def _set(values: list[tuple[nn.Parameter, Tensor]]) -> None:
