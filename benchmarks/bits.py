@@ -35,7 +35,7 @@ FOLDER = Path(__file__).with_name("bit_peers")
 TORCH = "torch==2.13.0"
 PEERS: dict[str, tuple[list[str], list[str]]] = {
     "hqq": ([TORCH, "hqq==0.2.8.post1", "transformers==5.24.0"], ["4:64", "3:64"]),
-    "gptqmodel": ([TORCH, "gptqmodel==7.7.0"], ["4:64", "3:64"]),
+    "gptqmodel": (["gptqmodel==7.7.0"], ["4:64", "3:64"]),
     "autoround": ([TORCH, "auto-round==0.16.1"], ["4:64", "3:64"]),
     "ggml": (
         [TORCH, "xllamacpp==2026.10.11549", "gguf==0.19.0", "transformers==5.24.0"],

@@ -10,6 +10,7 @@ _OWN = torch.ops.lrcompress
 OPERATORS = {
     _OWN.tiles_linear: lambda x, *_, out_shape, **__: 2 * x[0] * x[1] * out_shape[1],
     torch.ops.aten._weight_int8pack_mm: lambda x, codes, *_, **__: 2 * x[0] * x[1] * codes[0],
+    _OWN.numbers: lambda x, values, *_, **__: 2 * x[0] * values[0] * values[1],
     _OWN.quantized: lambda x, codes, zeros, scale, bits, columns, *_, **__: 2 * x[0] * codes[0] * columns,
     _OWN.pairs: lambda x, values, places, columns, *_, **__: 2 * x[0] * values[0] * columns,
     _OWN.sparse: lambda x, values, scale, positions, columns, *_, **__: 2 * x[0] * values[0] * columns,

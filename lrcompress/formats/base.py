@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.kernels.products import COMPILED, GATHERED, way
-from lrcompress.kernels.rows import Rows
+from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT, GATHERED, linear, way
+from lrcompress.kernels.rows import NumberRows, Rows
 from lrcompress.protocols import Spec
 from lrcompress.registry import Registry
 
 DENSE = "dense"
 """The format of a weight that is left as it is: an ordinary layer, with no entry in the manifest."""
-
-DENSE_PRODUCT = "dense product"
-"""What StoredLinear.kernel calls torch's ordinary product with a whole matrix or with whole factors."""
 
 RIGHT_FACTORS = ("A.weight", "pivot.weight")
 """What the layer of StoredLinear.right_factor is called in the formats that have one."""
@@ -155,6 +152,16 @@ empty_bias = property(_empty_bias)
 """`bias` of formats that store theirs in a layer within; some architectures initialise it by its name when loading."""
 
 
+class Factor(nn.Linear):
+    """A factor that is kept as numbers; see kernels/products.py: linear."""
+
+    def kernel(self, rows: int) -> str:
+        return way(NumberRows(self.weight), rows, self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class LeafLinear(StoredLinear, nn.Linear):
     """A stored format without layers of its own: an nn.Linear by name, so that PEFT puts adapters on it.
 
@@ -269,16 +276,6 @@ def possible_places(key: str, own: str, owner: str) -> list[str]:
 def added_bias_bytes(spec: Spec, element_size: int) -> int:
     """Bytes of a bias that the dense layer did not have."""
     return spec.shape[0] * element_size if spec.bias and spec.added_bias else 0
-
-
-def lay_out_by_columns(layer: nn.Linear) -> None:
-    """Keep a tall weight column by column: a product with one row reads its short rows a third slower.
-
-    Measured on a CPU in float32 (benchmarks/whole.py); in bfloat16 and for many rows it makes no difference.
-    """
-    weight = layer.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
-        weight.data = weight.data.T.contiguous().T
 
 
 def index_dtype(largest: int) -> torch.dtype:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lrcompress.coding import decode, encode, energies
 from lrcompress.errors import InputError
-from lrcompress.formats.base import DENSE_PRODUCT, FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
+from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
 from lrcompress.kernels import tiles
+from lrcompress.kernels.products import DENSE_PRODUCT
 from lrcompress.kernels.tiles import Tiles
 from lrcompress.protocols import Spec
 

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.formats.base import (
     FORMATS,
+    Factor,
     FactorPair,
     StoredLinear,
     added_bias_bytes,
     check_rank,
     empty_bias,
     held,
-    lay_out_by_columns,
 )
+from lrcompress.kernels.products import linear
 from lrcompress.protocols import Spec
 
 LENT = "lrcompress_lent"
@@ -38,8 +39,8 @@ class LowRank(StoredLinear):
         rank = spec.parameters["rank"]
         self._owner: tuple[StoredLinear, ...] = ()
         if spec.owner is None:
-            self.A = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
-        self.B = nn.Linear(rank, self.out_features, bias=spec.bias, dtype=dtype)
+            self.A = Factor(self.in_features, rank, bias=False, dtype=dtype)
+        self.B = Factor(rank, self.out_features, bias=spec.bias, dtype=dtype)
 
     @classmethod
     def check(cls, spec: Spec) -> None:
@@ -109,12 +110,12 @@ class LowRank(StoredLinear):
         return {"B.bias": bias}
 
     def forward(self, x: Tensor) -> Tensor:
-        latent = self.A(x) if self.spec.owner is None else nn.functional.linear(x, self.right(x))
+        latent = self.A(x) if self.spec.owner is None else linear(x, self.right(x))
         y: Tensor = self.B(latent)
         return y
 
-    def lay_out(self) -> None:
-        lay_out_by_columns(self.B)
+    def kernel(self, rows: int) -> str:
+        return self.B.kernel(rows)
 
     def touched_bytes(self, rows: int) -> int:
         shared = () if self.spec.owner is None else (self.right(self.B.weight),)

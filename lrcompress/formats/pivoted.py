@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrcompress.formats.base import (
     FORMATS,
+    Factor,
     FactorPair,
     StoredLinear,
     added_bias_bytes,
@@ -18,8 +19,8 @@ from lrcompress.formats.base import (
     empty_bias,
     held,
     index_dtype,
-    lay_out_by_columns,
 )
+from lrcompress.kernels.placing import placed
 from lrcompress.linalg.pivoting import pivot_rows
 from lrcompress.protocols import Spec
 
@@ -39,10 +40,10 @@ class Pivoted(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         rank = spec.parameters["rank"]
-        self.pivot = nn.Linear(self.in_features, rank, bias=spec.bias, dtype=dtype)
-        self.rest = nn.Linear(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
+        self.pivot = Factor(self.in_features, rank, bias=spec.bias, dtype=dtype)
+        self.rest = Factor(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
         self.register_buffer("order", torch.empty(self.out_features, dtype=index_dtype(self.out_features)))
-        self._index: tuple[Tensor, tuple[int, int], Tensor | None] | None = None
+        self._checked: tuple[Tensor, tuple[int, int], bool] | None = None
 
     @classmethod
     def check(cls, spec: Spec) -> None:
@@ -110,28 +111,22 @@ class Pivoted(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         pivoted = self.pivot(x)
-        rows = torch.cat([pivoted, self.rest(pivoted)], dim=-1)
-        index = self._places()
-        if index is None:
-            return rows
-        # In two dimensions: torch selects along the last of three several times slower.
-        return rows.reshape(-1, self.out_features).index_select(1, index).view(rows.shape)
+        rest = self.rest(pivoted)
+        return placed(pivoted, rest, self.order) if self._moves() else torch.cat([pivoted, rest], dim=-1)
 
-    def _places(self) -> Tensor | None:
-        """`order` as torch selects fastest, None where it moves nothing; kept until the buffer changes."""
+    def _moves(self) -> bool:
+        """Whether `order` puts anything elsewhere; kept until the buffer changes."""
         order = self.order
         if torch.compiler.is_compiling() or type(order) is not Tensor or order.is_meta or order.is_inference():
-            return order.long()
+            return True
         version = (order._version, order.data_ptr())
-        if self._index is None or self._index[0] is not order or self._index[1] != version:
-            index = order.long()
-            moves = not torch.equal(index, torch.arange(len(index), device=index.device))
-            self._index = order, version, index if moves else None
-        return self._index[2]
+        if self._checked is None or self._checked[0] is not order or self._checked[1] != version:
+            places = torch.arange(len(order), dtype=order.dtype, device=order.device)
+            self._checked = order, version, not torch.equal(order, places)
+        return self._checked[2]
 
-    def lay_out(self) -> None:
-        lay_out_by_columns(self.rest)
+    def kernel(self, rows: int) -> str:
+        return self.pivot.kernel(rows)
 
     def touched_bytes(self, rows: int) -> int:
-        index = self._places()
-        return held(*self.parameters()) + (0 if index is None else held(index))
+        return held(*self.parameters()) + (held(self.order) if self._moves() else 0)

@@ -16,7 +16,7 @@ from lrcompress.formats.base import (
     index_dtype,
     trains,
 )
-from lrcompress.kernels.products import GATHER_COLUMNS, GATHERED, quantized, sparse, way
+from lrcompress.kernels.products import GATHER_COLUMNS, GATHERED, linear, quantized, sparse, way
 from lrcompress.kernels.rows import QuantizedRows, SparseRows
 from lrcompress.linalg.packing import pack_bits
 from lrcompress.protocols import Spec
@@ -183,7 +183,7 @@ class SparseDictionary(StoredLinear):
         if scale is not None and not trains(scale):
             return quantized(x, self._quantised(values, scale), transposed=transposed)
         dictionary = dequantised((values, scale))
-        return x @ dictionary if transposed else nn.functional.linear(x, dictionary)
+        return linear(x, dictionary, transposed=transposed)
 
     def _quantised(self, values: Tensor, scale: Tensor) -> QuantizedRows:
         """D in int8, as the kernels read it."""

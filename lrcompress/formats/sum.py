@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lrcompress.errors import InputError
 from lrcompress.formats.base import (
-    DENSE_PRODUCT,
     FORMATS,
+    Factor,
     FactorPair,
     StoredLinear,
     added_bias_bytes,
@@ -49,8 +49,8 @@ class Sum(StoredLinear):
         self.base.register_buffer("weight", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
         self.rank, self.bits = spec.parameters["correction"]["rank"], spec.parameters["correction"]["bits"]
         if self.bits == 16:
-            self.A = nn.Linear(self.in_features, self.rank, bias=False, dtype=dtype)
-            self.B = nn.Linear(self.rank, self.out_features, bias=False, dtype=dtype)
+            self.A = Factor(self.in_features, self.rank, bias=False, dtype=dtype)
+            self.B = Factor(self.rank, self.out_features, bias=False, dtype=dtype)
         else:
             for name, width in (("A_codes", self.in_features), ("B_codes", self.out_features)):
                 shape = (self.rank, packed_length(width, self.bits))
@@ -152,7 +152,7 @@ class Sum(StoredLinear):
         return self.base.multiply_adds(rows) + self.rank * (self.in_features + self.out_features)
 
     def kernel(self, rows: int) -> str:
-        own = DENSE_PRODUCT if self.bits == 16 else way(self._code_rows()[0], rows, self.scale.dtype)
+        own = self.B.kernel(rows) if self.bits == 16 else way(self._code_rows()[0], rows, self.scale.dtype)
         return f"{self.base.kernel(rows)}; correction: {own}"
 
     def touched_bytes(self, rows: int) -> int:

@@ -1,8 +1,9 @@
 """Products with weights that are stored row by row: operators of torch, so that its tracing sees through them.
 
-Few rows of x are multiplied by compiled code (rows.c) that decodes weights in registers. For many rows a panel of the
-weight's rows at a time is decoded into memory that the next one uses again, and multiplied by torch. Where nothing can
-be compiled, on other devices and in other dtypes torch alone decodes the panels. Gradients are those of x.
+Few rows of x are multiplied by compiled code (rows.c) that decodes weights in registers; those that are numbers already
+it reads faster than torch does. For many rows a panel of the weight's rows at a time is decoded into memory that the
+next one uses again, and multiplied by torch. Where nothing can be compiled, on other devices and in other dtypes torch
+alone decodes the panels. Gradients are those of x.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.kernels.native import library
-from lrcompress.kernels.rows import KINDS, PairRows, QuantizedRows, Rows, SparseRows
+from lrcompress.kernels.rows import KINDS, NumberRows, PairRows, QuantizedRows, Rows, SparseRows
 
 FEW = 8
 """Rows of x from which on panels are faster."""
@@ -24,8 +25,9 @@ PANEL = 2**22
 GATHER_ROWS, GATHER_COLUMNS, CHUNK = 32, 3, 128
 """From so many rows of x, in float32, and columns for each stored number on only those numbers are multiplied."""
 
-COMPILED, GATHERED, PANELS, PLAIN = (
+COMPILED, GATHERED, PANELS, PLAIN, DENSE_PRODUCT = (
     "compiled, on what is stored", "compiled, on what is stored, sparse", "panels, compiled", "panels, plain torch",
+    "dense product",
 )  # fmt: skip
 """Names of the ways, for people."""
 
@@ -42,10 +44,13 @@ Functions = tuple[Callable[[str], Any], ctypes.Structure]
 
 def way(weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool = False) -> str:
     """How `count` rows of `dtype` are multiplied by the weight, or by its transpose."""
+    numbers = isinstance(weight, NumberRows)
     if _functions(weight, dtype) is None:
-        return PLAIN
+        return DENSE_PRODUCT if numbers else PLAIN
     if count <= FEW:
         return COMPILED
+    if numbers:
+        return DENSE_PRODUCT
     return GATHERED if not transposed and _gathers(weight, count, dtype) else PANELS
 
 
@@ -73,6 +78,19 @@ def pairs(x: Tensor, weight: PairRows, *, transposed: bool = False) -> Tensor:
     return _called(torch.ops.lrcompress.pairs, x, parts, transposed=transposed)
 
 
+def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """x (..., columns) Wᵀ + bias of the numbers values W (rows, columns); or, transposed, x (..., rows) W.
+
+    Gradients of x, W and the bias; where W's are wanted, or x has many rows, it is torch's own product.
+    """
+    few = torch.compiler.is_compiling() or 0 < x.numel() <= FEW * x.shape[-1]  # a trace is for any number of rows
+    learnt = torch.is_grad_enabled() and values.requires_grad
+    if learnt or not few or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
+        return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
+    y = _called(torch.ops.lrcompress.numbers, x, (values,), transposed=transposed)
+    return y if bias is None else y + bias
+
+
 def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], *, transposed: bool) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -85,6 +103,8 @@ def multiply(x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
     functions = _functions(weight, x.dtype)
     if functions is not None and not transposed and _gathers(weight, len(x), x.dtype):
         return _gathered(x, weight, functions)
+    if isinstance(weight, NumberRows) and (functions is None or not 0 < len(x) <= FEW):
+        return x @ weight.values if transposed else torch.nn.functional.linear(x, weight.values)
     if functions is None or not 0 < len(x) <= FEW:
         return _added(x, weight) if transposed else _by_panels(x, weight)
     x = x.contiguous()
@@ -197,3 +217,4 @@ def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
 _operator("quantized", "Tensor codes, Tensor? zeros, Tensor scale, int bits, int columns, int group", QuantizedRows)
 _operator("sparse", "Tensor values, Tensor? scale, Tensor positions, int columns", SparseRows)
 _operator("pairs", "Tensor values, Tensor positions, int columns", PairRows)
+_operator("numbers", "Tensor values", NumberRows)

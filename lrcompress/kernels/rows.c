@@ -1,4 +1,4 @@
-/* Products with weights that are stored row by row in fewer bytes than numbers, and rows of them as numbers.
+/* Products with weights that are stored row by row, as numbers or in fewer bytes, and rows of them as numbers.
 
    A row is decoded in blocks of 16 columns, in registers: what multiplies never sees a decoded weight. Every kind of row
    says how it begins and what its next block is; PRODUCTS makes of that y = x Wᵀ, y = x W and rows as numbers. All
@@ -14,10 +14,12 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16, TOGETHER = 4, SMALL = 1 << 16 };
+enum { LANES = 16, TOGETHER = 4, SMALL = 1 << 16, LONG = 4096 };
 enum { FLOAT32, BFLOAT16, INT8 };
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64)));
 
 INLINE float from_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -286,6 +288,33 @@ INLINE Lanes pairs_next(const Pairs *w, PairsRow *at, int columns, const int unu
     return found;
 }
 
+/* --- numbers as they are --- */
+
+typedef struct {
+    int64_t rows, columns;
+    const void *values;
+} Numbers;
+
+typedef struct {
+    int64_t value;
+} NumbersRow;
+
+INLINE void numbers_begin(const Numbers *w, int64_t row, NumbersRow *at, const int kind) {
+    *at = (NumbersRow){row * w->columns};
+}
+
+INLINE Lanes numbers_next(const Numbers *w, NumbersRow *at, int columns, const int kind) {
+    Lanes found;
+    if (columns < LANES)
+        spread(w->values, at->value, (1u << columns) - 1, kind, &found);
+    else if (kind == FLOAT32)
+        found = lanes((const float *)w->values + at->value);
+    else
+        found = (Lanes)(__builtin_convertvector(*(const Halves *)((const uint16_t *)w->values + at->value), Words) << 16);
+    at->value += columns;
+    return found;
+}
+
 /* --- products --- */
 
 /* rows of numbers as float32, each filled up with zeros to `width`; NULL without memory */
@@ -308,8 +337,9 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
 }
 
 /* NAME_product: y (count, rows) = x (count, columns) Wᵀ. NAME_transposed: y (count, columns) = x (count, rows) W.
-   NAME_numbers: rows from `start` to `stop` of W. Kinds are those of x and y alike. 0, or 1 without memory. */
-#define PRODUCTS(NAME, WEIGHT, FORM, CONSTANT)                                                                       \
+   NAME_numbers: rows from `start` to `stop` of W. Kinds are those of x and y alike. 0, or 1 without memory.
+   A row after the other is read fastest. Where one x fills the cache, ABREAST rows share what is read of it. */
+#define PRODUCTS(NAME, WEIGHT, FORM, CONSTANT, ABREAST)                                                              \
     INLINE void NAME##_dot(const WEIGHT *w, int64_t row, const float *x, int64_t width, const int count,             \
                            void *y, int64_t at, int kind) {                                                          \
         Lanes sum[TOGETHER] = {{0}};                                                                                 \
@@ -329,16 +359,39 @@ static float *zeros(int64_t count) { /* a multiple of 16 */
         if (count == 1) sum[0] += sum[1] + sum[2] + sum[3];                                                          \
         _Pragma("GCC unroll 4") for (int r = 0; r < count; r++) put(y, at + r * w->rows, kind, total(sum[r]));       \
     }                                                                                                                \
+    INLINE void NAME##_abreast(const WEIGHT *w, int64_t first, const float *x, void *y, int kind) {                  \
+        Lanes sum[ABREAST][2] = {{{0}}};                                                                             \
+        WEIGHT##Row state[ABREAST];                                                                                  \
+        for (int i = 0; i < ABREAST; i++) FORM##_begin(w, first + i, &state[i], CONSTANT);                           \
+        int64_t full = w->columns / LANES, b = 0;                                                                    \
+        for (; b + 2 <= full; b += 2)                                                                                \
+            _Pragma("GCC unroll 2") for (int k = 0; k < 2; k++) {                                                    \
+                Lanes here = lanes(x + (b + k) * LANES);                                                             \
+                _Pragma("GCC unroll 4") for (int i = 0; i < ABREAST; i++)                                            \
+                    sum[i][k] += here * FORM##_next(w, &state[i], LANES, CONSTANT);                                  \
+            }                                                                                                        \
+        for (; b * LANES < w->columns; b++) {                                                                        \
+            int64_t left = w->columns - b * LANES;                                                                   \
+            _Pragma("GCC unroll 4") for (int i = 0; i < ABREAST; i++)                                                \
+                sum[i][0] += lanes(x + b * LANES) *                                                                  \
+                             FORM##_next(w, &state[i], left < LANES ? (int)left : LANES, CONSTANT);                  \
+        }                                                                                                            \
+        for (int i = 0; i < ABREAST; i++) put(y, first + i, kind, total(sum[i][0] + sum[i][1]));                     \
+    }                                                                                                                \
     int NAME##_product(const WEIGHT *w, const void *x, int32_t kind, int64_t count, void *y) {                       \
         int64_t width = (w->columns + LANES - 1) / LANES * LANES;                                                    \
         float *wide = padded(x, kind, count, w->columns, width);                                                     \
         if (!wide) return 1;                                                                                         \
-        _Pragma("omp parallel for schedule(static) if (w->rows * w->columns > SMALL)")                               \
-        for (int64_t row = 0; row < w->rows; row++) {                                                                \
-            int64_t r = 0;                                                                                           \
-            for (; r + TOGETHER <= count; r += TOGETHER)                                                             \
-                NAME##_dot(w, row, wide + r * width, width, TOGETHER, y, r * w->rows + row, kind);                   \
-            for (; r < count; r++) NAME##_dot(w, row, wide + r * width, width, 1, y, r * w->rows + row, kind);       \
+        int64_t abreast = ABREAST > 1 && count == 1 && w->columns > LONG ? w->rows / ABREAST * ABREAST : 0;          \
+        _Pragma("omp parallel if (w->rows * w->columns > SMALL)") {                                                  \
+            _Pragma("omp for schedule(static) nowait") for (int64_t row = 0; row < abreast; row += ABREAST)          \
+                NAME##_abreast(w, row, wide, y, kind);                                                               \
+            _Pragma("omp for schedule(static)") for (int64_t row = abreast; row < w->rows; row++) {                  \
+                int64_t r = 0;                                                                                       \
+                for (; r + TOGETHER <= count; r += TOGETHER)                                                         \
+                    NAME##_dot(w, row, wide + r * width, width, TOGETHER, y, r * w->rows + row, kind);               \
+                for (; r < count; r++) NAME##_dot(w, row, wide + r * width, width, 1, y, r * w->rows + row, kind);   \
+            }                                                                                                        \
         }                                                                                                            \
         free(wide);                                                                                                  \
         return 0;                                                                                                    \
@@ -434,10 +487,45 @@ enum { CHUNK = 128 };
 
 GATHERED(masked, Masked)
 GATHERED(indexed, Indexed)
-PRODUCTS(quantized2, Quantized, quantized, 2)
-PRODUCTS(quantized3, Quantized, quantized, 3)
-PRODUCTS(quantized4, Quantized, quantized, 4)
-PRODUCTS(quantized8, Quantized, quantized, 8)
-PRODUCTS(masked, Masked, masked, 0)
-PRODUCTS(indexed, Indexed, indexed, 0)
-PRODUCTS(pairs, Pairs, pairs, 0)
+PRODUCTS(quantized2, Quantized, quantized, 2, 1)
+PRODUCTS(quantized3, Quantized, quantized, 3, 1)
+PRODUCTS(quantized4, Quantized, quantized, 4, 1)
+PRODUCTS(quantized8, Quantized, quantized, 8, 4)
+PRODUCTS(masked, Masked, masked, 0, 1)
+PRODUCTS(indexed, Indexed, indexed, 0, 1)
+PRODUCTS(pairs, Pairs, pairs, 0, 1)
+PRODUCTS(numbers0, Numbers, numbers, FLOAT32, 4)
+PRODUCTS(numbers1, Numbers, numbers, BFLOAT16, 4)
+
+/* --- numbers of two rows, put into an order --- */
+
+#define IN_RANGE(INDEX)                                                                                              \
+    for (int64_t j = 0; j < a + b; j++) beyond |= ((const INDEX *)order)[j] < 0 || ((const INDEX *)order)[j] >= a + b
+#define PLACED(NUMBER, INDEX)                                                                                        \
+    for (int64_t j = 0; j < a + b; j++) ((NUMBER *)to)[j] = ((const NUMBER *)row)[((const INDEX *)order)[j]]
+
+/* y (count, a + b): at j number order[j] of first (count, a) and then rest (count, b); `size` bytes a number, 2 or 4,
+   and `index_bytes` an index, 2 or 4. 0, 1 without memory, or 2 where an index is out of range. */
+int placed(int64_t count, int64_t a, int64_t b, const char *first, const char *rest, const void *order, char *y,
+           int32_t size, int32_t index_bytes) {
+    int failed = 0, beyond = 0;
+    if (index_bytes == 2) IN_RANGE(int16_t);
+    else IN_RANGE(int32_t);
+    if (beyond) return 2;
+    _Pragma("omp parallel if (count * (a + b) > SMALL)") {
+        char *row = malloc((size_t)((a + b) * size));
+        if (!row) {_Pragma("omp atomic write") failed = 1;}
+        _Pragma("omp for schedule(static)") for (int64_t r = 0; r < count; r++) {
+            if (!row) continue;
+            char *to = y + r * (a + b) * size;
+            memcpy(row, first + r * a * size, (size_t)(a * size));
+            memcpy(row + a * size, rest + r * b * size, (size_t)(b * size));
+            if (size == 2 && index_bytes == 2) PLACED(uint16_t, int16_t);
+            else if (size == 2) PLACED(uint16_t, int32_t);
+            else if (index_bytes == 2) PLACED(uint32_t, int16_t);
+            else PLACED(uint32_t, int32_t);
+        }
+        free(row);
+    }
+    return failed;
+}

@@ -1,4 +1,4 @@
-"""Weights that are stored row by row in fewer bytes than numbers: what their rows are, in torch and for rows.c."""
+"""Weights that are stored row by row: what their rows are, in torch and for rows.c."""
 
 import ctypes
 from abc import ABC, abstractmethod
@@ -65,6 +65,7 @@ _Quantized = _structure(
 _Masked = _structure("Masked", "rows columns nonzeros mask_bytes", "mask values scale", "scale_kind value_kind")
 _Indexed = _structure("Indexed", "rows columns nonzeros", "index values scale", "scale_kind value_kind index_bytes")
 _Pairs = _structure("Pairs", "rows columns quads row_bytes", "places values", "value_kind")
+_Numbers = _structure("Numbers", "rows columns", "values", "")
 
 
 @dataclass(frozen=True)
@@ -194,3 +195,30 @@ class PairRows(Rows):
         pointers = (self.positions.data_ptr(), self.values.data_ptr())
         sizes = (self.rows, self.columns, quads, self.positions.shape[1])
         return "pairs", _Pairs(*sizes, *pointers, KINDS[self.dtype])
+
+
+@dataclass(frozen=True)
+class NumberRows(Rows):
+    """values (rows, columns), as they are."""
+
+    values: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    @property
+    def columns(self) -> int:  # type: ignore[override]
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop]
+
+    def described(self) -> tuple[str, ctypes.Structure] | None:
+        if self.dtype not in KINDS:
+            return None
+        return f"numbers{KINDS[self.dtype]}", _Numbers(*self.values.shape, self.values.data_ptr())

@@ -218,7 +218,7 @@ def test_a_format_multiplies_on_this_machines_device(name, rows, dtype):
     assert bool(((module(x).double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size.max()).all())
 
 
-@pytest.mark.parametrize("name", [*BASES, "sum 8 of quantized", DICTIONARY, TRANSPOSED])
+@pytest.mark.parametrize("name", [*BASES, *FACTORED, "sum 8 of quantized", DICTIONARY, TRANSPOSED])
 def test_tracing_sees_through_products_with_what_is_stored(name):
     """torch.compile in one graph, and torch.export for any number of rows; frozen, as PEFT leaves them, with gradients."""
     spec, stored, _, _ = example(name, (24, 40), 5, True)
@@ -247,8 +247,6 @@ def test_laying_out_moves_no_number(name, dtype):
     assert all(torch.equal(before[k], t) for k, t in module.state_dict().items())
     rounding = 2 * torch.finfo(dtype).eps * float(expected.detach().abs().max())
     torch.testing.assert_close(module(x), expected, rtol=0, atol=rounding)
-    tall = [p for p in module.parameters() if not p.is_contiguous()]
-    assert len(tall) == (name in FACTORED and dtype == torch.float32)
 
 
 def test_pivoted_is_never_larger_than_dense_and_smaller_than_low_rank():
@@ -365,7 +363,7 @@ def decoded(numbers: int) -> int:
     ("name", "moved"),
     [
         ("low_rank", 2 * 5 * (24 + 40)),
-        ("pivoted", 2 * 5 * (24 + 40 - 5) + 8 * 24),  # the order as int64
+        ("pivoted", 2 * 5 * (24 + 40 - 5) + 2 * 24),  # the order in 16 bits
         ("quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + decoded(24 * 40)),  # groups of 7 are decoded
         ("semi_sparse", 2 * 24 * 20 + 24 * 5),  # values, places
         ("sum 16 of quantized", 24 * 20 + 24 * 3 + 2 * 24 * 6 + decoded(24 * 40) + 2 * 5 * (24 + 40)),

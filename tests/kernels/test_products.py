@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lrcompress.kernels import products
-from lrcompress.kernels.products import COMPILED, FEW, GATHERED, PANELS, PLAIN, way
-from lrcompress.kernels.rows import QuantizedRows
+from lrcompress.kernels.placing import placed
+from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT, FEW, GATHERED, PANELS, PLAIN, way
+from lrcompress.kernels.rows import NumberRows, QuantizedRows
 from lrcompress.model.device import resolve_device
 from tests.kernels import weights as examples
 
@@ -73,12 +74,13 @@ def test_compiled_panels_are_the_numbers_bit_for_bit(shape, dtype, monkeypatch):
 def test_what_is_compiled_is_taken():
     for dtype in (torch.float32, torch.bfloat16):
         for name, weight in examples.weights(24, 40, dtype):
-            odd = "groups of 7" in name
+            odd, plain = "groups of 7" in name, name == "as they are"
             assert way(weight, 1, dtype) == (PLAIN if odd else COMPILED), name
             few = "numbers" in name and dtype == torch.float32 and not name.startswith("40 ")
-            assert way(weight, 100, dtype) == (PLAIN if odd else GATHERED if few else PANELS), name
-            assert way(weight, 100, dtype, transposed=True) == (PLAIN if odd else PANELS)
-            assert way(weight, 1, torch.float16) == PLAIN
+            many = DENSE_PRODUCT if plain else PLAIN if odd else PANELS
+            assert way(weight, 100, dtype) == (GATHERED if few else many), name
+            assert way(weight, 100, dtype, transposed=True) == many
+            assert way(weight, 1, torch.float16) == (DENSE_PRODUCT if plain else PLAIN)
 
 
 def test_values_that_are_no_numbers_stay_so():
@@ -94,7 +96,9 @@ def test_gradients_are_those_of_the_dense_product(count, transposed):
     for name, weight in examples.weights(24, 40, torch.float32):
         x = examples.random(count, 24 if transposed else 40).requires_grad_(True)
         call = {"QuantizedRows": products.quantized, "SparseRows": products.sparse, "PairRows": products.pairs}
-        y = call[type(weight).__name__](x, weight, transposed=transposed)
+        plain = type(weight) is NumberRows
+        call, given = (products.linear, weight.values) if plain else (call[type(weight).__name__], weight)
+        y = call(x, given, transposed=transposed)
         y.backward(gradient := examples.random(*y.shape))
         whole = weight.numbers(0, 24)
         expected = gradient @ (whole.T if transposed else whole)
@@ -116,6 +120,12 @@ def test_operators_are_what_torch_expects():
         torch.library.opcheck(own.quantized.default, (x, q.codes, q.zeros, q.scale, 4, 40, 32, False))
         torch.library.opcheck(own.sparse.default, (x, s.values, s.scale, s.positions, 40, False))
         torch.library.opcheck(own.pairs.default, (x, p.values, p.positions, 40, False))
+        torch.library.opcheck(own.numbers.default, (x, examples.random(24, 40), False))
+    order = torch.randperm(43).to(torch.int16)
+    torch.library.opcheck(
+        own.placed.default, (examples.random(2, 3), examples.random(2, 40), order),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
 
 
 def test_any_dimensions():
@@ -143,3 +153,46 @@ def test_codes_at_the_end_of_a_page_are_not_read_beyond():
     weight = QuantizedRows(codes, whole.zeros, whole.scale, 3, columns, columns)
     x = examples.random(1, columns)
     assert torch.equal(products.quantized(x, weight), products.quantized(x, whole))
+
+
+def test_a_matrix_learns_and_takes_few_rows_of_any_layout():
+    """Gradients of W come from torch; a transposed W, and rows that are parts of longer ones, are read as they lie."""
+    values = examples.random(24, 40).requires_grad_(True)
+    x = examples.random(3, 40)
+    products.linear(x, values).sum().backward()
+    torch.testing.assert_close(values.grad, x.sum(0).expand(24, 40))
+    with torch.no_grad():
+        for other in (values.T.contiguous().T, torch.cat([values, values], dim=1)[:, :40]):
+            torch.testing.assert_close(products.linear(x, other), x @ values.T)
+            torch.testing.assert_close(products.linear(x[:, :24], other, transposed=True), x[:, :24] @ values)
+
+
+def test_autocast_computes_in_its_dtype():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(examples.random(1, 40), examples.random(24, 40)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("index", [torch.int16, torch.int32])
+@pytest.mark.parametrize("rows", [0, 1, 4000])
+def test_outputs_are_put_into_their_places(dtype, index, rows):
+    first, rest = examples.random(2, rows, 5).to(dtype), examples.random(2, rows, 40).to(dtype)
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(index)
+    both = torch.cat([first, rest], dim=-1)
+    assert torch.equal(placed(first, rest, order), both[..., order.long()])
+    assert torch.equal(placed(first, both[..., 5:], order), both[..., order.long()])  # a part of longer rows
+
+
+def test_an_order_that_names_no_place_is_an_error():
+    for wrong in (-1, 3):
+        with pytest.raises(IndexError):
+            placed(torch.ones(1, 1), torch.ones(1, 2), torch.tensor([0, 1, wrong], dtype=torch.int16))
+
+
+def test_places_learn():
+    first, rest = examples.random(2, 3).requires_grad_(True), examples.random(2, 4).requires_grad_(True)
+    order = torch.tensor([6, 0, 2, 1, 5, 4, 3], dtype=torch.int16)
+    weights = torch.arange(1.0, 8.0)
+    (placed(first, rest, order) * weights).sum().backward()
+    expected = weights[order.long().argsort()]
+    torch.testing.assert_close(torch.cat([first.grad, rest.grad], dim=1), expected.expand(2, 7))

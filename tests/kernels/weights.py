@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from lrcompress.kernels.products import multiply
-from lrcompress.kernels.rows import PairRows, QuantizedRows, Rows, SparseRows
+from lrcompress.kernels.rows import NumberRows, PairRows, QuantizedRows, Rows, SparseRows
 from lrcompress.linalg.dictionary import largest
 from lrcompress.linalg.packing import pack, pack_bits
 
 SHAPES = [(1, 1), (5, 16), (24, 40), (7, 97), (3, 200)]
 """(rows, columns)."""
+LONG = (6, 4101)
+"""So long that some kinds take several rows at once."""
 COUNTS = [1, 7, 40]
 """Rows of x: one, four and three more, and by panels."""
 
@@ -63,6 +65,7 @@ def weights(rows: int, columns: int, dtype: torch.dtype) -> Iterator[tuple[str, 
             for form in ("mask", "int16" if bits == 8 else "int32"):
                 yield f"{nonzeros} numbers of {bits} bits, {form}", sparse(rows, columns, dtype, nonzeros, bits, form)
     yield "pairs", pairs(rows, columns, dtype)
+    yield "as they are", NumberRows(random(rows, columns).to(dtype))
 
 
 def check(name: str, weight: Rows, count: int, dtype: torch.dtype) -> None:
@@ -89,8 +92,9 @@ def moved(weight: Rows, device: torch.device) -> Rows:
 
 
 def check_some() -> None:
-    """Every kind, in the shape that fits nothing."""
+    """Every kind, in the shape that fits nothing and in long rows."""
     for dtype in (torch.float32, torch.bfloat16):
-        for name, weight in weights(7, 97, dtype):
-            for count in COUNTS:
-                check(name, weight, count, dtype)
+        for shape, counts in (((7, 97), COUNTS), (LONG, (1,))):
+            for name, weight in weights(*shape, dtype):
+                for count in counts:
+                    check(name, weight, count, dtype)
