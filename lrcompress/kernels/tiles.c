@@ -11,6 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LOOKED_UP 4 /* widest codes that are looked up in a register, which saves one instruction of four */
+#else
+#define LOOKED_UP 0
+#endif
+
 #define ROWS 16
 #define COLUMNS 32
 #define CODES (ROWS * COLUMNS)
@@ -34,7 +41,20 @@ static inline __attribute__((always_inline)) Ints codes_of(const Words *tile, co
     return (Ints)((tile[word] >> low | tile[word + 1] << (32 - low)) << (32 - b)) >> (32 - b);
 }
 
-static inline __attribute__((always_inline)) Floats floats(Ints codes) { return __builtin_convertvector(codes, Floats); }
+/* the same as numbers */
+static inline __attribute__((always_inline)) Floats values_of(const Words *tile, const int b, const int code) {
+#if LOOKED_UP
+    if (b <= LOOKED_UP) {
+        const int at = code * b, word = at / 32, low = at % 32;
+        Words found = tile[word] >> low;
+        if (low + b > 32) found |= tile[word + 1] << (32 - low);
+        Floats meaning; /* of every four bits: whatever lies above the b bits of a code counts for nothing */
+        for (int k = 0; k < 16; k++) meaning[k] = (float)((int32_t)((uint32_t)k << (32 - b)) >> (32 - b));
+        return (Floats)_mm512_permutexvar_ps((__m512i)found, (__m512)meaning);
+    }
+#endif
+    return __builtin_convertvector(codes_of(tile, b, code), Floats);
+}
 
 #define BY_WIDTH(CALL)                  \
     switch (head[0]) {                  \
@@ -57,15 +77,15 @@ static inline __attribute__((always_inline)) void add_products(const Words *tile
     const Floats left = *(const Floats *)x, right = *(const Floats *)(x + 16);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-        sums[r] += floats(codes_of(tile, b, 2 * r)) * left;
-        sums[r] += floats(codes_of(tile, b, 2 * r + 1)) * right;
+        sums[r] += values_of(tile, b, 2 * r) * left;
+        sums[r] += values_of(tile, b, 2 * r + 1) * right;
     }
 }
 
 /* out[row][column] of one tile, (16, 32) */
 static inline __attribute__((always_inline)) void spread(const Words *tile, const int b, float *out) {
 #pragma GCC unroll 32
-    for (int code = 0; code < COLUMNS; code++) *(Floats *)(out + 16 * code) = floats(codes_of(tile, b, code));
+    for (int code = 0; code < COLUMNS; code++) *(Floats *)(out + 16 * code) = values_of(tile, b, code);
 }
 
 static void numbers(const uint8_t *head, const Words *tile, const int16_t *far, float *out) {
@@ -75,22 +95,45 @@ static void numbers(const uint8_t *head, const Words *tile, const int16_t *far, 
     for (int k = 0; k < head[1]; k++) out[(far[k] & 15) * COLUMNS + (far[k] >> 4 & 31)] += (float)(far[k] >> 9);
 }
 
-/* y (16) = strip times x (32 tiles) */
+enum { AHEAD = 1024, LANES = 16, CHAINS = 4 };
+
+/* beside[chain][row] += far values times x, each in its tile's columns from `first` on; sums of one row do not wait for
+   each other */
+static void add_far(int64_t count, const int16_t *far, const int32_t *first, const float *x, float beside[CHAINS][ROWS]) {
+    int64_t k = 0;
+    for (; k + CHAINS <= count; k += CHAINS)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; c++)
+            beside[c][far[k + c] & 15] += (float)(far[k + c] >> 9) * x[first[k + c] + (far[k + c] >> 4 & 31)];
+    for (; k < count; k++) beside[0][far[k] & 15] += (float)(far[k] >> 9) * x[first[k] + (far[k] >> 4 & 31)];
+}
+
+/* y (16) = strip times x (32 tiles). Far values of many tiles are added together: a loop for the few of each would be
+   left at another place every time, which costs more than they do. */
 static void strip_product(int64_t tiles, const uint8_t *head, const Words *tile, const int16_t *far, const float *x,
                           float *y) {
     Floats sums[ROWS];
-    float beside[ROWS] = {0};
+    float beside[CHAINS][ROWS] = {{0}};
+    int32_t first[AHEAD + MOST_FAR + LANES];
+    int64_t waiting = 0;
     for (int r = 0; r < ROWS; r++) sums[r] = (Floats){0};
-    for (int64_t t = 0; t < tiles; t++, head += 2, x += COLUMNS) {
-#define MULTIPLY(B) add_products(tile, B, x, sums)
+    for (int64_t t = 0; t < tiles; t++, head += 2) {
+        const int32_t column = (int32_t)(COLUMNS * t);
+#define MULTIPLY(B) add_products(tile, B, x + column, sums)
         BY_WIDTH(MULTIPLY)
-        for (int k = 0; k < head[1]; k++) beside[far[k] & 15] += (float)(far[k] >> 9) * x[far[k] >> 4 & 31];
+        *(Ints *)(first + waiting) = (Ints){0} + column;
+        for (int k = LANES; k < head[1]; k += LANES) *(Ints *)(first + waiting + k) = (Ints){0} + column;
         tile += head[0];
-        far += head[1];
+        waiting += head[1];
+        if (waiting >= AHEAD || t == tiles - 1) {
+            add_far(waiting, far, first, x, beside);
+            far += waiting;
+            waiting = 0;
+        }
     }
     for (int r = 0; r < ROWS; r++) {
-        float sum = beside[r];
-        for (int lane = 0; lane < 16; lane++) sum += sums[r][lane];
+        float sum = beside[0][r] + beside[1][r] + beside[2][r] + beside[3][r];
+        for (int lane = 0; lane < LANES; lane++) sum += sums[r][lane];
         y[r] = sum;
     }
 }
@@ -230,7 +273,7 @@ void tiles_rows(const Held *held, const int64_t *wanted, int64_t n, float *out, 
             float made[COLUMNS] = {0};
             const int b = head[0];
             for (int half = 0; half < 2 && b; half++)
-                *(Floats *)(made + 16 * half) = floats(codes_of(tile, b, (int)(2 * r + half)));
+                *(Floats *)(made + 16 * half) = __builtin_convertvector(codes_of(tile, b, (int)(2 * r + half)), Floats);
             for (int k = 0; k < head[1]; k++)
                 if ((far[k] & 15) == r) made[far[k] >> 4 & 31] += (float)(far[k] >> 9);
             for (int64_t j = COLUMNS * t; j < COLUMNS * (t + 1) && j < held->columns; j++) {
