@@ -187,10 +187,15 @@ int tiles_multiply(const Held *held, const float *x, int64_t n, float *y, int th
     const int64_t tiles = tiles_of(held), strips = (held->rows + ROWS - 1) / ROWS, width = tiles * COLUMNS;
     float *sorted = aligned_alloc(64, sizeof(float) * (size_t)(n * width));
     if (!sorted) return 1;
-    for (int64_t j = 0; j < width; j++) {
-        int64_t column = j < held->columns ? held->column_order[j] : 0;
-        float scale = j < held->columns ? held->column_scale[held->column_index[column]] : 0;
-        for (int64_t i = 0; i < n; i++) sorted[i * width + j] = x[i * held->columns + column] * scale;
+    for (int64_t i = 0; i < n; i++) {
+        const float *from = x + i * held->columns;
+        float *to = sorted + i * width;
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < held->columns; j++) {
+            const int64_t column = held->column_order[j];
+            to[j] = from[column] * held->column_scale[held->column_index[column]];
+        }
+        memset(to + held->columns, 0, sizeof(float) * (size_t)(width - held->columns));
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t strip = 0; strip < strips; strip++) {

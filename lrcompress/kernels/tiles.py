@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return len(self.row_order), len(self.column_order)
+        return self.row_order.shape[0], self.column_order.shape[0]
 
 
 class _Held(ctypes.Structure):
@@ -134,8 +134,8 @@ def scales(levels: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
 
 def _held(held: Tiles, levels: Tensor, indices: Tensor) -> _Held:
     pointers = [t.data_ptr() for t in held]
-    places, grid = indices.data_ptr(), levels.data_ptr()
-    return _Held(*held.shape, BLOCK, *pointers, places, places + held.shape[0], grid, grid + 4 * levels.shape[1])
+    (rows, columns), places, grid = held.shape, indices.data_ptr(), levels.data_ptr()
+    return _Held(rows, columns, BLOCK, *pointers, places, places + rows, grid, grid + 4 * levels.shape[1])
 
 
 def _unpacked(native: ctypes.CDLL, held: Tiles, scaled: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -200,18 +200,19 @@ def _linear(x: Tensor, *tensors: Tensor) -> Tensor:
     if native is None or x.dtype not in (*KINDS, torch.float16):
         return _plain_linear(x, *tensors)
     held, levels, indices = Tiles(*tensors[:-2]), *tensors[-2:]
-    flat = x.reshape(-1, held.shape[1])
     own = _held(held, levels, indices)
-    few = len(flat) <= FEW
+    flat = x.reshape(-1, own.columns)
+    count = flat.shape[0]
+    few = count <= FEW
     if few or x.dtype not in KINDS:
         flat = flat.float()
     flat = flat.contiguous()
-    y = flat.new_empty(len(flat), held.shape[0])
+    y = flat.new_empty(count, own.rows)
     if not few:
         _by_panels(native, own, flat, held.head.shape[1] * COLUMNS, y)
-    elif native.tiles_multiply(own, flat.data_ptr(), len(flat), y.data_ptr(), torch.get_num_threads()):
+    elif native.tiles_multiply(own, flat.data_ptr(), count, y.data_ptr(), torch.get_num_threads()):
         raise MemoryError("no memory left to multiply by coded weights")
-    return y.to(x.dtype).reshape(*x.shape[:-1], held.shape[0])
+    return y.to(x.dtype).reshape(*x.shape[:-1], own.rows)
 
 
 def _by_panels(native: ctypes.CDLL, own: _Held, x: Tensor, width: int, y: Tensor) -> None:
