@@ -2,6 +2,9 @@
 
     python -m benchmarks.architectures [--only TYPE ...] [--processes 2] [--output docs/architectures.md]
 
+Exit code 1 where a type is wrong, so that a new release of transformers is tried by running it
+(recipes/ci/architectures.yml, once a week).
+
 A type is right where the compressed folder loads, with nothing missing, as the class that its config names, computes
 what that class computes with every compressed weight multiplied out and put in place, and holds every other tensor bit
 for bit. Every type runs in a process of its own, for at most LIMIT seconds of a core.
@@ -47,8 +50,8 @@ TOLERANCE = 3e-4
 """Of the largest logit: what float32 sums in another order may differ by."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lord": {"method": {"name": "lord", "metric": "input"}},
-    "auto": {"method": "auto", "format": "auto"},
+    "lord": {"method": {"name": "lord", "metric": "input"}, "ratio": 0.3},
+    "auto": {"method": "auto", "bpw": 6},
 }
 
 IDS = torch.arange(2, 34)[None]
@@ -96,8 +99,11 @@ def main() -> None:
     tried("causal", "llama", "LlamaForCausalLM", ["lord"])  # imports what every forked process would import again
     with ThreadPoolExecutor(arguments.processes) as pool:
         found = [v for part in pool.map(lambda one: apart(*one, arguments.methods), wanted) for v in part]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(table(found, time.perf_counter() - start), encoding="utf8")
     print(json.dumps({method: counts(found, method) for method in arguments.methods}))
+    if any(one.verdict == "wrong" for one in found):
+        raise SystemExit(1)
 
 
 def mappings() -> dict[str, dict[str, str]]:
@@ -206,7 +212,7 @@ def run(model: nn.Module) -> torch.Tensor:
 
 def check(dense: Path, folder: Path, recipe: dict[str, Any]) -> tuple[float, int]:
     """Compress, load, compare; the largest difference of logits relative to the largest, and the number of targets."""
-    data = {"model": str(dense), "ratio": 0.3, "output": str(folder), **recipe}
+    data = {"model": str(dense), "output": str(folder), **recipe}
     data["calibration"] = {"source": "python-docs", "samples": 2, "seqlen": 32}
     try:
         report = compress(make_recipe(data)).report
