@@ -11,8 +11,9 @@ from lrcompress.processes import refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.block_types import dense_weights
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.request import check_request
 
 
 def calibrate_imatrix(recipe: Recipe, output: Path, *, reporter: Reporter | None = None) -> int:

@@ -25,12 +25,15 @@ from lrcompress.report.summary import computing_versions, load_report, write_car
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.block_types import find_block_types
+from lrcompress.stages.calibrate import calibrate_model
 from lrcompress.stages.finish import make_report
 from lrcompress.stages.lengths import encode_all
 from lrcompress.stages.needs import check_memory, needs
-from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_request, open_request
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
+from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store

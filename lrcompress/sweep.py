@@ -26,8 +26,12 @@ from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import bits_stored, versions
-from lrcompress.stages.prepare import Opened, Request, calibrate_model, check_amount, check_request, open_parts
+from lrcompress.stages.amount import check_amount
+from lrcompress.stages.calibrate import calibrate_model
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.opening import open_parts
 from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import branch
 from lrcompress.stages.workspace import held_input, write_json
 

@@ -31,8 +31,9 @@ from lrcompress.report.inspection import inspect_model
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import removed_in_words
 from lrcompress.stages.allocate import allocate
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import profile
+from lrcompress.stages.request import check_request
 from tests.architectures import CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
 from tests.conftest import compress_tiny
 

@@ -24,8 +24,9 @@ from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report import summary
 from lrcompress.report.progress import Reporter
 from lrcompress.stages import needs, profile
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.request import check_request
 from lrcompress.stages.workspace import MARKER, Workspace
 from tests.conftest import compress_tiny
 

@@ -16,9 +16,10 @@ from lrcompress.pipeline import make_plan
 from lrcompress.protocols import InputStatistics
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.stages import prepare
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages import opening
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.request import check_request
 from tests.conftest import ARCHITECTURES, compress_tiny
 
 
@@ -240,6 +241,6 @@ def test_outputs_of_wide_weights_give_what_their_inputs_do(
 
 
 def test_in_half_precision_statistics_are_of_inputs(llama, monkeypatch):
-    monkeypatch.setattr(prepare, "compute_dtype", lambda device, checkpoint: torch.bfloat16)
+    monkeypatch.setattr(opening, "compute_dtype", lambda device, checkpoint: torch.bfloat16)
     opened = open_request(check_request(recipe(llama)), Reporter(quiet=True))
     assert not any(site.by_outputs for site in opened.sites)

@@ -91,7 +91,7 @@ def layer_inputs(folder, names):
         model.get_submodule(name).register_forward_pre_hook(keep(name))
     from lrcompress.calibration.corpus import calibration_blocks
     from lrcompress.checkpoint.opening import load_tokenizer
-    from lrcompress.stages.prepare import split_samples
+    from lrcompress.stages.request import split_samples
 
     sources = split_samples(make_recipe(json.loads(recipe(folder).model_dump_json())).calibration)
     ids = calibration_blocks(sources, load_tokenizer(folder), 0, folder).ids

@@ -15,8 +15,9 @@ from lrcompress.pipeline import compress
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter
 from lrcompress.stages import propagate
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.request import check_request
 from tests.conftest import compress_tiny
 from tests.test_pipeline import recipe
 

@@ -15,6 +15,7 @@ from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.model.probing import probe
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
@@ -54,7 +55,7 @@ def logits(folder):
 @torch.no_grad()
 def walked(walker):
     """Logits of the model run block by block."""
-    walker.probe(IDS, [])
+    probe(walker, IDS, [])
     hidden = walker.embed(IDS)
     for index in range(len(walker.blocks)):
         with walker.block(index) as module:

@@ -13,8 +13,11 @@ from lrcompress.errors import InputError
 from lrcompress.protocols import Site, TensorSource
 from lrcompress.recipe import CalibrationSpec, make_recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened, calibrate_model, check_request, open_targets
+from lrcompress.stages.calibrate import calibrate_model
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.opening import open_targets
 from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.request import check_request
 
 
 @dataclass(frozen=True)

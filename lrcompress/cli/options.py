@@ -172,7 +172,7 @@ def recipe_from_flags(
 ) -> Recipe:
     """The recipe that a command line means."""
     from lrcompress.budget import check_ratio
-    from lrcompress.stages.prepare import share_samples
+    from lrcompress.stages.request import share_samples
 
     if ratio is not None:
         check_ratio(ratio)

@@ -47,7 +47,7 @@ def squeeze(
     from lrcompress.model.device import resolve_device
     from lrcompress.pipeline import errors_in_words
     from lrcompress.report.progress import Reporter
-    from lrcompress.stages.prepare import share_samples
+    from lrcompress.stages.request import share_samples
 
     if base is None and calibration:
         raise InputError("--calibration needs --base MODEL: the text is read by the model that the adapter is for")

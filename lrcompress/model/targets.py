@@ -210,3 +210,18 @@ def refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
                 f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed "
                 f"by itself; {cure}"
             )
+
+
+def towers(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+    """Parameters of the modules beside the decoder blocks that hold linear layers: towers, and what joins them.
+
+    The output head is none; each name is that of the largest module that holds no decoder block.
+    """
+    above = {".".join(blocks[0].split(".")[:length]) for length in range(blocks[0].count(".") + 1)}
+    head, found = model.get_output_embeddings(), dict[str, int]()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if name in above or any(name.startswith(outer + ".") for outer in (*found, blocks[0].rpartition(".")[0])):
+            continue
+        if module is not head and any(is_linear(layer) for layer in module.modules()):
+            found[name] = sum(parameter.numel() for parameter in module.parameters())
+    return found

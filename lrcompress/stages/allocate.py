@@ -9,8 +9,9 @@ from torch import Tensor
 from lrcompress.budget import removed
 from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.protocols import Curve, Site, Spec
+from lrcompress.stages.amount import budget_of
 from lrcompress.stages.join import Join, find_joins
-from lrcompress.stages.prepare import Opened, budget_of
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import SUMMARY, Artefacts
 from lrcompress.stages.sharing import joint_specs, levels_of
 

@@ -11,7 +11,7 @@ from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.kept import KeptStatistics
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import UNREACHED, Artefacts, HiddenWalk, decompose_block
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of, keep_heads, kept_heads
 

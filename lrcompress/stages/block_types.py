@@ -13,7 +13,8 @@ from lrcompress.ggml.types import BLOCK_TYPES
 from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened, budget_of
+from lrcompress.stages.amount import budget_of
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.workspace import write_json
 
 

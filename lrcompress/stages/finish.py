@@ -11,7 +11,7 @@ from lrcompress.model.skeleton import auto_class
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes, versions
 from lrcompress.stages.allocate import Plan
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 
 NARROW_SOURCES = ("python-docs", "self")
 

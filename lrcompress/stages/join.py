@@ -10,7 +10,7 @@ from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.concatenation import Joint, bounds, estimate
 from lrcompress.methods.joining import joined, rounding_loss, weighed
 from lrcompress.protocols import Site
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.sharing import joint_curve, joint_specs
 

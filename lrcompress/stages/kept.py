@@ -16,7 +16,7 @@ from lrcompress.errors import ResourceError
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Lookups
 from lrcompress.report.summary import computing_versions
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.workspace import write_json
 
 COUNTS, TOTAL, SECOND, GRADIENTS = "|counts", "|total", "|second", "|gradients"

@@ -14,7 +14,7 @@ from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import STORED, Artefacts, Found, double_bytes
 from lrcompress.stages.store import LENGTH, STREAMS, as_encoded, encode_site
 

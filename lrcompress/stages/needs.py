@@ -19,7 +19,7 @@ from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.side_by_side import is_small, workers_for
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import double_bytes
 from lrcompress.stages.sensitivity import SAMPLES
 

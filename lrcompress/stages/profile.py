@@ -23,7 +23,7 @@ from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import AT_ONCE, side_by_side
 from lrcompress.stages.kept import KeptStatistics
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of
 
 AIM_DAMPING = 0.01

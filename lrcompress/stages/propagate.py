@@ -14,7 +14,7 @@ from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.lengths import Lengths
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block, decomposition_cost
 from lrcompress.stages.store import installed
 

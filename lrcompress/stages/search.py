@@ -19,7 +19,7 @@ from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import HiddenWalk
 from lrcompress.stages.workspace import write_json
 

@@ -15,7 +15,7 @@ from lrcompress.methods import Method
 from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.store import as_encoded, encode_site, installed
 from lrcompress.stages.workspace import write_json

@@ -31,7 +31,7 @@ from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import STORED, Artefacts, HiddenWalk, decomposition_cost, double_bytes
 from lrcompress.stages.workspace import write_json
 

@@ -13,7 +13,7 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.model.lookups import row_scale
 from lrcompress.protocols import InputStatistics, Lookups, Site
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 
 COUNTS, TOTAL, SECOND, GRADIENTS = "counts", "total", "second", "gradients"
 

@@ -16,6 +16,7 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.limits import known_tokens
+from lrcompress.model.probing import probe
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
 from lrcompress.training.rows import IGNORED, Rows
@@ -51,7 +52,7 @@ class Teacher:
         self._walker, self._rows, self._batch = walker, rows, batch
         check_vocabulary(int(rows.ids.max()) < known_tokens(walker.model))
         with torch.no_grad():
-            walker.probe(rows.ids[0], [])
+            probe(walker, rows.ids[0], [])
             width = walker.embed(rows.ids[0]).shape[-1]
         count = len(walker.blocks)
         wanted = FEATURE_BLOCKS if features else 1

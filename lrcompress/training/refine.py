@@ -10,7 +10,7 @@ from lrcompress.calibration.corpus import calibration_blocks
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import Opened
+from lrcompress.stages.opened import Opened
 from lrcompress.training.distill import Teacher
 from lrcompress.training.improve import improve
 from lrcompress.training.rows import Rows

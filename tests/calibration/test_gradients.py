@@ -11,8 +11,9 @@ from lrcompress.errors import InputError
 from lrcompress.protocols import Site
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.stages.prepare import check_request, open_request
+from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.request import check_request
 from tests.conftest import ARCHITECTURES, compress_tiny
 
 

@@ -10,6 +10,7 @@ from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.carried import Handed, Layout, digits, whole
 from lrcompress.model.experts import linearise
+from lrcompress.model.probing import probe
 from lrcompress.model.skeleton import empty_model, read_config
 from tests.architectures import CARRYING
 
@@ -27,7 +28,7 @@ def test_walked_it_is_the_whole_model(make_model, family):
     folder = make_model(family)
     walker, dense = walker_of(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        walker.probe(IDS, [])
+        probe(walker, IDS, [])
         assert walker.layouts
         state = walker.embed(OTHER)
         for index in range(len(walker.blocks)):
@@ -49,7 +50,7 @@ def test_walked_back_its_gradients_are_autograd_s(make_model, family):
     expected = {n: p.grad for n, p in dense.named_parameters() if p.grad is not None and n.endswith("_proj.weight")}
     states, gradients = [], {}
     with torch.no_grad():
-        walker.probe(IDS, [])
+        probe(walker, IDS, [])
         states.append(walker.embed(OTHER))
         for index in range(len(walker.blocks)):
             with walker.block(index) as module:
@@ -100,4 +101,4 @@ def test_a_walk_that_is_not_the_model_is_refused(make_model, monkeypatch):
 
     monkeypatch.setattr(Layout, "unpack", turned)
     with pytest.raises(InputError, match="do not give what the whole model does"), torch.no_grad():
-        walker.probe(IDS, [])
+        probe(walker, IDS, [])

@@ -1,0 +1,57 @@
+"""Reading the calibration text, and grouping the targets by what they read."""
+
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from lrcompress.calibration.corpus import MOST_HELD_OUT, calibration_blocks
+from lrcompress.errors import InputError
+from lrcompress.model.experts import experts_of
+from lrcompress.model.limits import check_tokens, length_warning
+from lrcompress.model.probing import probe
+from lrcompress.model.skeleton import library_errors
+from lrcompress.model.targets import group_sites
+from lrcompress.protocols import Site
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.opened import Opened
+
+
+def calibrate_model(opened: Opened, reporter: Reporter) -> None:
+    """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
+
+    A method that needs no statistics still gets the held-out windows, to judge the result by.
+    """
+    recipe = opened.request.recipe
+    tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
+    wanted = opened.request.method.needs_statistics
+    sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
+    windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
+    opened.calibration = calibration_blocks(
+        sources, tokenizer, recipe.seed, opened.model.folder, windows, trust_remote_code=recipe.trust_remote_code
+    )
+    ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
+    if not len(ids):
+        raise InputError("the calibration text has no held-out window to judge the result by: use more text")
+    check_tokens(ids, opened.vocabulary, recipe.model)
+    if warning := length_warning(opened.skeleton, ids.shape[1]):
+        reporter.warn(f"--seqlen: {warning}")
+    with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
+        groups = probe(opened.walker, ids[0], [site.name for site in opened.sites if not site.lookup])
+    opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
+
+
+def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
+    """The sites, marked where statistics are of outputs: of weights alone in their groups, of no expert.
+
+    None where blocks compute in half precision: its outputs are rounded, its inputs are what the layer really reads.
+    """
+    if opened.walker.dtype != torch.float32:
+        return sites
+    sizes = Counter(site.group for site in sites)
+    method = opened.request.method
+
+    def alone(site: Site) -> bool:
+        return sizes[site.group] == 1 and experts_of(site.name, opened.experts) is None
+
+    return [replace(site, by_outputs=alone(site) and method.outputs_suffice(site)) for site in sites]
