@@ -29,9 +29,9 @@ def heal(
         str,
         typer.Option(
             metavar="WHAT",
-            help="scales: of coded weights, with the norms; factors: of every compressed weight; lrc: of those that "
+            help="scales: of integer codes, with corrections and norms; factors: of every weight; lrc: of those that "
             "lost half of their rank or more; singular-values; principal: the largest 5% of the dense weights' "
-            "entries; norms; all: everything [default: scales where weights are coded, else factors].",
+            "entries; norms; all: everything [default: scales where there are integer codes, else factors].",
             show_default=False,
             rich_help_panel=HOW,
         ),

@@ -11,11 +11,12 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.coded import CodedWeight
 from lrcompress.formats.low_rank import LowRank
+from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.sum import Sum
 from lrcompress.linalg.truncation import retruncate
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
-from lrcompress.training.parametrised import Entries, SingularValues, Stored
+from lrcompress.training.parametrised import Entries, Fractions, SingularValues, Stored
 from lrcompress.training.trainable import Grids, Made, Pair, Plain, Trainable, parametrise
 
 PRINCIPAL_SHARE = 0.05
@@ -138,15 +139,28 @@ def _norms(found: Trainable, reader: CheckpointReader) -> None:
 
 
 def _scales(found: Trainable, reader: CheckpointReader) -> None:
-    """Of coded weights, with their biases and the norms: all that is free to train where codes are kept."""
+    """Where codes are kept, all that is free to train: scales, corrections and biases, by fractions, and the norms."""
     for stem, module in [*found.model.named_modules()]:
         if isinstance(module, CodedWeight):
             module.train_scales()
             found.stored[f"{stem}.scales"] = Grids(module)
-            if module.bias is not None:
-                _train(found, reader, f"{stem}.bias")
+        elif isinstance(module, Quantized):
+            _fractions(found, reader, f"{stem}.scale")
+        elif isinstance(module, Sum) and isinstance(module.base, Quantized):
+            for leaf in ("A.weight", "B.weight") if module.bits == 16 else ("scale",):
+                _fractions(found, reader, f"{stem}.{leaf}")
+        else:
+            continue
+        if module.bias is not None:
+            _train(found, reader, f"{stem}.bias")
     if found.stored:
         _norms(found, reader)
+
+
+def _fractions(found: Trainable, reader: CheckpointReader, name: str) -> None:
+    parameter = found.model.get_parameter(name)
+    parameter.data = parameter.data.float()
+    _parametrise(found, reader, name, Fractions(parameter.detach().clone()))
 
 
 def _everything(found: Trainable, reader: CheckpointReader) -> None:
@@ -174,7 +188,7 @@ NOTHING = {
     "lrc": "no factorised weight lost half of its rank; use --train factors",
     "singular-values": "no weight has a low-rank part; use --train factors",
     "principal": "no weight of its blocks is dense; use --train factors",
-    "scales": "none of its weights is coded; use --train factors",
+    "scales": "none of its weights has integer codes with scales; use --train factors",
     "norms": "it has no normalisation with weights; use --train factors",
     "all": "it has no floating-point weights",
 }

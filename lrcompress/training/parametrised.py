@@ -69,3 +69,20 @@ class Entries(Stored):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is trained where nothing has been."""
         return weight.flatten()[self.index]
+
+
+class Fractions(Stored):
+    """A tensor whose entries move by fractions of themselves: base times what is trained, which begins at one."""
+
+    base: Tensor
+
+    def __init__(self, base: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("base", base)
+
+    def make(self, trained: Tensor) -> Tensor:
+        return self.base * trained
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What is trained where nothing has been."""
+        return weight.new_ones(self.base.shape)

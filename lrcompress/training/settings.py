@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from lrcompress.errors import InputError, nearest
 from lrcompress.formats.coded import Coded
+from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.table import Table
 from lrcompress.protocols import Spec
 from lrcompress.training.choices import CHOICES
@@ -75,9 +76,10 @@ class Settings:
     def settled(self, stored: Mapping[str, Spec]) -> "Settings":
         """With what auto stands for in a checkpoint of such weights.
 
-        That is scales against the dense model's logits where weights are coded, else factors on the text.
+        That is scales against the dense model's logits where weights have integer codes, else factors on the text.
         """
-        coded = any(spec.format in (Coded.name, Table.name) for spec in stored.values())
+        formats = {spec.parameters.get("base", {}).get("format", spec.format) for spec in stored.values()}
+        coded = bool(formats & {Coded.name, Table.name, Quantized.name})
         train = ("scales" if coded else "factors") if self.train == AUTO else self.train
         distill = ("logits" if train == "scales" else "none") if self.distill == AUTO else self.distill
         return replace(self, train=train, distill=distill)

@@ -35,6 +35,8 @@ KINDS = {
     "dictionary": {"method": {"name": "cospadi", "rounds": 2}, "ratio": 0.3},
     "sum16": {"method": {"name": "eora", "factor_bits": 16}, "base": "rtn:3:16", "rank": 3, "ratio": None},
     "sum8": {"method": {"name": "eora", "factor_bits": 8}, "base": "magnitude:2:4", "rank": 3, "ratio": None},
+    "quantized": {"method": "eora", "base": "rtn:3:16", "rank": 0, "ratio": None},
+    "sum of codes": {"method": {"name": "eora", "factor_bits": 8}, "base": "rtn:3:16", "rank": 3, "ratio": None},
     "coded": {
         "method": {"name": "ecsq", "metric": "input"},
         "bpw": 3,
@@ -43,6 +45,9 @@ KINDS = {
     },
     "welore": {"method": "welore", "format": "low_rank", "ratio": 0.2, "dtype": "bfloat16"},
 }
+
+
+TRAINED = {"sum8": "norms", "quantized": "scales", "sum of codes": "scales", "coded": "scales"}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def independent_loss(folder, rows):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint, tmp_path, healed, held_out):
-    source, train = checkpoint(kind), {"sum8": "norms", "coded": "scales"}.get(kind, "factors")
+    source, train = checkpoint(kind), TRAINED.get(kind, "factors")
     result = healed(source, tmp_path / "out", train=train)
     out, found = tmp_path / "out", result.report["healed"]
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -105,7 +110,7 @@ def test_the_result_is_the_same_checkpoint_with_better_numbers(kind, checkpoint,
     for name in changed(source, out):
         inside = any(name.startswith(module + ".") for module in modules)
         if train == "scales":
-            assert name.endswith(".scales") if inside else "norm" in name
+            assert name.endswith((".scales", ".scale")) if inside else "norm" in name
             continue
         assert old[name].is_floating_point()
         assert not name.endswith("scale")
@@ -141,8 +146,29 @@ def test_scales_of_every_coded_weight_move_by_fractions(checkpoint, tmp_path, he
     )
 
 
+@pytest.mark.parametrize("kind", ["quantized", "sum16", "sum of codes"])
+def test_scales_of_groups_and_corrections_move_by_fractions(kind, checkpoint, tmp_path, healed):
+    """And are what is trained where nothing is said, against the dense model's logits: codes stay as they are."""
+    source = checkpoint(kind)
+    found = healed(source, tmp_path / "out", train="auto", distill="auto", lr=1e-2).report["healed"]
+    assert (found["train"], found["distill"]) == ("scales", "logits")
+    old, new = tensors(source), tensors(tmp_path / "out")
+    leaves = {
+        "quantized": (".scale",), "sum16": (".base.scale", ".A.weight", ".B.weight"), "sum of codes": (".scale",),
+    }  # fmt: skip
+    expected = {name for name in old if name.endswith(leaves[kind])}
+    moved = {name for name in changed(source, tmp_path / "out") if "norm" not in name}
+    assert moved
+    assert moved <= expected
+    for name in moved:
+        there = old[name] != 0
+        assert float((new[name][there] / old[name][there] - 1).abs().max()) < 6 * 1e-2 + 0.02  # six steps
+    norms = sum(tensor.numel() for name, tensor in old.items() if "norm" in name)
+    assert found["trainable"] - norms == sum(old[name].numel() for name in expected)
+
+
 def test_where_nothing_is_coded_there_are_no_scales(checkpoint, tmp_path, healed):
-    with pytest.raises(InputError, match="none of its weights is coded; use --train factors"):
+    with pytest.raises(InputError, match="none of its weights has integer codes with scales; use --train factors"):
         healed(checkpoint("low_rank"), tmp_path / "out", train="scales")
 
 
