@@ -137,7 +137,32 @@ def wrappers() -> dict[str, tuple[Any, dict[str, Any]]]:
     )  # fmt: skip
     patches = torch.randn(64, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
     grid = torch.tensor([[1, 8, 8]])
+    intern = t.InternVLConfig(
+        text_config=t.Qwen2Config(**text, **ends), image_token_id=300, downsample_ratio=0.5,
+        vision_config=t.InternVLVisionConfig(image_size=[32, 32], patch_size=[4, 4], **vision),
+    )  # fmt: skip
+    smol = t.SmolVLMConfig(
+        text_config=t.LlamaConfig(**text, **ends), image_token_id=300, scale_factor=2, pad_token_id=1,
+        vision_config=t.SmolVLMVisionConfig(image_size=32, patch_size=4, **vision),
+    )  # fmt: skip
+    gemma = t.Gemma4Config(  # an embedding of every token for every block; image tokens see each other
+        text_config=t.Gemma4TextConfig(
+            hidden_size_per_layer_input=8, num_kv_shared_layers=0, head_dim=8, global_head_dim=16, sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=VOCABULARY,
+            use_bidirectional_attention="vision", **text, **ends,
+        ),
+        vision_config=t.Gemma4VisionConfig(
+            num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=64, **vision,
+        ),
+        image_token_id=300, video_token_id=301, audio_token_id=302, boi_token_id=303, eoi_token_id=304,
+        boa_token_id=305, eoa_token_index=306,
+    )  # fmt: skip
+    squares = torch.rand(1, 64, 3 * 4 * 4, generator=torch.Generator().manual_seed(0))
+    places = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="xy"), dim=-1).reshape(1, 64, 2)
     return {
         "llava": (llava, {"pixel_values": seen}),
         "qwen3_vl": (qwen, {"pixel_values": patches, "image_grid_thw": grid}),
+        "internvl": (intern, {"pixel_values": seen}),
+        "smolvlm": (smol, {"pixel_values": seen[:, None]}),
+        "gemma4": (gemma, {"pixel_values": squares, "image_position_ids": places}),
     }
