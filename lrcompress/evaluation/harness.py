@@ -151,7 +151,19 @@ def _manager(task: Task) -> Any:
         assert task.path is not None
         folder = task.path if task.path.is_dir() else task.path.parent
         return TaskManager(include_path=str(folder), include_defaults=False)
-    return _all_of_lm_eval()
+    return _beside(_lm_evals_name(task)) or _all_of_lm_eval()
+
+
+@cache
+def _beside(name: str) -> Any:
+    """The definitions of the folder of lm-eval's where a file of the task's name defines it; None for other names."""
+    from lm_eval import tasks
+
+    for path in sorted(Path(tasks.__file__).parent.rglob(f"{name}.yaml")):
+        manager = tasks.TaskManager(include_path=str(path.parent), include_defaults=False)
+        if name in manager.all_subtasks:
+            return manager
+    return None
 
 
 @cache

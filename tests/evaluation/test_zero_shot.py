@@ -1,14 +1,15 @@
 """Zero-shot tasks over local files agree with lm-eval's own definitions on the same documents."""
 
 import json
+from pathlib import Path
 
-import lm_eval
+import lm_eval.tasks
 import pytest
 from lm_eval.models.huggingface import HFLM
 
 from lrcompress.errors import InputError
+from lrcompress.evaluation import harness
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.evaluation.harness import _all_of_lm_eval
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.evaluation.zero_shot import read_documents
@@ -48,12 +49,15 @@ def arc_layouts(tmp_path):
 def by_lm_eval(model, name, files):
     """lm-eval's own task with its json loader in place of the hub's data set."""
     loaded = load_model(str(model))
-    config = dict(_all_of_lm_eval().task_index[name].cfg)  # lm-eval's TaskManager, whose index takes ten seconds
+    folder = Path(lm_eval.tasks.__file__).parent / name.partition("_")[0]
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    config = dict(manager.task_index[name].cfg)
     config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(files)}}}
     config |= {"training_split": None, "validation_split": None, "test_split": "test"}
     config.pop("tag", None)
     engine = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
-    found = lm_eval.simple_evaluate(model=engine, tasks=[config], bootstrap_iters=0)["results"][name]
+    found = lm_eval.simple_evaluate(model=engine, tasks=[config], task_manager=manager, bootstrap_iters=0)
+    found = found["results"][name]
     return {key: found[f"{key},none"] for key in ("acc", "acc_norm")}
 
 
@@ -73,6 +77,17 @@ def test_piqa_reads_its_labels_from_the_file_beside(llama, tmp_path):
     result = evaluate(str(llama), EvaluateSpec(tasks=[f"piqa:{path}"]))["results"]["piqa:valid.jsonl"]
     expected = by_lm_eval(llama, "piqa", together)
     assert {key: result[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("hellaswag", True), ("arc_challenge", True), ("mmlu", False), ("ai2_arc", False), ("x", False)]
+)
+def test_all_of_lm_eval_is_read_for_a_task_without_a_file_of_its_name_only(monkeypatch, name, alone):
+    """The index of all tasks takes seconds; a group, a tag and an unknown name need it."""
+    monkeypatch.setattr(harness, "_all_of_lm_eval", lambda: "all")
+    found = harness._manager(parse_tasks([name])[0])
+    assert (found != "all") is alone
+    assert not alone or found.task_index[name].cfg["task"] == name
 
 
 def test_hellaswag_and_openbookqa_documents(tmp_path):
