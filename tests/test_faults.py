@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.request import check_request
 from lrcompress.stages.workspace import MARKER, Workspace
+from tests.commands import run_cli, start_cli
 from tests.conftest import compress_tiny
 
 METHODS = {
@@ -46,6 +45,12 @@ def copied(model, folder):
 def recipe(model, output, method):
     data = {"model": str(model), "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64}}
     return make_recipe({**data, "output": str(output), "shard_size": "40KB", **METHODS[method]})
+
+
+@pytest.fixture
+def whole(llama, once):
+    """whole(method): what a run that nothing disturbs writes."""
+    return lambda method: once(f"undisturbed {method}", lambda folder: compress(recipe(llama, folder, method)))
 
 
 def files(folder):
@@ -86,7 +91,7 @@ PHASES = [
 @pytest.mark.parametrize("method", ["lord", "eora", "auto"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fills_up_at_any_phase_is_resumed_from(
-    llama, tmp_path, monkeypatch, owner, name, moment, method, code
+    llama, whole, tmp_path, monkeypatch, owner, name, moment, method, code
 ):
     if code == errno.EIO and method != "lord":
         pytest.skip("once is enough")
@@ -101,9 +106,8 @@ def test_a_disk_that_fills_up_at_any_phase_is_resumed_from(
             compress(made, overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
     compress(made, overwrite=True, resume=True)
-    whole = compress(recipe(llama, tmp_path / "whole", method))
-    assert files(tmp_path / "out") == files(whole.folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert files(tmp_path / "out") == files(whole(method))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
+def test_ended_while_publishing(llama, whole, tmp_path, monkeypatch, step):
     """Before whichever of the last steps it ends, a resumed run gives the whole output and leaves nothing beside it."""
     made = recipe(llama, tmp_path / "out", "lord")
     (tmp_path / "out").mkdir()
@@ -235,43 +239,39 @@ def test_ended_while_publishing(llama, tmp_path, monkeypatch, step):
                 compress(made, overwrite=True)
         else:
             compress(made, overwrite=True)
-    whole = compress(recipe(llama, tmp_path / "whole", "lord"))
     compress(made, overwrite=True, resume=True)
-    assert files(tmp_path / "out") == files(whole.folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced", "whole"]
+    assert files(tmp_path / "out") == files(whole("lord"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced"]
     assert (tmp_path / "out.replaced/mine").read_text() == "not yours"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole.folder.iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in whole("lord").iterdir()}
 
 
 def disturbed(command, output, seed, most):
-    """Kill the command's process group after random delays, again and again with --resume, until it ends by itself."""
+    """Kill the command after random delays, again and again with --resume, until it ends by itself."""
     delays = random.Random(seed)
     for kills in range(most + 1):
         resume = ["--resume"] if kills else []
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True)  # fmt: skip
+        process = start_cli(*command, *resume)
         partial = output.with_name(output.name + ".partial")
-        while kills < most and process.poll() is None and not (partial / MARKER).exists():
+        while kills < most and process.running and not (partial / MARKER).exists():
             time.sleep(0.005)  # opening a model takes longest and changes nothing
         if kills < most:
             time.sleep(delays.uniform(0, 1.5))
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        _, error = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, error
+            process.send(signal.SIGKILL)
+        done = process.wait()
+        if done.returncode != -signal.SIGKILL:
+            assert done.returncode == 0, done.stderr
             return kills
     raise AssertionError("the last run was not to be killed")
 
 
 def kill_and_compare(model, folder, method, seed, most):
-    command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--samples", "24", "--seqlen", "64",
-               "--shard-size", "40KB", *method]  # fmt: skip
+    command = ["compress", model, "--samples", 24, "--seqlen", 64, "--shard-size", "40KB", *method]
     whole = folder / "whole"
     if not whole.exists():
-        subprocess.run([*command, "-o", str(whole)], check=True, capture_output=True)
+        assert run_cli(*command, "-o", whole).returncode == 0
     output = folder / f"killed-{seed}"
-    kills = disturbed([*command, "-o", str(output)], output, seed, most)
+    kills = disturbed([*command, "-o", output], output, seed, most)
     assert files(output) == files(whole)
     for name in ("config.json", "plan.json"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()

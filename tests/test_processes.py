@@ -16,16 +16,32 @@ from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.source import open_compressed
 from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec
-from tests.commands import run_cli
+from tests.commands import run_cli, start_cli
 from tests.conftest import compress_tiny
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def start(*arguments, launcher=("--standalone", "--nproc-per-node", "2")):
+    """By torchrun."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, *launcher, "-m", "lrcompress", *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "lrcompress", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def run_two(*arguments):
+    """Two processes in the environment that torchrun gives them, which need not import torch; what both said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        start_cli(
+            *arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        )
+        for rank in range(2)
+    ]
+    done = [process.wait() for process in started]
+    code = next((one.returncode for one in done if one.returncode), 0)
+    return code, "".join(one.stdout for one in done), "".join(one.stderr for one in done)
 
 
 def compress_arguments(model, output, *more):
@@ -62,13 +78,10 @@ def same_checkpoint(one, other):
     ],
 )
 def test_two_processes_make_what_one_does(llama, tmp_path, method, more):
-    code, out, err = finished(start(*compress_arguments(llama, tmp_path / "two", "--method", method, *more)))
+    code, out, err = run_two(*compress_arguments(llama, tmp_path / "two", "--method", method, *more))
     assert code == 0, err
     assert out.count("wrote ") == 1
-    alone = subprocess.run(
-        [sys.executable, "-m", "lrcompress", *map(str, compress_arguments(llama, tmp_path / "one", "--method", method, *more))],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    alone = run_cli(*compress_arguments(llama, tmp_path / "one", "--method", method, *more))
     assert alone.returncode == 0, alone.stderr
     same_checkpoint(tmp_path / "one", tmp_path / "two")
     names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
@@ -93,7 +106,7 @@ def test_two_processes_search_refine_and_evaluate(llama, tmp_path):
         "expect": ["token_perplexity > 1"],
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    code, out, err = finished(start("run", tmp_path / "recipe.yaml", "--json", tmp_path / "result.json"))
+    code, out, err = run_two("run", tmp_path / "recipe.yaml", "--json", tmp_path / "result.json")
     assert code == 0, err
     assert out.count("wrote ") == 1
     report = json.loads((tmp_path / "result.json").read_text())
@@ -122,8 +135,9 @@ def test_a_process_that_dies_ends_the_run_and_what_it_did_is_continued(llama, tm
     assert code != 0
     assert "Signal 9" in err or "SIGKILL" in err
     assert not (tmp_path / "out").exists()
-    code, _, err = finished(start(*arguments, "--resume"))
+    code, out, err = finished(start(*arguments, "--resume"))
     assert code == 0, err
+    assert out.count("wrote ") == 1
     whole = compress_tiny(
         llama, tmp_path / "one", ratio=0.3, calibration={"source": "python-docs", "samples": 5, "seqlen": 64}
     )

@@ -18,7 +18,7 @@ from lrcompress.evaluation.bounds import Work, counted
 from lrcompress.evaluation.footprint import Footprint, footprint
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.loading import load_network
-from lrcompress.model.device import memory_errors
+from lrcompress.model.device import memory_errors, resolve_device, resolve_dtype
 from lrcompress.model.limits import known_tokens, longest_context
 from lrcompress.report.progress import Reporter
 
@@ -70,6 +70,8 @@ def bench(
     labels = {COMPRESSED: model} if against is None else {DENSE: against, COMPRESSED: model}
     for label in labels.values():
         check_model(label)
+    resolve_device(device)
+    resolve_dtype(dtype, torch.float32)
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     with memory_errors("out of memory: use a smaller --batch or --context"):
         prints: dict[str, Footprint] = {}

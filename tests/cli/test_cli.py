@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
-from tests.commands import run_cli
+from tests.commands import run_cli, start_cli
 
 QUICK = ["--samples", "2", "--seqlen", "32"]
 
 
-def compress(model, output, *extra, method="lord", ratio="0.2"):
-    return run_cli("compress", model, "--method", method, "--ratio", ratio, "-o", output, *QUICK, *extra)
+def compress(model, output, *extra, method="lord", ratio="0.2", **how):
+    return run_cli("compress", model, "--method", method, "--ratio", ratio, "-o", output, *QUICK, *extra, **how)
 
 
 def tree(folder):
@@ -235,10 +235,7 @@ def test_export_to_a_dense_checkpoint(llama, tmp_path):
 def test_an_export_onto_a_full_disk_leaves_nothing(llama, tmp_path):
     out = tmp_path / "out"
     assert compress(llama, out).returncode == 0
-    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "  # fmt: skip
-    command = [sys.executable, "-c", limit + "from lrcompress.cli import main; main()", "export", out, "--to", "dense"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_cli("export", out, "--to", "dense", cwd=tmp_path, largest_file=60_000)
     assert done.returncode == 3, done.stderr
     assert "full" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -336,31 +333,23 @@ def test_overwrite_replaces_and_a_failure_leaves_the_old_one(llama, tmp_path):
 
 
 def test_a_full_disk_is_exit_code_3_and_leaves_nothing_half_written(llama, tmp_path):
-    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "  # fmt: skip
-    code = limit + "from lrcompress.cli import main; main()"
-    command = [sys.executable, "-c", code, "compress", str(llama), "--method", "lord", "--ratio", "0.2",
-               "-o", str(tmp_path / "out"), *QUICK]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = compress(llama, tmp_path / "out", largest_file=60_000)
     assert done.returncode == 3, done.stderr
     assert "full" in done.stderr
     assert not (tmp_path / "out").exists()
     assert compress(llama, tmp_path / "out", "--resume").returncode == 0
 
 
-def start(model, output, *extra, samples=512):
-    command = [sys.executable, "-m", "lrcompress", "compress", str(model), "--method", "lord", "--ratio", "0.2",
-               "-o", str(output), "--samples", str(samples), "--seqlen", "64", *extra]  # fmt: skip
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # A suite that runs in the background of a shell has been told to ignore Ctrl-C, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+LONG = ["--samples", "256", "--seqlen", "64"]
+
+
+def start(model, output, *extra):
+    return start_cli("compress", model, "--method", "lord", "--ratio", "0.2", "-o", output, *LONG, *extra)
 
 
 def wait_for(condition, process, seconds=120):
     end = time.time() + seconds
-    while not condition() and process.poll() is None and time.time() < end:
+    while not condition() and process.running and time.time() < end:
         time.sleep(0.01)
 
 
@@ -368,24 +357,23 @@ def test_interrupted_with_ctrl_c_and_resumed(llama, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     process = start(llama, out)
     wait_for(lambda: list(partial.glob("scratch/artefacts/*.safetensors")), process)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "--resume" in error
+    process.send(signal.SIGINT)
+    done = process.wait()
+    assert done.returncode == 130, done.stderr
+    assert "--resume" in done.stderr
     assert not out.exists()
     assert partial.exists()
-    changed = start(llama, out, "--resume", "--seed", "7")
-    _, error = changed.communicate(timeout=120)
+    changed = start(llama, out, "--resume", "--seed", "7").wait()
     assert changed.returncode == 2
-    assert "changed since" in error
-    assert start(llama, out, "--resume").wait(timeout=120) == 0
+    assert "changed since" in changed.stderr
+    assert start(llama, out, "--resume").wait().returncode == 0
     assert not partial.exists()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert start(llama, folder).wait(timeout=120) == 0
+    assert start(llama, folder).wait().returncode == 0
     return folder
 
 
@@ -396,25 +384,25 @@ def test_killed_and_resumed_gives_the_same_bytes(llama, tmp_path, undisturbed, m
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     process = start(llama, out)
     wait_for((partial / moment).exists, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert start(llama, out, "--resume").wait(timeout=120) == 0
+    process.send(signal.SIGKILL)
+    process.wait()
+    assert start(llama, out, "--resume").wait().returncode == 0
     for path in undisturbed.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
-    again = compress(llama, out, "--resume", "--samples", 512, "--seqlen", 64)
+    again = compress(llama, out, "--resume", *LONG)
     assert again.returncode == 0
     assert "finished already" in again.stderr
 
 
 def test_two_runs_into_one_folder(llama, tmp_path):
-    process = start(llama, tmp_path / "out", samples=4000)
+    process = start(llama, tmp_path / "out")
     wait_for((tmp_path / "out.partial/scratch").exists, process)
+    process.send(signal.SIGSTOP)
     second = compress(llama, tmp_path / "out")
     assert second.returncode == 2
     assert "another run" in second.stderr
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.send(signal.SIGCONT)
+    assert process.wait().returncode == 0
 
 
 def recipe(tmp_path, llama, **changes):

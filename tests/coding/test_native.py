@@ -1,9 +1,6 @@
 """Compiling the C files: once, kept, and never required."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,7 @@ import pytest
 from lrcompress import kernels
 from lrcompress.checkpoint.cache import clear, entries
 from lrcompress.kernels import native
-
-ROOT = Path(__file__).parents[2]
+from tests.commands import start_code
 
 
 @pytest.fixture
@@ -79,11 +75,10 @@ def test_what_cannot_be_loaded_is_done_without(fresh, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_several_processes_compile_at_once(fresh):
-    code = "from lrcompress.kernels.native import library; assert library('rans').encode_words"
-    started = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", code], env=os.environ.copy(), cwd=ROOT) for _ in range(3)
-    ]
-    assert [process.wait(60) for process in started] == [0, 0, 0]
+    code = "import warnings; warnings.simplefilter('error'); from lrcompress.kernels.native import library; " \
+           "assert library('rans').encode_words"  # fmt: skip
+    done = [process.wait() for process in [start_code(code) for _ in range(3)]]
+    assert [one.returncode for one in done] == [0, 0, 0], done
     assert len(list((fresh / "kernels").iterdir())) == 1
 
 

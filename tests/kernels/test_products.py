@@ -1,10 +1,6 @@
 """Products with stored weights: compiled, by panels and in plain torch, against float64 and against each other."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +10,9 @@ from lrcompress.kernels.placing import placed
 from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT, FEW, GATHERED, PANELS, PLAIN, way
 from lrcompress.kernels.rows import NumberRows, QuantizedRows
 from lrcompress.model.device import resolve_device
+from tests.commands import run_code
 from tests.kernels import weights as examples
 
-ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
@@ -51,12 +47,12 @@ def test_products_on_this_machines_device(dtype):
 )
 def test_products_on_other_processors(settings):
     """torch's kernels for less, ours for less, and none of ours."""
-    code = "from tests.kernels.weights import check_some; check_some()"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env={**os.environ, **settings}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    code = "import torch; from tests.kernels.weights import check_some; check_some(); " \
+           "print(torch.backends.cpu.get_cpu_capability())"  # fmt: skip
+    done = run_code(code, environment=settings)
     assert done.returncode == 0, done.stderr
+    if settings.get("ATEN_CPU_CAPABILITY") == "default":
+        assert done.stdout.split() == ["DEFAULT"], "torch had chosen its kernels before"
 
 
 @needs_compiler
