@@ -7,8 +7,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import fcntl
+import hashlib
 import importlib.util
+import json
 import runpy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,17 +30,59 @@ runpy.run_path(str(SITE / "sitecustomize.py"))
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: some tests wait for processes that they started."""
-    return (os.cpu_count() or 1) + 1
+    """As many as cores, each of which imports and collects everything."""
+    return os.cpu_count() or 1
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files to one worker as long as there are many: they share fixtures. Whoever is done takes from the others."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a session see."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache() -> Iterator[None]:
-    """A cache of this session's own, so that nothing an older version computed is found; gone afterwards."""
+def _cache(common: Path) -> Iterator[None]:
+    """A cache of this worker's own, so that nothing an older version computed is found; gone afterwards.
+
+    What is compiled is all workers'.
+    """
+    kernels = common / "kernels"
+    kernels.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="lrcompress-cache-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.delenv("LRCOMPRESS_CACHE", raising=False)
         patch.setenv("XDG_CACHE_HOME", folder)
+        (Path(folder) / "lrcompress").mkdir()
+        (Path(folder) / "lrcompress" / "kernels").symlink_to(kernels)
         yield
+
+
+@pytest.fixture(scope="session")
+def once(common: Path) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """once(what, make): the folder that `make` filled, once for all workers; nothing may change it afterwards."""
+
+    def find(what: str, make: Callable[[Path], Any]) -> Path:
+        place = common / hashlib.sha256(what.encode()).hexdigest()[:16]
+        place.mkdir(exist_ok=True)
+        folder, done = place / what.split()[0], place / "done"
+        with (place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +113,8 @@ ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox"]
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[..., Path]:
-    """make_model(architecture, shards=False, rank=None): a saved float32 checkpoint, made once per session.
+def make_model(once: Callable[..., Path], tokenizer: Any) -> Callable[..., Path]:
+    """make_model(architecture, shards=False, rank=None): a saved float32 checkpoint.
 
     With `rank`, every matrix in its blocks has that rank.
     """
@@ -76,28 +122,25 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
 
     from lrcompress.model.skeleton import find_blocks
 
-    made: dict[tuple[str, bool, int | None], Path] = {}
+    def save(folder: Path, architecture: str, shards: bool, rank: int | None) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(configs()[architecture])
+        with torch.no_grad():
+            for parameter in model.parameters():  # larger than the usual initialisation, so that layers matter
+                if parameter.dim() > 1:
+                    parameter.mul_(4)
+            blocks = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
+            for parameter in blocks.parameters() if rank is not None else []:
+                if parameter.dim() > 1:
+                    left, values, right = torch.linalg.svd(parameter, full_matrices=False)
+                    values[..., rank:] = 0
+                    parameter.copy_(left * values[..., None, :] @ right)
+        model.save_pretrained(folder, **({"max_shard_size": "40KB"} if shards else {}))
+        tokenizer.save_pretrained(folder)
 
     def make(architecture: str = "llama", *, shards: bool = False, rank: int | None = None) -> Path:
-        key = (architecture, shards, rank)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(configs()[architecture])
-            with torch.no_grad():
-                for parameter in model.parameters():  # larger than the usual initialisation, so that layers matter
-                    if parameter.dim() > 1:
-                        parameter.mul_(4)
-                blocks = model.get_submodule(find_blocks(model)[0].rpartition(".")[0])
-                for parameter in blocks.parameters() if rank is not None else []:
-                    if parameter.dim() > 1:
-                        left, values, right = torch.linalg.svd(parameter, full_matrices=False)
-                        values[..., rank:] = 0
-                        parameter.copy_(left * values[..., None, :] @ right)
-            model.save_pretrained(folder, **({"max_shard_size": "40KB"} if shards else {}))
-            tokenizer.save_pretrained(folder)
-            made[key] = folder
-        return made[key]
+        what = f"{architecture} {shards=} {rank=}"
+        return once(what, lambda folder: save(folder, architecture, shards, rank))
 
     return make
 
@@ -106,6 +149,18 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
 def llama(make_model: Callable[..., Path]) -> Path:
     """A tiny Llama with an output head of its own."""
     return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def compressed(make_model: Callable[..., Path], once: Callable[..., Path]) -> Callable[..., Path]:
+    """compressed(architecture, **recipe): the folder of a model that compress_tiny compressed, the same for all tests."""
+
+    def make(architecture: str = "llama", **recipe: Any) -> Path:
+        model = make_model(architecture)
+        what = f"compressed {architecture} {json.dumps(recipe, sort_keys=True)}"
+        return once(what, lambda folder: compress_tiny(model, folder, **recipe))
+
+    return make
 
 
 def compress_tiny(model: Path, output: Path, **recipe: Any) -> Any:

@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,12 +27,13 @@ from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import removed_in_words
+from lrcompress.report.summary import load_report, removed_in_words
 from lrcompress.stages.allocate import allocate
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import profile
 from lrcompress.stages.request import check_request
 from tests.architectures import CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
+from tests.commands import run_code
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -135,18 +134,12 @@ def test_every_family_with_every_method(make_model, tmp_path, family, recipe):
     generates(loaded)
 
 
-@pytest.fixture(scope="module")
-def mixture(make_model, tmp_path_factory):
-    """mixture(family): a mixture of experts compressed with metric=input, once a module."""
-    made = {}
+@pytest.fixture
+def mixture(compressed):
+    """mixture(family): a mixture of experts compressed with metric=input."""
 
     def make(family, **options):
-        key = (family, *options)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family) / "model"
-            options = options or {"method": {"name": "lord", "metric": "input"}}
-            made[key] = compress_tiny(make_model(family), folder, **options)
-        return made[key]
+        return compressed(family, **(options or {"method": {"name": "lord", "metric": "input"}}))
 
     return make
 
@@ -158,12 +151,12 @@ def mixture(make_model, tmp_path_factory):
 )
 def test_experts_by_the_dense_ones(make_model, mixture, tmp_path, family, options):
     """Loaded, exported and dequantised, it computes what the dense model does with the stored weights in its place."""
-    result = mixture(family, **options)
-    loaded = load(result.folder)
-    assert sum(".experts." in target["name"] for target in result.report["targets"]) > 10
+    folder = mixture(family, **options)
+    loaded = load(folder)
+    assert sum(".experts." in target["name"] for target in load_report(folder)["targets"]) > 10
     expected = logits(with_dense_weights(load(make_model(family)), loaded))
     assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
-    export_dense(str(result.folder), tmp_path / "dense")
+    export_dense(str(folder), tmp_path / "dense")
     exported = load(tmp_path / "dense")
     assert type(exported) is type(loaded)
     assert not linear_experts(exported)
@@ -332,7 +325,7 @@ def test_plain_transformers_refuses_them(make_model, mixture, tmp_path):
         compress_tiny(make_model(family), tmp_path / family, ignore=["*.experts.1.*"])
         for family in ("mixtral", "qwen3_moe")
     ]
-    folders = [result.folder for result in (*map(mixture, MIXTURES), *partly)]
+    folders = [*map(mixture, MIXTURES), *(result.folder for result in partly)]
     code = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -343,7 +336,7 @@ for folder in sys.argv[1:]:
     except RuntimeError as error:
         print(str(error).splitlines()[0].replace(" ", "_"))
 """
-    done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=False)
+    done = run_code(code, *folders)
     said = done.stdout.split()
     assert len(said) == len(folders), done.stderr[-2000:]
     assert all("ignore_mismatched_sizes" in line or "conversion" in line for line in said), said

@@ -18,21 +18,6 @@ from tests.conftest import compress_tiny
 PLAIN = {"method": {"name": "lord", "metric": "plain"}}
 
 
-@pytest.fixture(scope="module")
-def compressed(make_model, tmp_path_factory):
-    made = {}
-
-    def make(architecture="llama", **recipe):
-        key = (architecture, json.dumps(recipe, sort_keys=True))
-        if key not in made:
-            made[key] = compress_tiny(
-                make_model(architecture), tmp_path_factory.mktemp("first") / "model", **recipe
-            ).folder
-        return made[key]
-
-    return make
-
-
 def layers(folder):
     return stored_layers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 

@@ -33,16 +33,10 @@ BASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(make_model, tmp_path_factory):
-    made = {}
-
+@pytest.fixture
+def base(compressed):
     def make(kind, architecture="llama", **changes):
-        key = (kind, architecture, json.dumps(changes))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("base") / "checkpoint"
-            made[key] = compress_tiny(make_model(architecture), folder, **{**BASES[kind], **changes}).folder
-        return made[key]
+        return compressed(architecture, **{**BASES[kind], **changes})
 
     return make
 
@@ -271,7 +265,7 @@ def test_resume_needs_the_same_base(llama, base, tmp_path, monkeypatch):
 
 def test_the_output_folder_has_the_short_name_of_the_base(llama, base):
     data = {"model": str(llama), "method": "eora", "base": str(base("lord")) + "/", "rank": 4}
-    assert output_folder(make_recipe(data)).name == f"{llama.name}-eora-checkpoint-r4"
+    assert output_folder(make_recipe(data)).name == f"{llama.name}-eora-{base('lord').name}-r4"
 
 
 def changed(folder, to, name, change):

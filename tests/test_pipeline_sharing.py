@@ -39,17 +39,10 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.fixture(scope="module")
-def grouped(make_model, tmp_path_factory):
-    made = {}
-
+@pytest.fixture
+def grouped(compressed):
     def make(architecture="llama", **more):
-        key = (architecture, json.dumps(more))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("shared") / "model"
-            compress_tiny(make_model(architecture), folder, method=options(2, **more), ratio=0.3)
-            made[key] = folder
-        return made[key]
+        return compressed(architecture, method=options(2, **more), ratio=0.3)
 
     return make
 

@@ -28,10 +28,10 @@ def recipe(model, output, **changes):
     return validated(Sweep, data, "test")
 
 
-@pytest.fixture(scope="module")
-def swept(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    return folder, sweep(recipe(llama, folder, keep=True))
+@pytest.fixture
+def swept(llama, once):
+    folder = once("sweep", lambda folder: sweep(recipe(llama, folder, keep=True)))
+    return folder, json.loads((folder / "results.json").read_text())
 
 
 def test_points_are_the_checkpoints_of_single_runs(llama, swept, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts, stored_layers
+from tests.commands import run_code
 from tests.conftest import ARCHITECTURES, compress_tiny
 
 METHODS = [
@@ -41,27 +42,12 @@ def logits(model, ids):
 IDS = torch.arange(2, 42).reshape(2, 20)
 
 
-@pytest.fixture(scope="module")
-def compressed(make_model, tmp_path_factory):
-    made = {}
-
-    def make(architecture="llama", method="lord", form="auto", **recipe):
-        key = (architecture, json.dumps(method), form, json.dumps(recipe))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("out") / "model"
-            compress_tiny(make_model(architecture), folder, method=method, format=form, **recipe)
-            made[key] = folder
-        return made[key]
-
-    return make
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("method", "form"), METHODS)
 def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(
     make_model, compressed, architecture, method, form
 ):
-    folder = compressed(architecture, method, form)
+    folder = compressed(architecture, method=method, format=form)
     model = load(folder)
     reference = load(make_model(architecture))
     replaced = 0
@@ -93,7 +79,7 @@ def test_save_pretrained_round_trip_and_dequantize(compressed, architecture, tmp
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_dequantized_model_is_an_ordinary_checkpoint(compressed, architecture, tmp_path):
-    dense = load(compressed(architecture, "welore")).dequantize()
+    dense = load(compressed(architecture, method="welore")).dequantize()
     dense.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     torch.testing.assert_close(logits(load(tmp_path / "dense"), IDS), logits(dense, IDS))
@@ -128,9 +114,9 @@ OFFLOADED = {
 STORED = {
     "lord": {},
     "auto": {"method": "auto", "target": ["lm_head", "model.layers.*"]},
-    "sharing a dictionary": {"method": {"name": "cospadi", "group": 2}, "form": "sparse_dictionary"},
-    "an entropy coder": {"method": "ecsq", "form": "coded", "ratio": 0.6},
-    "eora": {"method": "eora", "form": "sum", "base": "rtn:4:32", "ratio": 0.5},
+    "sharing a dictionary": {"method": {"name": "cospadi", "group": 2}, "format": "sparse_dictionary"},
+    "an entropy coder": {"method": "ecsq", "format": "coded", "ratio": 0.6},
+    "eora": {"method": "eora", "format": "sum", "base": "rtn:4:32", "ratio": 0.5},
 }
 
 
@@ -184,8 +170,7 @@ except RuntimeError as error:
 else:
     print("LOADED")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["REFUSED", "True"]
+    assert run_code(code).stdout.split() == ["REFUSED", "True"]
 
 
 @pytest.mark.parametrize("first", ["lrcompress", "transformers"])
@@ -239,8 +224,8 @@ def test_a_wrong_manifest_is_refused_before_anything_is_allocated(compressed, tm
 
 
 def test_welore_marks_dense_weights_frozen(compressed):
-    config = json.loads((compressed("llama", "welore") / "config.json").read_text())["quantization_config"]
-    report = json.loads((compressed("llama", "welore") / "report.json").read_text())
+    config = json.loads((compressed("llama", method="welore") / "config.json").read_text())["quantization_config"]
+    report = json.loads((compressed("llama", method="welore") / "report.json").read_text())
     dense = {t["name"] for t in report["targets"] if t["format"] == "dense"}
     assert set(config["frozen"]) == dense
     assert not set(config["modules"]) & dense

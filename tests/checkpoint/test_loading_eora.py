@@ -11,25 +11,17 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.checkpoint.test_loading import IDS, load, logits
-from tests.conftest import compress_tiny
 
 # (base, rank, bits of the factors)
 CASES = [("rtn:3:16", 2, 16), ("rtn:2:7", 0, 16), ("gptq:4:16", 3, 8), ("magnitude:2:4", 2, 4), ("wanda:2:4", 1, 16),
          ("sparsegpt:2:4", 2, 8)]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def compressed(make_model, tmp_path_factory):
-    made = {}
-
+@pytest.fixture
+def corrected(compressed):
     def make(architecture="llama", base="rtn:3:16", rank=2, bits=16, **recipe):
-        key = (architecture, base, rank, bits, json.dumps(recipe))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("out") / "model"
-            method = {"name": "eora", "factor_bits": bits}
-            compress_tiny(make_model(architecture), folder, method=method, base=base, rank=rank, ratio=None, **recipe)
-            made[key] = folder
-        return made[key]
+        method = {"name": "eora", "factor_bits": bits}
+        return compressed(architecture, method=method, base=base, rank=rank, ratio=None, **recipe)
 
     return make
 
@@ -37,9 +29,9 @@ def compressed(make_model, tmp_path_factory):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize(("base", "rank", "bits"), CASES)
 def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(
-    make_model, compressed, architecture, base, rank, bits
+    make_model, corrected, architecture, base, rank, bits
 ):
-    model, reference = load(compressed(architecture, base, rank, bits)), load(make_model(architecture))
+    model, reference = load(corrected(architecture, base, rank, bits)), load(make_model(architecture))
     layers = stored_layers(model)
     for name, module in layers.items():
         assert (module.spec.format == "sum") is (rank > 0)
@@ -54,11 +46,11 @@ def test_loaded_equals_the_dense_model_with_the_formats_put_in_place(
 
 
 @pytest.mark.parametrize(("base", "rank", "bits"), CASES)
-def test_save_pretrained_and_dequantize(compressed, tmp_path, base, rank, bits):
-    model = load(compressed("gpt2", base, rank, bits))
+def test_save_pretrained_and_dequantize(corrected, tmp_path, base, rank, bits):
+    model = load(corrected("gpt2", base, rank, bits))
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again"), IDS), logits(model, IDS))
-    dense = load(compressed("gpt2", base, rank, bits)).dequantize()
+    dense = load(corrected("gpt2", base, rank, bits)).dequantize()
     assert not any(isinstance(module, StoredLinear) for module in dense.modules())
     torch.testing.assert_close(logits(dense, IDS), logits(model, IDS), rtol=1e-3, atol=1e-3)
     dense.save_pretrained(tmp_path / "dense")
@@ -67,8 +59,8 @@ def test_save_pretrained_and_dequantize(compressed, tmp_path, base, rank, bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("base", "rank", "bits"), CASES)
-def test_codes_stay_codes_whatever_the_dtype_at_load(compressed, dtype, base, rank, bits):
-    folder = compressed("llama", base, rank, bits, dtype="bfloat16")
+def test_codes_stay_codes_whatever_the_dtype_at_load(corrected, dtype, base, rank, bits):
+    folder = corrected("llama", base, rank, bits, dtype="bfloat16")
     model, stored = load(folder, dtype=dtype), load_file(folder / "model.safetensors")
     for name, module in stored_layers(model).items():
         for key, tensor in module.state_dict().items():
@@ -80,27 +72,27 @@ def test_codes_stay_codes_whatever_the_dtype_at_load(compressed, dtype, base, ra
 
 
 @pytest.mark.parametrize(("base", "rank", "bits"), CASES)
-def test_offload_to_disk_and_device_map(compressed, tmp_path, base, rank, bits):
+def test_offload_to_disk_and_device_map(corrected, tmp_path, base, rank, bits):
     layout = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
               "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}  # fmt: skip
-    folder = compressed("llama", base, rank, bits)
+    folder = corrected("llama", base, rank, bits)
     expected = logits(load(folder), IDS)
     torch.testing.assert_close(logits(load(folder, device_map="auto"), IDS), expected)
     torch.testing.assert_close(logits(load(folder, device_map=layout, offload_folder=str(tmp_path)), IDS), expected)
 
 
 @pytest.mark.parametrize(("base", "rank", "bits"), CASES)
-def test_what_is_no_code_trains(compressed, base, rank, bits):
-    model = load(compressed("llama", base, rank, bits))
+def test_what_is_no_code_trains(corrected, base, rank, bits):
+    model = load(corrected("llama", base, rank, bits))
     model(input_ids=IDS, labels=IDS).loss.backward()
     for module in stored_layers(model).values():
         assert list(module.parameters())
         assert all(p.requires_grad and p.grad is not None for p in module.parameters())
 
 
-def test_an_older_reader_stops_on_every_weight(compressed, tmp_path):
+def test_an_older_reader_stops_on_every_weight(corrected, tmp_path):
     """Without the manifest the load fails: the dense parameter's name holds an empty tensor."""
-    for path in compressed().iterdir():
+    for path in corrected().iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     del config["quantization_config"]
@@ -117,8 +109,8 @@ def test_an_older_reader_stops_on_every_weight(compressed, tmp_path):
         ({"correction": {"format": "low_rank", "rank": 10**9, "bits": 16}}, "rank"),
     ],
 )
-def test_a_wrong_manifest_is_refused(compressed, tmp_path, change, message):
-    for path in compressed().iterdir():
+def test_a_wrong_manifest_is_refused(corrected, tmp_path, change, message):
+    for path in corrected().iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"] |= change

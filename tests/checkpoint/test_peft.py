@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from lrcompress.errors import InputError
 from lrcompress.model.surgery import stored_layers
 from tests.checkpoint.test_loading import IDS, load, logits
-from tests.conftest import compress_tiny
 
 # what to compress with, and the format that comes out
 STORED = {
@@ -23,18 +22,9 @@ STORED = {
 }
 
 
-@pytest.fixture(scope="module")
-def compressed(make_model, tmp_path_factory):
-    made = {}
-
-    def make(form, architecture="llama"):
-        if (form, architecture) not in made:
-            folder = tmp_path_factory.mktemp("out") / "model"
-            compress_tiny(make_model(architecture), folder, **STORED[form])
-            made[form, architecture] = folder
-        return made[form, architecture]
-
-    return make
+@pytest.fixture
+def stored(compressed):
+    return lambda form: compressed(**STORED[form])
 
 
 def train(model):
@@ -58,10 +48,10 @@ def adapted(model):
 
 
 @pytest.mark.parametrize("form", ["quantized", "semi_sparse", "coded"])
-def test_adapters_train_over_a_frozen_compressed_base(compressed, tmp_path, form):
+def test_adapters_train_over_a_frozen_compressed_base(stored, tmp_path, form):
     """As in QLoRA: PEFT takes the stored layers for linear ones, gradients reach the adapters and nothing else."""
-    model = load(compressed(form))
-    before, stored = logits(model, IDS), {k: t.clone() for k, t in model.state_dict().items()}
+    model = load(stored(form))
+    before, tensors = logits(model, IDS), {k: t.clone() for k, t in model.state_dict().items()}
     config = LoraConfig(target_modules=["up_proj", "q_proj"], r=2, lora_alpha=4, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     assert adapted(model) == {"mlp.up_proj", "self_attn.q_proj"}
@@ -70,17 +60,17 @@ def test_adapters_train_over_a_frozen_compressed_base(compressed, tmp_path, form
     assert losses[-1] < losses[0] - 0.05
     assert all((p.grad is not None) is ("lora_" in n) for n, p in model.named_parameters())
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(compressed(form)), tmp_path)
+    again = PeftModel.from_pretrained(load(stored(form)), tmp_path)
     torch.testing.assert_close(logits(again, IDS), logits(model, IDS))
-    assert all(torch.equal(t, stored[k]) for k, t in model.unload().state_dict().items())
+    assert all(torch.equal(t, tensors[k]) for k, t in model.unload().state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("form", "inner"),
     [("low_rank", ["A", "B"]), ("pivoted", ["pivot", "rest"]), ("sum", ["A", "B"])],
 )
-def test_adapters_train_on_factors(compressed, form, inner):
-    model = load(compressed(form))
+def test_adapters_train_on_factors(stored, form, inner):
+    model = load(stored(form))
     before = logits(model, IDS)
     model = get_peft_model(model, LoraConfig(target_modules=inner, r=2, lora_alpha=4, task_type="CAUSAL_LM"))
     assert {name.rpartition(".")[2] for name in adapted(model)} == set(inner)
@@ -99,32 +89,32 @@ def test_adapters_train_on_factors(compressed, form, inner):
         ("coded", {"up_proj"}),
     ],
 )
-def test_all_linear_finds_the_innermost_layers(compressed, form, inner):
+def test_all_linear_finds_the_innermost_layers(stored, form, inner):
     config = LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM")
-    model = get_peft_model(load(compressed(form)), config)
+    model = get_peft_model(load(stored(form)), config)
     assert {name.rpartition(".")[2] for name in adapted(model) if "up_proj" in name} == inner
     train(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_adapter_takes_device_and_dtype_of_the_stored_layer(compressed, dtype):
+def test_an_adapter_takes_device_and_dtype_of_the_stored_layer(stored, dtype):
     config = LoraConfig(target_modules=["up_proj"], r=2, task_type="CAUSAL_LM")
-    model = get_peft_model(load(compressed("quantized"), dtype=dtype), config, autocast_adapter_dtype=False)
+    model = get_peft_model(load(stored("quantized"), dtype=dtype), config, autocast_adapter_dtype=False)
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert layer.lora_A["default"].weight.dtype == layer.base_layer.weight.dtype == dtype
     assert torch.isfinite(logits(model, IDS)).all()
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_merging_is_refused_in_words_and_works_on_the_dense_model(compressed, tmp_path, safe_merge):
+def test_merging_is_refused_in_words_and_works_on_the_dense_model(stored, tmp_path, safe_merge):
     config = LoraConfig(target_modules=["up_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(load(compressed("quantized")), config)
+    model = get_peft_model(load(stored("quantized")), config)
     model.save_pretrained(tmp_path)
     expected = logits(model, IDS)
     with pytest.raises(InputError, match="dequantize"):
         model.merge_and_unload(safe_merge=safe_merge)
     torch.testing.assert_close(logits(model, IDS), expected)
-    dense = PeftModel.from_pretrained(load(compressed("quantized")).dequantize(), tmp_path)
+    dense = PeftModel.from_pretrained(load(stored("quantized")).dequantize(), tmp_path)
     merged = dense.merge_and_unload(safe_merge=safe_merge)
     assert not stored_layers(merged)
     torch.testing.assert_close(logits(merged, IDS), expected, rtol=1e-4, atol=1e-4)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.cli.app import app
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.evaluation import bench as module
 from lrcompress.evaluation import footprint as footprints
@@ -16,17 +18,14 @@ from lrcompress.evaluation.bench import BenchSpec, bench, spread
 from lrcompress.evaluation.bounds import counted
 from lrcompress.evaluation.footprint import Footprint, footprint
 from tests.commands import run_cli
-from tests.conftest import compress_tiny
 
 SMALL = BenchSpec(batches=(1, 3), contexts=(8,), new_tokens=4, repeats=2)
 OPTIONS = {"device": "cpu", "dtype": "auto", "trust_remote_code": False}
 
 
-@pytest.fixture(scope="module")
-def compressed(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "low"
-    compress_tiny(llama, folder, method={"name": "lord", "metric": "plain"}, format="low_rank", ratio=0.4)
-    return folder
+@pytest.fixture
+def compressed(compressed):
+    return compressed(method={"name": "lord", "metric": "plain"}, format="low_rank", ratio=0.4)
 
 
 @pytest.fixture
@@ -209,13 +208,14 @@ def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch):
         footprint(str(tmp_path), **OPTIONS)
 
 
-def test_the_command_line(llama, compressed, tmp_path):
-    flags = ["--batch", "1,2", "--context", "8", "--new-tokens", 2, "--repeats", 2, "--device", "cpu"]
-    done = run_cli(
-        "bench", compressed, "--against", llama, *flags, "--expect", "decode_speedup <= 0", "--expect",
-        "bytes <= 200MB", "--json", tmp_path / "b.json",
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+FLAGS = ["--batch", "1,2", "--context", "8", "--new-tokens", "2", "--repeats", "2", "--device", "cpu"]
+
+
+def test_the_command_line(light, llama, compressed, tmp_path):
+    command = ["bench", compressed, "--against", llama, *FLAGS, "--json", tmp_path / "b.json"]
+    expected = ["--expect", "decode_speedup <= 0", "--expect", "bytes <= 200MB"]
+    done = CliRunner().invoke(app, [*map(str, command), *expected])
+    assert done.exit_code == 1, done.output
     assert "MISSED decode_speedup <= 0" in done.stdout
     assert "met bytes <= 200MB" in done.stdout
     assert "MB of weights in memory read a step, dense" in done.stdout
@@ -223,9 +223,15 @@ def test_the_command_line(llama, compressed, tmp_path):
     written = json.loads((tmp_path / "b.json").read_text())
     assert len(written["rows"]) == 4
     assert all(row["dense_tokens_per_s"] > 0 and row["speedup"] > 0 for row in written["rows"])
-    alone = run_cli("bench", compressed, *flags)
+
+
+def test_the_command_line_in_processes_of_their_own(compressed, tmp_path):
+    alone = run_cli("bench", compressed, *FLAGS, "--json", tmp_path / "b.json")
     assert alone.returncode == 0, alone.stderr
     assert "speedup" not in alone.stdout
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["rss_bytes"]["compressed"] > 0
+    assert written["load_seconds"]["compressed"] > 0
 
 
 @pytest.mark.parametrize(

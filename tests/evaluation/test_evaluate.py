@@ -191,10 +191,10 @@ def test_a_model_with_non_finite_logits_is_an_error_not_a_good_score(llama, text
         measured(tmp_path, f"tokens:{text_file}@64")
 
 
-@pytest.fixture(scope="module")
-def smaller(llama, tmp_path_factory):
+@pytest.fixture
+def smaller(compressed):
     """The tiny Llama, compressed."""
-    return compress_tiny(llama, tmp_path_factory.mktemp("smaller") / "out", ratio=0.3).folder
+    return compressed(ratio=0.3)
 
 
 def test_divergence_equals_a_sum_over_the_vocabulary(llama, smaller, text_file):

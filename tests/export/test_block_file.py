@@ -18,16 +18,20 @@ from tests.export.converter import NAMES, rotated
 CONVERTER = Path(__file__).with_name("converter.py")
 
 
-@pytest.fixture(scope="module")
-def made(make_model, tmp_path_factory):
+@pytest.fixture
+def made(llama, once):
     """A file, the checkpoint of its blocks, the dense model."""
-    folder, dense = tmp_path_factory.mktemp("blocks"), make_model("llama")
-    done = run_cli(
-        "compress", dense, "-o", folder / "model.gguf", "--type", "q4_k_m", "--keep", folder / "kept",
-        "--converter", CONVERTER, "--samples", 4, "--seqlen", 32, "--json", folder / "result.json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / "model.gguf", folder / "kept", dense
+
+    def compress(folder):
+        folder.mkdir()
+        done = run_cli(
+            "compress", llama, "-o", folder / "model.gguf", "--type", "q4_k_m", "--keep", folder / "kept",
+            "--converter", CONVERTER, "--samples", 4, "--seqlen", 32, "--json", folder / "result.json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    folder = once("blocks", compress)
+    return folder / "model.gguf", folder / "kept", llama
 
 
 def contents(path: Path) -> dict[str, tuple[str, np.ndarray]]:
@@ -107,7 +111,7 @@ def test_a_size_is_kept_and_types_follow_from_one_price(make_model, tmp_path):
         (["-o", "x.gguf", "--type", "Q4_0", "--ratio", "0.5"], "give one of them"),
         (["-o", "x", "--type", "Q4_0", "--method", "lord"], "method ggml"),
         (["-o", "x", "--method", "ggml", "--ratio", "0.5"], "--type Q4_K_M"),
-        (["-o", "x.gguf", "--size", "9KB"], "ask for at least"),
+        (["-o", "x.gguf", "--size", "9KB", "--samples", "4", "--seqlen", "32"], "ask for at least"),
         (["-o", "x.gguf", "--type", "Q4_0", "--allocator", "uniform"], "nothing to decide"),
         (["-o", "x", "--ratio", "0.5", "--keep", "y"], "--keep y"),
     ],

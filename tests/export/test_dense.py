@@ -1,8 +1,7 @@
 """Dense checkpoints from compressed ones: the same logits, every other bit untouched, no lrcompress to load them."""
 
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lrcompress.export.dense import export_dense
 from lrcompress.model.surgery import stored_layers
 from lrcompress.report.inspection import inspect_model
 from tests.checkpoint.test_loading import IDS, load, logits
+from tests.commands import run_code
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 """In float32 W x with W = B A multiplied out differs from B (A x) by rounding only; the logits are of size 10."""
@@ -160,13 +160,14 @@ from transformers import AutoModelForCausalLM
 model, info = AutoModelForCausalLM.from_pretrained({str(folder)!r}, output_loading_info=True)
 print("lrcompress" in sys.modules, sum(map(len, info.values())), type(model.model.layers[0].mlp.up_proj).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "0", "Linear"]
+    assert run_code(code).stdout.split() == ["False", "0", "Linear"]
 
 
-def test_the_models_class_is_named_where_its_source_had_no_name(compressed, export):
+def test_the_models_class_is_named_where_its_source_had_no_name(compressed, export, tmp_path_factory):
     """As a config that comes from GGUF: converters go by that name."""
-    source = compressed("llama", method={"name": "lord", "metric": "input"})
+    source = shutil.copytree(
+        compressed("llama", method={"name": "lord", "metric": "input"}), tmp_path_factory.mktemp("s") / "m"
+    )
     config = json.loads((source / "config.json").read_text())
     del config["architectures"]
     (source / "config.json").write_text(json.dumps(config))

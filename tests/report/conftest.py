@@ -9,20 +9,18 @@ from lrcompress.recipe import make_recipe
 
 
 @pytest.fixture(scope="session")
-def measured(llama, tmp_path_factory):
+def measured(llama, once):
     """A folder with weights of several formats, report.json with evaluation, a met expectation and a missed one."""
-    folder = tmp_path_factory.mktemp("measured") / "out"
     recipe = {
         "model": str(llama),
         "method": "lord",
         "ratio": 0.4,
         "ignore": ["*.0.mlp.*"],
         "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64},
-        "output": str(folder),
         "evaluate": {"tasks": ["tokens:python-docs@32"], "limit": 3, "against": "dense"},
         "expect": ["token_perplexity <= 1000 * against", "stored_ratio >= 0.9"],
     }
-    return run_recipe(make_recipe(recipe)).folder
+    return once("measured", lambda folder: run_recipe(make_recipe({**recipe, "output": str(folder)})))
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def corpus(text, tmp_path_factory):
+def corpus(text, once):
     """A file of text short enough to be tokenised at once."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text[:30_000])
-    return path
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "text.txt").write_text(text[:30_000])
+
+    return once("text", write) / "text.txt"

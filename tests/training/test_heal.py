@@ -26,7 +26,6 @@ from lrcompress.training.rows import IGNORED, gather
 from lrcompress.training.settings import Settings
 from tests.checkpoint.test_loading import load
 from tests.commands import run_cli
-from tests.conftest import compress_tiny
 
 SEQLEN = 32
 KINDS = {
@@ -65,19 +64,9 @@ def held_out(corpus, tokenizer):
     return gather([Source(str(corpus))], 4, SEQLEN, tokenizer, 0, corpus)[1]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(llama, corpus, tmp_path_factory):
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind) / "model"
-            calibration = {"source": str(corpus), "samples": 4, "seqlen": 64}
-            compress_tiny(llama, folder, calibration=calibration, **KINDS[kind])
-            made[kind] = folder
-        return made[kind]
-
-    return make
+@pytest.fixture
+def checkpoint(compressed, corpus):
+    return lambda kind: compressed(calibration={"source": str(corpus), "samples": 4, "seqlen": 64}, **KINDS[kind])
 
 
 def tensors(folder):

@@ -26,20 +26,22 @@ def tensors(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(llama, corpus, tokenizer, tmp_path_factory):
+def trained(llama, corpus, tokenizer, once):
     """The tiny Llama, trained until it has something to teach."""
-    rows = gather([Source(str(corpus))], 1000, 64, tokenizer, 0, corpus)[0].ids
-    model = load(llama)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(120):
-        batch = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))[:8]]
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("trained")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def train(folder):
+        rows = gather([Source(str(corpus))], 1000, 64, tokenizer, 0, corpus)[0].ids
+        model = load(llama)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(120):
+            batch = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))[:8]]
+            optimizer.zero_grad()
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return once("trained", train)
 
 
 @pytest.fixture
