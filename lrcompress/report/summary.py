@@ -5,7 +5,8 @@ import resource
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from lrcompress.report.serving import serving
 
 def versions() -> dict[str, str]:
     """Versions of what took part."""
-    found = {"python": platform.python_version()}
-    for name in ("lrcompress", "torch", "transformers", "safetensors", "lm_eval"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("lrcompress", "torch", "transformers", "safetensors", "lm_eval")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@cache
+def version(name: str) -> str:
+    """Of an installed package, whose long description is read for it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def computing_versions() -> dict[str, str]:
