@@ -11,7 +11,7 @@ from lrcompress.checkpoint.opening import read_sound_config
 from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import load_model
-from lrcompress.export.dense import bias_switches, dense_config, write_weights
+from lrcompress.export.dense import bias_switches, dense_config, model_with_experts, write_weights
 from lrcompress.export.packed import PackedLayers, Scheme
 from lrcompress.export.peft import write_adapter_folder
 from lrcompress.export.rounding import perplexity_rise, read_together
@@ -76,7 +76,8 @@ def export_compressed_tensors(
         config = dense_config(source, None, switches, trust_remote_code=trust_remote_code)
         linear = _linear_layers(source, trust_remote_code=trust_remote_code)
         write_json(folder / "config.json", {**config, "quantization_config": settings(layers.schemes, linear)})
-        write_weights(layers, None, folder, limit, None, zeros, reporter)
+        model = model_with_experts(source, trust_remote_code=trust_remote_code)
+        write_weights(layers, model, folder, limit, None, zeros, reporter)
         sizes = {"checkpoint": sum(p.stat().st_size for p in folder.glob("*.safetensors"))}
         found: dict[str, Any] = {}
         if corrected:
@@ -167,13 +168,12 @@ def card(source: Source, layers: PackedLayers, loss: float | None, ranks: list[i
     option = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if zeros else ""
     imported = "AutoModelForCausalLM, CompressedTensorsConfig" if zeros else "AutoModelForCausalLM"
     serve = "python -m vllm.entrypoints.openai.api_server --model path/of/this/folder"
-    adapter = ""
+    adapter = peft = ""
     if ranks is not None:
         room = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= ranks[1] or size == 512)
         serve += f" \\\n  --enable-lora --max-lora-rank {room} --lora-modules corrected=path/of/this/folder/{ADAPTER}"
-        adapter = (
-            '\nmodel = PeftModel.from_pretrained(model, "path/of/this/folder/adapter")  # from peft import PeftModel'
-        )
+        peft = "from peft import PeftModel\n"
+        adapter = f'\nmodel = PeftModel.from_pretrained(model, "path/of/this/folder/{ADAPTER}")'
         said += "- a request for the model `corrected` computes what the checkpoint did; the base alone is worse\n"
     return f"""---
 library_name: transformers
@@ -185,7 +185,7 @@ Exported by lrcompress; loads without it.
 
 {said}
 ```python
-from transformers import {imported}
+{peft}from transformers import {imported}
 
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder"{option}){adapter}
 ```

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
 from lrcompress.checkpoint.opening import read_sound_config
+from lrcompress.checkpoint.saved_as import SavedAs
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
@@ -77,10 +78,8 @@ def dense_config(
     return {**config, **dict.fromkeys(switches, True)}
 
 
-def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module | None:
-    """The model, empty, with the experts that are stored as linear layers; None where there are none."""
-    if not source.manifest.experts:
-        return None
+def model_with_experts(source: Source, *, trust_remote_code: bool) -> nn.Module:
+    """The model, empty, with the experts that are stored as linear layers."""
     config = read_sound_config(source.folder, trust_remote_code=trust_remote_code)
     model = empty_model(config, trust_remote_code=trust_remote_code)
     linearise(model, source.manifest.experts)
@@ -105,18 +104,18 @@ class Layers:
 
 def write_weights(
     layers: Layers,
-    model: nn.Module | None,
+    model: nn.Module,
     folder: Path,
     limit: int,
     dtype: torch.dtype | None,
     zeros: dict[str, Tensor],
     reporter: Reporter,
 ) -> None:
-    """Every tensor in the order of its name, experts of `model` fused; `zeros` are meta tensors of biases that a switch
-    asks for, added last."""
+    """Every tensor in the order of its name in `model`, under the names that transformers gives it in a file; `zeros`
+    are meta tensors of biases that a switch asks for, added last."""
     source = layers.source
     reader = source.reader
-    experts = {} if model is None else linear_experts(model)
+    experts = linear_experts(model)
     fused = {f"{name}.{key}": (name, key) for name, module in experts.items() for key in module.fused_shapes()}
 
     def cast(tensor: Tensor) -> Tensor:
@@ -140,21 +139,23 @@ def write_weights(
         else:
             planned += layers.planned(module, written(name))
     planned += [(name, cast(meta)) for name, meta in zeros.items()]
-    metas = dict(planned)
-    writer = ShardedWriter(folder, planned, limit)
+    metas, saved = dict(planned), SavedAs(model, planned)
+
+    def tensors(name: str) -> list[tuple[str, Tensor]]:
+        module = source.owner(name)
+        if name in fused:
+            holder, key = fused[name]
+            return [(name, fused_tensor(layers, holder, experts[holder], key, metas[name].dtype))]
+        return [(name, cast(reader.tensor(name)))] if module is None else layers.tensors(module, written(name))
+
+    writer = ShardedWriter(folder, [part for name, _ in planned for part in saved.planned[name]], limit)
     with reporter.phase("write", len(names)) as tick:
         for name in names:
-            module = source.owner(name)
-            if name in fused:
-                holder, key = fused[name]
-                tensor = fused_tensor(layers, holder, experts[holder], key, metas[name].dtype)
-                writer.write([(name, tensor)])
-            elif module is None:
-                writer.write([(name, cast(source.reader.tensor(name)))])
-            else:
-                writer.write(layers.tensors(module, written(name)))
+            for key, tensor in tensors(name):
+                writer.write(saved(key, tensor))
             tick()
-    writer.write((name, torch.zeros(cast(meta).shape, dtype=cast(meta).dtype)) for name, meta in zeros.items())
+    for name in zeros:
+        writer.write(saved(name, torch.zeros(metas[name].shape, dtype=metas[name].dtype)))
     writer.close()
 
 

@@ -110,6 +110,21 @@ def test_everything_else_is_kept_bit_for_bit(compressed, make_model, export, arc
     assert tied is (architecture != "llama")
 
 
+MIXTURES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba"]
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_names_are_those_that_transformers_gives_to_files(compressed, make_model, export, architecture, some):
+    """Other readers know no others: experts one by one where they are so, whether compressed or not."""
+    options = {"ignore": ["*experts*"]} if some else {}
+    source = compressed(architecture, method={"name": "lord", "metric": "input"}, **options)
+    folder, _ = export(source)
+    found, wanted = (load_file(f / "model.safetensors") for f in (folder, make_model(architecture)))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in wanted.items()}
+    torch.testing.assert_close(logits(load(folder), IDS), logits(load(source), IDS), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype(compressed, export, dtype):
     source = compressed(**RECIPES["quantized"])
