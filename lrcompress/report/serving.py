@@ -1,6 +1,11 @@
 """How a checkpoint is served: the commands that its model card ends with (run by tests/serve and tests/export)."""
 
-from typing import Any
+from lrcompress.checkpoint.manifest import Manifest
+from lrcompress.formats.sum import Sum
+from lrcompress.vllm_plugin.tensors import without_place
+
+BLOCK = 32
+"""Rows of other widths are in no block type of llama.cpp."""
 
 LLAMA_CPP = """params = xllamacpp.CommonParams()
 params.model.path = "model.gguf"
@@ -9,25 +14,28 @@ params.model.path = "model.gguf"
 LORA = 'params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo("model-lora.gguf", 1.0)]\n'
 
 
-def serving(report: dict[str, Any]) -> str:
+def serving(manifest: Manifest) -> str:
     """A section of Markdown; what cannot serve the checkpoint is said with the reason."""
-    targets = report["targets"]
-    experts = any(".experts." in target["name"] and target["format"] != "dense" for target in targets)
-    tables = any(target["format"] == "table" for target in targets)
-    corrected = any(target["format"] == "sum" for target in targets)
+    # Of sums in other widths, and of experts, the converter has base and correction in one.
+    held = tuple(f"{name}." for name in manifest.experts)
+    corrected = any(
+        spec.format == Sum.name and spec.shape[1] % BLOCK == 0 and not (held and name.startswith(held))
+        for name, spec in manifest.modules.items()
+    )
     lora = LORA if corrected else ""
     flag = " --lora model-lora.gguf" if corrected else ""
-    if experts or tables:
-        what = "experts" if experts else "embeddings"
+    found = without_place(manifest.modules, manifest.experts)
+    if found is not None:
         cure = "`lrcompress export path/of/this/folder --to dense` writes what it serves"
-        vllm = f"vLLM has no place for compressed {what}: {cure}.\n"
+        vllm = f"vLLM has no place for {found[1]}: {cure}.\n"
     else:
-        vllm = """With vLLM, beside which lrcompress needs only to be installed:
+        experts = "Experts are multiplied out where they are loaded.\n" if manifest.experts else ""
+        vllm = f"""With vLLM, beside which lrcompress needs only to be installed:
 
 ```
 python -m vllm.entrypoints.openai.api_server --model path/of/this/folder
 ```
-"""
+{experts}"""
     return f"""## Serve
 
 {vllm}

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from lrcompress.budget import FEW_TARGETS, bits_per_weight
+from lrcompress.checkpoint.manifest import Manifest, read_manifest
 from lrcompress.checkpoint.reader import read_json_object
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
@@ -171,11 +172,12 @@ def caution(metric: str | None, base: str | None, *, general: bool) -> str | Non
 def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:
     """README.md of the checkpoint: how to load it, what was done, what was measured."""
     with disk_errors(folder):
-        (folder / "README.md").write_text(card(report, recipe), encoding="utf8")
+        manifest = read_manifest(folder) or Manifest(report["method"], {})
+        (folder / "README.md").write_text(card(report, recipe, manifest), encoding="utf8")
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf8")
 
 
-def card(report: dict[str, Any], recipe: Recipe) -> str:
+def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     """The model card's text."""
     ratio, size = report["ratio"], report["bytes"]
     base = "HuggingFaceTB/SmolLM2-135M-Instruct" if report["model"] == "demo" else report["model"]
@@ -226,7 +228,7 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 ```yaml
 {dump_recipe(recipe)}```
 
-{serving(report)}"""
+{serving(manifest)}"""
 
 
 def training(found: dict[str, Any] | None) -> str | None:

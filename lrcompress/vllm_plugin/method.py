@@ -2,38 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
+from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.formats import possible_places, stored_tensors
-from lrcompress.formats.table import Table
+from lrcompress.formats import stored_tensors
 from lrcompress.protocols import Spec
+from lrcompress.vllm_plugin.experts import experts_method
 from lrcompress.vllm_plugin.shards import Cut, dense_linear, shard
+from lrcompress.vllm_plugin.tensors import WAYS_OUT, Taken, holders, without_place
 
 NAMES = {"q": 0, "k": 1, "v": 2}
 """Shards that vLLM numbers by letters."""
-
-WAYS_OUT = "lrcompress export --to dense, which vLLM serves without us"
 
 LAYERS: WeakValueDictionary[str, nn.ModuleList] = WeakValueDictionary()
 """The shards of every compressed layer that lives: vLLM's compiler sees one operator, whatever a format does."""
 
 
 class Compressed(QuantizationConfig):
-    """The manifest, with the tensors that have been read and not yet been put into layers."""
+    """The manifest, and the tensors that have been read."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
-        self.modules = manifest.modules
-        self.tensors: dict[str, dict[str, Tensor]] = {}
+        self.taken = Taken(manifest.modules, manifest.experts)
 
     @classmethod
     def get_name(cls) -> str:
@@ -58,31 +61,31 @@ class Compressed(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "Compressed":
         """The manifest, checked; InputError for what vLLM has no place for."""
         manifest = Manifest.from_json(config)
-        if manifest.experts:
-            raise InputError(
-                "this checkpoint has compressed experts, whose layers vLLM runs as one fused product that plugins "
-                f"cannot replace: compress with --ignore '*experts*', or use {WAYS_OUT}"
-            )
-        for name, spec in manifest.modules.items():
-            if spec.format == Table.name or spec.conv1d:
-                kind = "embeddings" if spec.format == Table.name else "a transposed layer (Conv1D)"
-                raise InputError(
-                    f"{name} is stored as {spec.format} for {kind}, which vLLM cannot load: use {WAYS_OUT}"
-                )
+        found = without_place(manifest.modules, manifest.experts)
+        if found is not None:
+            raise InputError(f"{found[0]}: vLLM has no place for {found[1]}: use {WAYS_OUT}")
         return cls(manifest)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Names as a model of vLLM calls its modules."""
-        renamed = hf_to_vllm_mapper.apply_dict(self.modules)
-        self.modules = {
-            name: spec if spec.owner is None else spec.following(hf_to_vllm_mapper.apply_list([spec.owner])[0])
-            for name, spec in renamed.items()
-        }
+        self.taken.map_names(hf_to_vllm_mapper.map_name)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Where the files' names for experts are to be seen, keep them."""
+        if Path(model_name).is_dir():
+            names = CheckpointReader(Path(model_name)).names()
+            self.taken.holders |= {name: name for name in holders(names)}
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Names that vLLM must read as others."""
+        return WeightsMapper(orig_to_new_regex=self.taken.renamed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Ours where a part of the layer is compressed."""
+        if isinstance(layer, RoutedExperts):
+            return experts_method(self.taken, layer, prefix)
         names = self.parts(prefix)
-        if not any(name in self.modules for name in names):
+        if not any(name in self.taken.modules for name in names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise InputError(f"{prefix} is compressed, but no linear layer in vLLM: use {WAYS_OUT}")
@@ -93,23 +96,15 @@ class Compressed(QuantizationConfig):
         head, dot, tail = prefix.rpartition(".")
         return [f"{head}{dot}{name}" for name in self.packed_modules_mapping.get(tail, [tail])]
 
-    def place(self, name: str, key: str, owner: str | None) -> Tensor:
-        """A tensor of module `name`, or one that it shares with `owner`; InputError where the files lack it."""
-        for place in possible_places(key, f"{name}.", f"{owner}."):
-            module = name if place.startswith(f"{name}.") else str(owner)
-            found = self.tensors.get(module, {}).get(place.removeprefix(f"{module}."))
-            if found is not None:
-                return found
-        raise InputError(f"the checkpoint has no tensor {name}.{key}: it is damaged, get it again")
-
 
 class CompressedMethod(LinearMethodBase):
     """A linear layer of vLLM: one shard, or several that it runs as one, each in a format of its own or dense."""
 
     def __init__(self, config: Compressed, prefix: str, names: Sequence[str]) -> None:
-        self.config, self.prefix, self.names = config, prefix, names
-        self.specs = [config.modules.get(name) for name in names]
+        self.taken, self.prefix, self.names = config.taken, prefix, names
+        self.specs = [config.taken.modules.get(name) for name in names]
         self.sizes: list[int] = []
+        self.plain = UnquantizedLinearMethod()
 
     def create_weights(
         self,
@@ -145,7 +140,7 @@ class CompressedMethod(LinearMethodBase):
             index = NAMES.get(shard_id, shard_id) or 0
             if not isinstance(index, int):
                 raise InputError(f"{self.prefix}.{key} holds several layers in one, which has no place in vLLM here")
-            self.config.tensors.setdefault(self.names[index], {})[key] = tensor.clone()
+            self.taken.add(self.names[index], key, tensor)
 
         return take
 
@@ -165,28 +160,22 @@ class CompressedMethod(LinearMethodBase):
                 layer.bias.data[place : place + sum(sizes)] = 0
             place += sum(sizes)
             shards.append(self._shard(layer, name, spec, sizes, vllm_bias=own))
+            _hand_over(shards[-1], self.plain)
         others = sum(key.partition("#")[0] == self.prefix for key in LAYERS)  # of another model in this process
         self.key = f"{self.prefix}#{others}"
         layer.shards = LAYERS[self.key] = nn.ModuleList(shards)
-        lent = {spec.owner for spec in self.config.modules.values()}
-        for name in self.names:
-            if name not in lent:
-                self.config.tensors.pop(name, None)
+        self.taken.drop(self.names)
 
     def _shard(self, layer: nn.Module, name: str, spec: Spec | None, sizes: list[int], *, vllm_bias: bool) -> nn.Module:
         if spec is None:
-            weight = self.config.place(name, "weight", None)
+            weight = self.taken.place(name, "weight", None)
             cut = self._cut(layer, (weight.shape[0], weight.shape[1]), sizes) or Cut()
             weight = cut.of_columns(cut.of_rows(weight))
-            bias = None if vllm_bias else self.config.tensors[name].get("bias")
+            bias = None if vllm_bias else self.taken.tensors[name].get("bias")
             return dense_linear(weight.to(self.dtype), None if bias is None else cut.of_rows(bias).to(self.dtype))
         if vllm_bias:
             spec = replace(spec, bias=False)
-        found = {
-            key: self.config.place(name, key, spec.owner)
-            for key in stored_tensors(spec.alone(), self.dtype)
-            if key != "weight"
-        }
+        found = self.taken.tensors_of(name, spec, self.dtype)
         return shard(spec.alone(), found, self._cut(layer, spec.shape, sizes), self.dtype)
 
     def _cut(self, layer: Any, shape: tuple[int, int], sizes: list[int]) -> Cut | None:
@@ -231,6 +220,19 @@ def _keep_bias(layer: Any) -> None:
             declare(name, parameter)
 
     layer.register_parameter = kept
+
+
+def _hand_over(shard: nn.Module, plain: UnquantizedLinearMethod) -> None:
+    """Let vLLM multiply by the factors in a shard, or by the dense one: on a CPU it packs them first."""
+    for linear in [module for module in shard.modules() if type(module) is nn.Linear]:
+        linear.weight.data = linear.weight.data.contiguous()
+        plain.process_weights_after_loading(linear)
+        linear.forward = partial(_plain, plain, linear)  # type: ignore[method-assign]
+
+
+def _plain(plain: UnquantizedLinearMethod, linear: nn.Linear, x: Tensor) -> Tensor:
+    y: Tensor = plain.apply(linear, x, linear.bias)
+    return y
 
 
 def _multiply(x: Tensor, name: str, width: int) -> Tensor:
