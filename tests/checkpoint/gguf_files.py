@@ -76,10 +76,10 @@ def write_file(
     for key, value in [*((f"{architecture}.{key}", value) for key, value in keys.items()), *common.items()]:
         _add(writer, key, value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet())[:-1], "ab"])
+    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "ab", "abc"])
     writer.add_token_types([1] * 256)
     writer.add_token_scores([0.0] * 256)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # of one, transformers before 5.20 makes a text
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
         add(0)
     for name, array in tensors.items():

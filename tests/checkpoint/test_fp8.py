@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -52,6 +54,12 @@ def describe(folder, settings):
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "quantization_config": settings}))
 
 
+reads_fp8 = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.19"), reason="transformers 5.16 fails on fp8 models without experts"
+)
+
+
+@reads_fp8
 def test_the_weights_are_those_that_transformers_reads(folder):
     reader = CheckpointReader(folder)
     meant = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
@@ -115,6 +123,7 @@ def test_a_scale_that_is_missing_or_does_not_fit_is_named(tmp_path, more, said):
         CheckpointReader(tmp_path)
 
 
+@reads_fp8
 def test_it_is_compressed_and_no_longer_named_fp8(folder, tmp_path):
     result = compress_tiny(
         folder, tmp_path / "out", evaluate={"tasks": ["tokens:python-docs@64"], "against": "dense", "limit": 2}
