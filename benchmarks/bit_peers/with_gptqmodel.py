@@ -1,9 +1,12 @@
 """GPTQModel: with_gptqmodel.py MODEL IDS OUTPUT BITS:GROUP."""
 
+import os
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it loads nothing with the one that it takes on two cores
 
 from common import linears, save
 from gptqmodel import GPTQModel, QuantizeConfig
