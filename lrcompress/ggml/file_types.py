@@ -26,16 +26,28 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
     "Q5_K_S": (16, "Q5_K"),
     "Q5_K_M": (17, "Q5_K"),
     "Q6_K": (18, "Q6_K"),
+    "IQ2_XXS": (19, "IQ2_XXS"),
+    "IQ2_XS": (20, "IQ2_XS"),
     "Q2_K_S": (21, "Q2_K"),
+    "IQ3_XS": (22, "IQ3_S"),
+    "IQ3_XXS": (23, "IQ3_XXS"),
     "IQ4_NL": (25, "IQ4_NL"),
+    "IQ3_S": (26, "IQ3_S"),
+    "IQ3_M": (27, "IQ3_S"),
+    "IQ2_S": (28, "IQ2_XS"),
+    "IQ2_M": (29, "IQ2_S"),
     "IQ4_XS": (30, "IQ4_XS"),
+    "MXFP4_MOE": (38, "MXFP4"),
 }
 """Name to the number that GGUF gives it and the block type that most tensors get."""
 
 OTHERS = "Q6_K"
 """The file type by which matrices that no calibration speaks of are stored where a size is asked for."""
 
-FALLBACKS = {"IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACKS = {
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
 """Where rows are no multiple of 256."""
 
 LEFT = (
@@ -130,38 +142,80 @@ def _place(name: str) -> str:
     return next((place for part, place in ATTENTION if part in name), "other")
 
 
+KEPT_AT_EIGHT = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q3_K_L", "Q5_K_S", "Q5_K_M", "Q6_K", "Q2_K_S",
+)  # fmt: skip
+"""File types that leave the attention's output as it is with eight experts; the others give it Q5_K."""
+TWO_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
+"""File types that have rules of their own, and those of them that get more bits where they matter."""
+TWO_BITS_MORE = ("IQ2_S", "IQ2_M")
+
+
 class _Rules:
     """The rules with what they count as tensors pass in the order of their layers."""
 
     def __init__(self, file_type: str, model: Model, tied: bool, values: int) -> None:
         self.file, self.model, self.tied, self.values = file_type, model, tied, values
-        self.seen = {"v": 0, "down": 0}
+        self.seen = {"v": 0, "down": 0, "gate": 0, "up": 0}
 
     def type_of(self, shape: Shape) -> str:
         kind, place = FILE_TYPES[self.file][1], _place(shape.name)
         if place == "output" or (place == "embeddings" and self.tied):
-            if not BLOCK_TYPES[kind].fits(shape.axes[-1]) or kind == "Q8_0":
-                return "Q8_0"
-            return "Q6_K"
+            return self._output(kind, shape.axes[-1])
+        if self.file == "MXFP4_MOE":
+            return kind if len(shape.axes) > 2 and shape.axes[-3] > 1 else "Q8_0"
+        if place == "embeddings":
+            few = {"IQ2_XXS": "Q2_K", "IQ2_XS": "Q2_K", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S", "IQ3_XXS": "IQ3_S"}
+            return few.get(self.file, kind)
+        if self.file in TWO_BITS:
+            return self._two_bits(kind, place)
         if place in ("v", "qkv", "kv_b"):
             return self._values(kind)
-        if place == "k" and self.model.experts == 8:
-            return "Q8_0"
+        if place in ("q", "k"):
+            few = {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}
+            return "Q8_0" if place == "k" and self.model.experts == 8 else few.get(self.file, kind)
         if place == "down":
             return self._down(kind, shape.name)
         if place == "attn_output":
             return self._attention_output(kind)
+        if place in ("gate", "up"):
+            at, layers = self._layer(place, shape.name), self.model.layers
+            return "IQ3_XXS" if self.file == "IQ3_XS" and layers // 8 <= at < 7 * layers // 8 else kind
         return kind
+
+    def _layer(self, place: str, name: str) -> int:
+        at = self.seen[place]
+        self.seen[place] += 1
+        return _layer(name) if self.model.experts > 1 else at
 
     def _more(self, layer: int, layers: int) -> bool:
         return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+    def _output(self, kind: str, columns: int) -> str:
+        if not BLOCK_TYPES[kind].fits(columns) or kind in ("Q8_0", "MXFP4"):
+            return "Q8_0"
+        return "Q5_K" if self.file in (*TWO_BITS, "IQ3_XXS") else "Q6_K"
+
+    def _two_bits(self, kind: str, place: str) -> str:
+        more = "IQ3_S" if self.file in TWO_BITS_MORE else "Q2_K"
+        if place in ("v", "qkv", "kv_b"):
+            return "Q4_K" if self.model.grouped >= 4 or self.model.experts >= 4 else more
+        if place == "k" and self.model.experts == 8:
+            return "Q4_K"
+        if place == "down":
+            at = self.seen["down"]
+            self.seen["down"] += 1
+            return more if at < self.model.layers // 8 else kind
+        if place == "attn_output" and self.model.experts == 8:
+            return "Q5_K"
+        return "IQ3_S" if place == "attn_output" and self.file in TWO_BITS_MORE else kind
 
     def _values(self, kind: str) -> str:
         at, file, grouped = self.seen["v"], self.file, self.model.grouped >= 4
         self.seen["v"] += 1
         if file == "Q2_K":
             kind = "Q4_K" if grouped else "Q3_K"
-        elif file == "Q2_K_S" and grouped:
+        elif (file in ("Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ3_S") and grouped) or file == "IQ3_M":
             kind = "Q4_K"
         elif file == "Q3_K_M":
             kind = "Q5_K" if at < 2 else "Q4_K"
@@ -176,9 +230,7 @@ class _Rules:
         return "Q8_0" if self.model.experts == 8 else kind
 
     def _down(self, kind: str, name: str) -> str:
-        at = _layer(name) if self.model.experts > 1 else self.seen["down"]
-        self.seen["down"] += 1
-        file, layers = self.file, self.model.layers
+        at, file, layers = self._layer("down", name), self.file, self.model.layers
         early = at < layers // 8
         if file == "Q2_K":
             return "Q3_K"
@@ -188,11 +240,13 @@ class _Rules:
             return "Q5_K"
         if file in ("Q4_K_M", "Q5_K_M") and self._more(at, layers):
             return "Q6_K"
-        first = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+        if file == "IQ3_M" and self.model.experts == 8 and self._more(at, layers):
+            return "Q4_K"
+        first = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K", "Q4_0": "Q4_1", "Q5_0": "Q5_1", "IQ3_M": "Q4_K"}
         return first.get(file, kind) if early else kind
 
     def _attention_output(self, kind: str) -> str:
         if self.model.experts == 8:
-            few = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS")
-            return "Q5_K" if self.file in few else kind
-        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.file, kind)
+            return kind if self.file in KEPT_AT_EIGHT else "Q5_K"
+        more = {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}
+        return more.get(self.file, kind)

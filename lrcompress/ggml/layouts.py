@@ -73,3 +73,17 @@ def half_bytes(values: Tensor) -> Tensor:
 def half_values(packed: Tensor) -> Tensor:
     """Values (N,), float32, of the bytes of `half_bytes`."""
     return packed.contiguous().view(torch.float16).reshape(-1).float()
+
+
+POWER_BIAS = 128
+"""The byte of a scale of 1 in MXFP4."""
+
+
+def power_bytes(values: Tensor) -> Tensor:
+    """(N, 1) bytes of values (N,), powers of two."""
+    return (torch.frexp(values).exponent - 1 + POWER_BIAS).to(torch.uint8)[:, None]
+
+
+def power_values(packed: Tensor) -> Tensor:
+    """Values (N,), float32, of the bytes (N,) of `power_bytes`."""
+    return torch.ldexp(torch.ones_like(packed, dtype=torch.float32), packed.int() - POWER_BIAS)

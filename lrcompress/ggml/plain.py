@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lrcompress.ggml.types import Blocks, BlockType
+from lrcompress.ggml.blocks import Blocks, BlockType
+from lrcompress.ggml.vectors import Vectors
+from lrcompress.ggml.vectors import Weighing as RunWeighing
 
 STRIP = 32
 """Rows that are rounded side by side where they are weighed together, and ALONE where each is by itself."""
@@ -19,6 +21,7 @@ WIDE = 9
 """Ranges that the first search tries."""
 
 TINY = torch.finfo(torch.float16).tiny
+ROOT = 0.5**0.5
 
 
 class Weighing(Protocol):
@@ -63,15 +66,21 @@ def half(values: Tensor) -> Tensor:
     return values.clamp(-65504, 65504).half().float()
 
 
-class _Run:
-    """What a run's errors are weighed by: factor (b, b) unit upper triangular, diagonal (b,)."""
+POWERS = 126
+"""The largest power of two among scales, and minus the smallest."""
 
-    def __init__(self, factor: Tensor, diagonal: Tensor) -> None:
-        self.factor, self.diagonal = factor, diagonal
 
-    def loss(self, error: Tensor) -> Tensor:
-        """(rows,) of error (rows, b)."""
-        return ((error @ self.factor).square() * self.diagonal).sum(-1)
+def held(kind: BlockType, values: Tensor) -> Tensor:
+    """Scales as the type holds them: float16 numbers, or powers of two, by ratio."""
+    if not kind.powers:
+        return half(values)
+    found = torch.frexp(values.abs())
+    exponent = found.exponent - (found.mantissa < ROOT).int()
+    return torch.ldexp(torch.ones_like(values), torch.where(values == 0, -POWERS, exponent).clamp(-POWERS, POWERS))
+
+
+class _Run(RunWeighing):
+    """What a run's errors are weighed by."""
 
     def refit(self, levels: Tensor, target: Tensor, *, minimum: bool) -> tuple[Tensor, Tensor]:
         """Least-squares scale and offset (rows,) of given levels (rows, b)."""
@@ -98,6 +107,10 @@ class _Strip:
         (r, n), make = target.shape, target.new_zeros
         self.per, self.supers, self.runs = kind.block // kind.run, n // kind.block, n // kind.run
         self.levels = torch.zeros_like(target)
+        self.vectors: Vectors | None = None
+        if kind.book is not None:
+            book, levels = kind.book(), torch.tensor(kind.levels, dtype=target.dtype, device=target.device)
+            self.vectors = Vectors(book, levels[book.base :])
         self.scale, self.offset = make(r, self.runs), make(r, self.runs)
         self.d, self.dmin = make(r, self.supers), make(r, self.supers)
         self.steps, self.offsets = make(r, self.runs), make(r, self.runs)
@@ -121,6 +134,12 @@ class _Strip:
 
     def fed_back(self, target: Tensor, scale: Tensor, offset: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
         """The best of k scales and offsets (r, k) for target (r, b) rounded with feedback: levels (r, b), its place."""
+        if self.vectors is not None:
+            aim, sizes = target.repeat_interleave(scale.shape[1], 0), scale.flatten()
+            found = self.vectors.nearest(aim, sizes, run)
+            best = run.loss(found * sizes[:, None] - aim).reshape(scale.shape).argmin(1, keepdim=True)
+            found = found.reshape(*scale.shape, -1)
+            return found.gather(1, best[..., None].expand(-1, -1, found.shape[-1]))[:, 0], best
         wanted = target.T[:, :, None].expand(-1, *scale.shape).clone()
         levels = torch.empty_like(wanted)
         inverse = torch.where(scale == 0, 0, 1 / torch.where(scale == 0, 1, scale))
@@ -149,11 +168,14 @@ class _Strip:
             scale, offset = (top - bottom) / (len(kind.levels) - 1), -bottom
         else:
             extreme = target.gather(1, target.abs().argmax(1, keepdim=True))
+            extreme = extreme if -lowest > highest else extreme.abs()
             part = torch.arange(WIDE, device=target.device) / (WIDE - 1)
             if -lowest > highest:
                 scale = torch.cat([extreme / lowest * (0.6 + 0.5 * part), -extreme / lowest * (0.6 + 0.5 * part)], 1)
             else:
-                scale = extreme / highest * (0.6 + 0.45 * part)
+                scale = extreme / highest * (0.6 + (0.45 if kind.book is None else 0.7) * part)
+            if self.vectors is not None:  # all of one size: few books have it but for the smallest
+                scale = torch.cat([scale, extreme / self.vectors.magnitudes[0]], 1)
             offset = torch.zeros_like(scale)
         scale = torch.where(scale == 0, TINY, scale)
         levels, best = self.fed_back(target, scale, offset, run)
@@ -189,9 +211,11 @@ class _Strip:
         """The block's scale and steps nearest to scale and offset (r, per) of its runs, weighted by (per,)."""
         runs = slice(at * self.per, (at + 1) * self.per)
         if self.kind.steps is None:
-            self.scale[:, at], self.offset[:, at] = half(scale[:, 0]), half(offset[:, 0])
+            self.scale[:, at] = held(self.kind, scale[:, 0])
+            if self.kind.has_minimum:
+                self.offset[:, at] = half(offset[:, 0])
             return
-        self.d[:, at], self.steps[:, runs] = best_steps(scale, weight, self.kind.steps)
+        self.d[:, at], self.steps[:, runs] = best_steps(scale, weight, self.kind.steps, self.kind.stride)
         if self.kind.offsets is not None:
             self.dmin[:, at], self.offsets[:, runs] = best_steps(offset, weight, self.kind.offsets)
         self._derive(at)
@@ -207,11 +231,11 @@ class _Strip:
         for p in range(-spread, spread + 1):
             for q in (-1, 0, 1) if kind.has_minimum else (0,):
                 if kind.steps is None:
-                    scale = half(self.scale[:, run] * (1 + 0.06 * p / spread))
+                    scale = held(kind, self.scale[:, run] * (2.0**p if kind.powers else 1 + 0.06 * p / spread))
                     offset = half(self.offset[:, run] + 0.5 * q * self.scale[:, run])
                     yield scale, offset if kind.has_minimum else torch.zeros_like(offset), scale, offset
                     continue
-                step = (self.steps[:, run] + p).clamp(*kind.steps)
+                step = (self.steps[:, run] + kind.stride * p).clamp(*kind.steps)
                 shift = (self.offsets[:, run] + q).clamp(*kind.offsets) if kind.offsets else self.offsets[:, run]
                 yield self.d[:, at] * step, self.dmin[:, at] * shift, step, shift
 
@@ -226,7 +250,8 @@ class _Strip:
         if keep:
             new = loss < _loss(weighing, self.levels[:, span], self.scale[:, run], self.offset[:, run], target)
         if kind.steps is None:
-            fitted, moved = map(half, weighing.refit(levels, target, minimum=kind.has_minimum))
+            fitted, moved = weighing.refit(levels, target, minimum=kind.has_minimum)
+            fitted, moved = held(kind, fitted), half(moved)
             better = _loss(weighing, levels, fitted, moved, target) < loss
             scale, offset = torch.where(better, fitted, scale), torch.where(better, moved, offset)
         self.levels[:, span] = torch.where(new[:, None], levels, self.levels[:, span])
@@ -296,15 +321,19 @@ def _loss(run: _Run, levels: Tensor, scale: Tensor, offset: Tensor, target: Tens
     return run.loss(levels * scale[:, None] - offset[:, None] - target)
 
 
-def best_steps(values: Tensor, weight: Tensor, ends: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """d (r,) of float16 and whole steps (r, k) within ends with d * steps near values (r, k), weighted by (k,)."""
+def best_steps(values: Tensor, weight: Tensor, ends: tuple[int, int], stride: int = 1) -> tuple[Tensor, Tensor]:
+    """d (r,) of float16 and whole steps (r, k) with d * steps near values (r, k), weighted by (k,).
+
+    Steps are ends[0], `stride` more, ... and ends[1].
+    """
     low, high = ends
     extreme = values.gather(1, values.abs().argmax(1, keepdim=True))
     sizes = 0.85 + 0.025 * torch.arange(17, device=values.device)
     base = torch.cat([extreme / low, extreme / high], 1) if low < 0 else extreme.clamp_min(0) / high
     d = half((base[:, :, None] * sizes).flatten(1))
     safe = torch.where(d == 0, 1, d)
-    steps = torch.where(d[:, :, None] == 0, 0, values[:, None] / safe[:, :, None]).round().clamp(low, high)
+    steps = torch.where(d[:, :, None] == 0, 0, values[:, None] / safe[:, :, None])
+    steps = (low + stride * ((steps - low) / stride).round()).clamp(low, high)
     loss = (weight * (steps * d[:, :, None] - values[:, None]).square()).sum(-1)
     best = loss.argmin(1, keepdim=True)
     return d.gather(1, best)[:, 0], steps.gather(1, best[:, :, None].expand(-1, -1, values.shape[1]))[:, 0]

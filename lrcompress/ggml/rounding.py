@@ -105,18 +105,20 @@ def round_weight(
     return found
 
 
-_WHOLE = ("m", "n", "block", "run", "count", "uniform", "has_minimum", "has_steps", "has_offsets")
-_ENDS = ("step_low", "step_high", "offset_low", "offset_high", "rounds", "passes")
-_GIVEN = ("levels", "target", "gram", "factor", "diagonal", "run_factor", "run_diagonal", "run_inverse", "rows")
-_FOUND = ("rows_factor", "numbers", "codes", "scale", "minimum", "steps", "offsets")
+_WHOLE = ("m", "n", "block", "run", "count", "uniform", "powers", "has_minimum", "has_steps", "has_offsets")
+_BOOK = ("width", "base", "even")
+_ENDS = ("step_low", "step_high", "stride", "offset_low", "offset_high", "rounds", "passes")
+_GIVEN = ("levels", "entries", "near", "target", "gram", "factor", "diagonal", "run_factor", "run_diagonal")
+_MORE_GIVEN = ("run_inverse", "rows", "rows_factor")
+_FOUND = ("numbers", "codes", "scale", "minimum", "steps", "offsets")
 
 
 class _Job(ctypes.Structure):
     """What kernels/blocks.c calls a job."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_WHOLE, *_ENDS)),
-        *((name, ctypes.c_void_p) for name in (*_GIVEN, *_FOUND)),
+        *((name, ctypes.c_int64) for name in (*_WHOLE, *_BOOK, *_ENDS)),
+        *((name, ctypes.c_void_p) for name in (*_GIVEN, *_MORE_GIVEN, *_FOUND)),
     ]
 
 
@@ -130,8 +132,9 @@ def _typed(native: ctypes.CDLL) -> ctypes.CDLL:
 def _round_natively(
     native: ctypes.CDLL, kind: BlockType, target: Tensor, metric: Metric, rounds: int, passes: int
 ) -> Blocks:
-    m, n = target.shape
+    (m, n), book = target.shape, None if kind.book is None else kind.book()
     tensors = {
+        **({} if book is None else {"entries": book.entries, "near": book.near}),
         **{key: value for key, value in vars(metric).items() if value is not None},
         "levels": torch.tensor(kind.levels, dtype=torch.float32),
         "target": target,
@@ -142,10 +145,11 @@ def _round_natively(
         "steps": torch.zeros(m, n // kind.run, dtype=torch.int16),
         "offsets": torch.zeros(m, n // kind.run, dtype=torch.int16),
     }
-    whole = (m, n, kind.block, kind.run, len(kind.levels), kind.uniform, kind.has_minimum)
-    ends = (*(kind.steps or (0, 0)), *(kind.offsets or (0, 0)))
-    pointers = [tensors[name].data_ptr() if name in tensors else None for name in (*_GIVEN, *_FOUND)]
-    job = _Job(*whole, kind.steps is not None, kind.offsets is not None, *ends, rounds, passes, *pointers)
+    whole = (m, n, kind.block, kind.run, len(kind.levels), kind.uniform, kind.powers, kind.has_minimum)
+    held = (0, 0, False) if book is None else (book.width, book.base, book.even)
+    ends = (*(kind.steps or (0, 0)), kind.stride, *(kind.offsets or (0, 0)))
+    pointers = [tensors[name].data_ptr() if name in tensors else None for name in (*_GIVEN, *_MORE_GIVEN, *_FOUND)]
+    job = _Job(*whole, kind.steps is not None, kind.offsets is not None, *held, *ends, rounds, passes, *pointers)
     if native.round_rows(ctypes.byref(job)):
         raise MemoryError("no memory left to round a weight")
     per = kind.block // kind.run

@@ -1,83 +1,28 @@
-"""ggml's block types: what numbers a block can hold, and its bytes."""
+"""ggml's block types and their bytes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lrcompress.ggml import layouts
+from lrcompress.ggml import codebooks, layouts
+from lrcompress.ggml.blocks import Blocks, BlockType
+
+__all__ = ["BLOCK_TYPES", "BlockType", "Blocks"]
+
+FLOAT_4 = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+"""What a code of MXFP4 stands for, in scales: twice the numbers of E2M1."""
+FLOAT_4_CODES = (15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7)
+"""What ggml's blocks hold for each; 8, a zero too, is never written."""
+
+EIGHTHS = (8 / 8, 25 / 8, 43 / 8)
+QUARTERS = (4 / 4, 12 / 4, 20 / 4, 28 / 4, 36 / 4, 44 / 4, 52 / 4, 62 / 4)
+ODD = (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+"""Sizes of numbers in IQ2_XXS, IQ2_XS and IQ2_S, in IQ3_XXS, and in IQ3_S, in scales by odd steps."""
 
 NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What a code of IQ4_NL and IQ4_XS stands for, in scales."""
-
-
-@dataclass
-class Blocks:
-    """N blocks: number = scale * step * level(code) - minimum * offset, of its block and its run of codes.
-
-    codes (N, block) counted from 0; scale and minimum (N,) float16 numbers in float32; steps and offsets (N, runs)
-    whole numbers. steps is None where a block has one run of step 1, minimum where a type has none.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    minimum: Tensor | None = None
-    steps: Tensor | None = None
-    offsets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """name and number: ggml's; block: numbers a block, each run of `run` with a step of its own; size: bytes a block.
-
-    levels: what codes 0, 1, ... stand for, in steps; steps and offsets: the smallest and largest of those numbers, None
-    where there are none. has_minimum without offsets: a float16 number per block, added.
-    """
-
-    name: str
-    number: int
-    block: int
-    run: int
-    size: int
-    levels: tuple[int, ...]
-    steps: tuple[int, int] | None
-    offsets: tuple[int, int] | None
-    has_minimum: bool
-    pack: Callable[[Blocks], Tensor]
-    unpack: Callable[[Tensor], Blocks]
-
-    @property
-    def uniform(self) -> bool:
-        """Whether levels follow one another by one."""
-        return self.levels[-1] - self.levels[0] + 1 == len(self.levels)
-
-    def fits(self, columns: int) -> bool:
-        """Whether rows of so many numbers are whole blocks."""
-        return columns % self.block == 0
-
-    def bytes_of(self, rows: int, columns: int) -> int:
-        """What a (rows, columns) weight takes; columns a multiple of `block`."""
-        return rows * (columns // self.block) * self.size
-
-    def numbers(self, blocks: Blocks) -> Tensor:
-        """(N, block) float32, the very numbers that llama.cpp computes with."""
-        levels = torch.tensor(self.levels, dtype=torch.float32, device=blocks.codes.device)[blocks.codes.long()]
-        runs = levels.reshape(len(levels), -1, self.run)
-        scale = blocks.scale[:, None]
-        if blocks.steps is not None:
-            scale = scale * blocks.steps.float()
-        numbers = runs * scale[..., None]
-        if blocks.minimum is not None:
-            offset = blocks.minimum[:, None]
-            if blocks.offsets is not None:
-                offset = offset * blocks.offsets.float()
-            numbers = numbers - offset[..., None]
-        return numbers.reshape(len(levels), -1)
-
-    def dense(self, packed: Tensor) -> Tensor:
-        """Weight (m, n) float32 of packed (m, n / block * size) uint8."""
-        return self.numbers(self.unpack(packed.reshape(-1, self.size))).reshape(len(packed), -1)
 
 
 def _pack_plain(bits: int, *, minimum: bool) -> Callable[[Blocks], Tensor]:
@@ -201,6 +146,38 @@ def _unpack_iq4_xs(packed: Tensor) -> Blocks:
     return Blocks(layouts.join_halves(packed[:, 8:], [0, 4], 16, 15), layouts.half_values(packed[:, :2]), steps=steps)
 
 
+def _pack_mxfp4(blocks: Blocks) -> Tensor:
+    table = torch.tensor(FLOAT_4_CODES, dtype=torch.uint8, device=blocks.codes.device)
+    codes = layouts.split_halves(table[blocks.codes.long()], [0, 4], 16)
+    return torch.cat([layouts.power_bytes(blocks.scale), codes], 1)
+
+
+def _unpack_mxfp4(packed: Tensor) -> Blocks:
+    places = [FLOAT_4_CODES.index(code if code != 8 else 0) for code in range(16)]
+    table = torch.tensor(places, dtype=torch.uint8, device=packed.device)
+    codes = table[layouts.join_halves(packed[:, 1:], [0, 4], 16, 15).long()]
+    return Blocks(codes, layouts.power_values(packed[:, 0]))
+
+
+def _pack_vectors(layout: codebooks.Layout, blocks: Blocks) -> Tensor:
+    assert blocks.steps is not None
+    return torch.cat([layouts.half_bytes(blocks.scale), layout.pack(blocks.codes, (blocks.steps - 1) // 2)], 1)
+
+
+def _unpack_vectors(layout: codebooks.Layout, packed: Tensor) -> Blocks:
+    codes, steps = layout.unpack(packed[:, 2:])
+    return Blocks(codes, layouts.half_values(packed[:, :2]), steps=2 * steps + 1)
+
+
+def _vectors(name: str, number: int, run: int, size: int, magnitudes: tuple[float, ...]) -> BlockType:
+    layout = codebooks.LAYOUTS[name]
+    levels = tuple(-value for value in reversed(magnitudes)) + magnitudes
+    pack, unpack = partial(_pack_vectors, layout), partial(_unpack_vectors, layout)
+    return BlockType(
+        name, number, 256, run, size, levels, (1, 31), None, False, pack, unpack, stride=2, book=layout.book
+    )
+
+
 def _levels(bits: int, lowest: int = 0) -> tuple[int, ...]:
     return tuple(range(lowest, lowest + 2**bits))
 
@@ -227,6 +204,12 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("IQ4_NL", 20, 32, 32, 18, NON_LINEAR, None, None, False,
                   _pack_plain(4, minimum=False), _unpack_plain(4, minimum=False)),
         BlockType("IQ4_XS", 23, 256, 32, 136, NON_LINEAR, (-32, 31), None, False, _pack_iq4_xs, _unpack_iq4_xs),
+        BlockType("MXFP4", 39, 32, 32, 17, FLOAT_4, None, None, False, _pack_mxfp4, _unpack_mxfp4, powers=True),
+        _vectors("IQ2_XXS", 16, 32, 66, EIGHTHS),
+        _vectors("IQ2_XS", 17, 16, 74, EIGHTHS),
+        _vectors("IQ3_XXS", 18, 32, 98, QUARTERS),
+        _vectors("IQ3_S", 21, 32, 110, ODD),
+        _vectors("IQ2_S", 22, 16, 82, EIGHTHS),
     )
 }  # fmt: skip
 """By ggml's name."""

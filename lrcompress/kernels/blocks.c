@@ -9,14 +9,22 @@
 #define RUN 32     /* the longest run */
 #define RUNS 16    /* the most runs in a block */
 #define WIDE 9     /* ranges that the first search tries */
+#define NEAR 16    /* entries of a codebook that are tried for a group */
+#define SIGNS 8    /* numbers whose signs are kept together: the longest group */
 #define TINY 6.103515625e-05f /* the smallest normal float16 */
+#define ROOT 0.70710678f
+#define POWERS 126 /* the largest power of two among scales, and minus the smallest */
 
 typedef struct {
     int64_t m, n, block, run, count;    /* count: of levels */
-    int64_t uniform, has_minimum, has_steps, has_offsets;
-    int64_t step_low, step_high, offset_low, offset_high;
+    int64_t uniform, powers, has_minimum, /* powers: scales are powers of two, not float16 */
+             has_steps, has_offsets;
+    int64_t width, base, even;          /* of a codebook's entries, 0 where there is none; magnitudes; see codebooks.py */
+    int64_t step_low, step_high, stride, offset_low, offset_high;
     int64_t rounds, passes;
     const float *levels;
+    const uint8_t *entries;             /* (entries, width) */
+    const int16_t *near;                /* (base ** width, NEAR) */
     const float *target;                /* (m, n) */
     const float *gram, *factor, *diagonal;  /* (n, n), (n, n), (n,) */
     const float *own_factor, *own_diagonal, *own_inverse; /* (n / run, run, run), (n / run, run), (n / run, run, run) */
@@ -43,6 +51,15 @@ static float half(float x) {
     return v.f;
 }
 
+/* x as a scale is stored. */
+static float held(const job *j, float x) {
+    if (!j->powers) return half(x);
+    int exponent;
+    float mantissa = frexpf(fabsf(x), &exponent);
+    exponent = x == 0 ? -POWERS : exponent - (mantissa < ROOT);
+    return ldexpf(1, exponent < -POWERS ? -POWERS : exponent > POWERS ? POWERS : exponent);
+}
+
 static inline float nearest(const job *j, float x) {
     if (j->uniform) {
         float r = rintf(x), low = j->levels[0], high = j->levels[j->count - 1];
@@ -53,9 +70,129 @@ static inline float nearest(const job *j, float x) {
     return j->levels[at];
 }
 
+/* A group of numbers with a sign and a magnitude each, `cost` of which turning a sign round would add to their loss. */
+typedef struct { float sign[SIGNS], cost[SIGNS]; int place[SIGNS], negative; } group;
+
+/* Each number rounded by itself, with feedback; `first`: signs are those of the numbers, else those that g has. */
+static void alone(const job *j, const float *target, float scale, const float *factor, int64_t stride, const float *diagonal,
+                  int first, group *g) {
+    int w = (int)j->width, base = (int)j->base;
+    const float *magnitude = j->levels + base;
+    float wanted[SIGNS], inverse = scale == 0 ? 0 : 1 / scale;
+    memcpy(wanted, target, w * sizeof(float));
+    if (first) g->negative = 0;
+    for (int i = 0; i < w; i++) {
+        float x = wanted[i] * inverse;
+        if (first) g->sign[i] = x < 0 ? -1 : 1, g->negative += x < 0;
+        x *= g->sign[i];
+        int place = 0;
+        for (int k = 0; k + 1 < base; k++) place += x > (magnitude[k] + magnitude[k + 1]) * 0.5f;
+        g->place[i] = place;
+        float off = x - magnitude[place], turned = x + magnitude[0];
+        g->cost[i] = diagonal[i] * (turned * turned - off * off);
+        float error = g->sign[i] * magnitude[place] * scale - target[i];
+        const float *f = factor + i * stride;
+        for (int k = i + 1; k < w; k++) wanted[k] -= f[k] * error;
+    }
+}
+
+/* The best of the entries near g's magnitudes with its signs; its loss, if below `best`, else `best`. */
+static float entry_near(const job *j, const float *target, float scale, const float *factor, int64_t stride,
+                        const float *diagonal, const group *g, float best, float *levels) {
+    int w = (int)j->width, key = 0, found = -1;
+    const float *magnitude = j->levels + j->base;
+    for (int i = w - 1; i >= 0; i--) key = key * (int)j->base + g->place[i];
+    const int16_t *near = j->near + (int64_t)key * NEAR;
+    float error[SIGNS][NEAR], loss[NEAR] = {0};
+    for (int i = 0; i < w; i++) {
+        float signed_scale = g->sign[i] * scale;
+        for (int c = 0; c < NEAR; c++) error[i][c] = magnitude[j->entries[near[c] * w + i]] * signed_scale - target[i];
+    }
+    for (int k = 0; k < w; k++) {
+        float sum[NEAR] = {0};
+        for (int i = 0; i <= k; i++) {
+            float f = factor[i * stride + k];
+            for (int c = 0; c < NEAR; c++) sum[c] += error[i][c] * f;
+        }
+        for (int c = 0; c < NEAR; c++) loss[c] += diagonal[k] * sum[c] * sum[c];
+    }
+    for (int c = 0; c < NEAR; c++) if (loss[c] < best) best = loss[c], found = c;
+    if (found >= 0)
+        for (int i = 0; i < w; i++) levels[i] = g->sign[i] * magnitude[j->entries[near[found] * w + i]];
+    return best;
+}
+
+/* Levels of a group, and their loss. odd: negative numbers modulo 2, -1 where any will do; *natural: before any was turned. */
+static float group_levels(const job *j, const float *target, float scale, const float *factor, int64_t stride,
+                          const float *diagonal, int odd, int *natural, float *levels) {
+    group g;
+    alone(j, target, scale, factor, stride, diagonal, 1, &g);
+    *natural = g.negative & 1;
+    if (odd < 0 || odd == *natural) return entry_near(j, target, scale, factor, stride, diagonal, &g, INFINITY, levels);
+    float best = INFINITY;
+    for (int turn = 0, before = -1; turn < 2; turn++) {
+        int least = -1;
+        for (int i = 0; i < j->width; i++) if (i != before && (least < 0 || g.cost[i] < g.cost[least])) least = i;
+        group turned = g;
+        turned.sign[least] *= -1;
+        alone(j, target, scale, factor, stride, diagonal, 0, &turned);
+        best = entry_near(j, target, scale, factor, stride, diagonal, &turned, best, levels);
+        before = least;
+    }
+    return best;
+}
+
+/* Eight numbers whose signs are kept together, its groups one after the other with feedback. odd: of the first group;
+   *parity: what it got; *bent: whether a sign of the last group was turned for it. */
+static float eight_levels(const job *j, const float *target, float scale, const float *factor, int64_t stride,
+                          const float *diagonal, int odd, int *parity, int *bent, float *levels) {
+    int w = (int)j->width;
+    float wanted[SIGNS], loss = 0;
+    memcpy(wanted, target, sizeof wanted);
+    for (int start = 0; start < SIGNS; start += w) {
+        int natural;
+        loss += group_levels(j, wanted + start, scale, factor + start * stride + start, stride, diagonal + start, odd, &natural,
+                             levels + start);
+        *bent = odd >= 0 && natural != odd;
+        if (start == 0) *parity = odd < 0 ? natural : odd;
+        if (j->even) odd = *parity;
+        for (int i = start; i < start + w; i++) {
+            float error = levels[i] * scale - target[i];
+            const float *f = factor + i * stride;
+            for (int k = start + w; k < SIGNS; k++) wanted[k] -= f[k] * error;
+        }
+    }
+    return loss;
+}
+
+static float fed_back_groups(const job *j, const float *target, float scale, const float *factor, int64_t stride,
+                             const float *diagonal, float limit, float *levels) {
+    int b = (int)j->run, halves = j->even && j->width < SIGNS;
+    float wanted[RUN], other[SIGNS], loss = 0;
+    memcpy(wanted, target, b * sizeof(float));
+    for (int start = 0; start < b; start += SIGNS) {
+        const float *f = factor + start * stride + start, *d = diagonal + start;
+        int parity, bent;
+        float own = eight_levels(j, wanted + start, scale, f, stride, d, j->even && !halves ? 0 : -1, &parity, &bent, levels + start);
+        if (halves && bent) {
+            float turned = eight_levels(j, wanted + start, scale, f, stride, d, 1 - parity, &parity, &bent, other);
+            if (turned < own) own = turned, memcpy(levels + start, other, sizeof other);
+        }
+        loss += own;
+        if (loss >= limit) return loss;
+        for (int i = start; i < start + SIGNS; i++) {
+            float error = levels[i] * scale - target[i];
+            const float *row = factor + i * stride;
+            for (int k = start + SIGNS; k < b; k++) wanted[k] -= row[k] * error;
+        }
+    }
+    return loss;
+}
+
 /* Levels of target (b,) rounded with feedback inside the run, and their loss; stops once it is no less than `limit`. */
 static float fed_back(const job *j, const float *target, float scale, float offset, const float *factor, int64_t stride,
                       const float *diagonal, float limit, float *levels) {
+    if (j->width) return fed_back_groups(j, target, scale, factor, stride, diagonal, limit, levels);
     int b = (int)j->run;
     float wanted[RUN], loss = 0, inverse = scale == 0 ? 0 : 1 / scale;
     memcpy(wanted, target, b * sizeof(float));
@@ -135,9 +272,11 @@ static void first_scales(const job *j, const float *target, const float *factor,
         }
     } else {
         int signs = -lowest > highest ? 2 : 1;
-        for (int p = 0; p < count * signs; p++) {
-            float reach = signs == 2 ? 0.6f + 0.5f * (p % count) / (count - 1) : 0.6f + 0.45f * p / (count - 1);
+        if (signs == 1) extreme = fabsf(extreme);
+        for (int p = 0; p < count * signs + (j->width > 0); p++) {
+            float reach = signs == 2 ? 0.6f + 0.5f * (p % count) / (count - 1) : 0.6f + (j->width ? 0.7f : 0.45f) * p / (count - 1);
             float s = signs == 2 ? (p < count ? extreme : -extreme) / lowest * reach : extreme / highest * reach;
+            if (p == count * signs) s = extreme / j->levels[j->base]; /* all of one size: few books have it but for the smallest */
             if (s == 0) s = TINY;
             float loss = fed_back(j, target, s, 0, factor, stride, diagonal, best, levels);
             if (loss < best) { best = loss; *scale = s; memcpy(chosen, levels, sizeof chosen); }
@@ -149,8 +288,9 @@ static void first_scales(const job *j, const float *target, const float *factor,
     if (loss_of(j, chosen, s, o, target, factor, stride, diagonal) < best) *scale = s, *offset = o;
 }
 
-/* A float16 d and whole steps between low and high with d * steps near values, weighted. */
-static float best_steps(const float *values, const float *weight, int count, float low, float high, float *steps) {
+/* A float16 d and whole steps low, low + stride, ..., high with d * steps near values, weighted. */
+static float best_steps(const float *values, const float *weight, int count, float low, float high, float stride,
+                        float *steps) {
     float extreme = 0, best = INFINITY, found = 0, tried[RUNS];
     for (int i = 0; i < count; i++) if (fabsf(values[i]) > fabsf(extreme)) extreme = values[i];
     if (low >= 0 && extreme < 0) extreme = 0;
@@ -158,7 +298,7 @@ static float best_steps(const float *values, const float *weight, int count, flo
     for (int p = 0; p < (low < 0 ? 34 : 17); p++) {
         float d = half(extreme / (p < 17 && low < 0 ? low : high) * (0.85f + 0.025f * (p % 17))), loss = 0;
         for (int i = 0; i < count; i++) {
-            float step = rintf(d == 0 ? 0 : values[i] / d);
+            float step = low + stride * rintf(((d == 0 ? 0 : values[i] / d) - low) / stride);
             step = step < low ? low : step > high ? high : step;
             float off = step * d - values[i];
             tried[i] = step;
@@ -186,7 +326,7 @@ static int choose(row_state *r, int64_t row, int64_t run, const float *target, c
         float ts, to = 0;
         int a = 0, c = 0;
         if (sc) {
-            a = *sc + p;
+            a = *sc + (int)j->stride * p;
             if (a < j->step_low || a > j->step_high) continue;
             ts = d * a;
             if (mn) {
@@ -195,7 +335,7 @@ static int choose(row_state *r, int64_t row, int64_t run, const float *target, c
                 to = dmin * c;
             }
         } else {
-            ts = half(s * (1 + 0.06f * p / spread));
+            ts = held(j, s * (j->powers ? ldexpf(1, p) : 1 + 0.06f * p / spread));
             if (j->has_minimum) to = half(o + 0.5f * q * s);
         }
         float loss = fed_back(j, target, ts, to, factor, stride, diagonal, best, levels);
@@ -208,7 +348,7 @@ static int choose(row_state *r, int64_t row, int64_t run, const float *target, c
     if (!sc) {
         float fs, fo;
         refit(j, chosen, target, factor, stride, diagonal, &fs, &fo);
-        fs = half(fs);
+        fs = held(j, fs);
         fo = half(fo);
         if (loss_of(j, chosen, fs, fo, target, factor, stride, diagonal) < best) bs = fs, bo = fo;
         j->scale[row * supers + at] = bs;
@@ -237,9 +377,9 @@ static void sweep(row_state *r, int64_t row) {
         }
         float *d = j->scale + row * supers + at;
         if (j->has_steps) {
-            *d = best_steps(s, weight, (int)per, j->step_low, j->step_high, sc);
+            *d = best_steps(s, weight, (int)per, j->step_low, j->step_high, j->stride, sc);
             if (j->has_offsets) {
-                float dmin = best_steps(o, weight, (int)per, j->offset_low, j->offset_high, mn);
+                float dmin = best_steps(o, weight, (int)per, j->offset_low, j->offset_high, 1, mn);
                 j->minimum[row * supers + at] = dmin;
                 for (int64_t k = 0; k < per; k++) o[k] = dmin * mn[k];
             }
@@ -251,7 +391,7 @@ static void sweep(row_state *r, int64_t row) {
         }
         for (int64_t k = 0; k < per; k++) {
             int64_t run = at * per + k, start = run * b;
-            r->scale[run] = j->has_steps ? s[k] : half(s[k]);
+            r->scale[run] = j->has_steps ? s[k] : held(j, s[k]);
             r->offset[run] = j->has_steps ? o[k] : half(o[k]);
             for (int64_t i = 0; i < b; i++) local[i] = r->wanted[start + i] - r->carry[start + i];
             choose(r, row, run, local, j->factor + start * n + start, n, j->diagonal + start, 2, 0);

@@ -6,9 +6,10 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
+from lrcompress.ggml.codebooks import Codebook
 from lrcompress.ggml.types import BLOCK_TYPES, Blocks, BlockType
 
-BOTH_WAYS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+BOTH_WAYS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 
 def kind_of(name: str) -> gguf.GGMLQuantizationType:
@@ -20,16 +21,36 @@ def random_blocks(kind: BlockType, count: int) -> Blocks:
     draw = torch.Generator().manual_seed(0)
     runs = kind.block // kind.run
 
-    def whole(ends: tuple[int, int] | None) -> torch.Tensor | None:
+    def whole(ends: tuple[int, int] | None, stride: int = 1) -> torch.Tensor | None:
         if ends is None:
             return None
-        return torch.randint(ends[0], ends[1] + 1, (count, runs), generator=draw)
+        return ends[0] + stride * torch.randint((ends[1] - ends[0]) // stride + 1, (count, runs), generator=draw)
 
     def half() -> torch.Tensor:
         return torch.randn(count, generator=draw).half().float()
 
     codes = torch.randint(len(kind.levels), (count, kind.block), generator=draw)
-    return Blocks(codes, half(), half() if kind.has_minimum else None, whole(kind.steps), whole(kind.offsets))
+    if kind.book is not None:
+        codes = from_book(kind.book(), codes)
+    powers = torch.ldexp(torch.ones(count), torch.randint(-128, 128, (count,), generator=draw))
+    return Blocks(
+        codes,
+        powers if kind.powers else half(),
+        half() if kind.has_minimum else None,
+        whole(kind.steps, kind.stride),
+        whole(kind.offsets),
+    )
+
+
+def from_book(book: Codebook, codes: torch.Tensor) -> torch.Tensor:
+    """Codes of entries and signs that a block can hold, chosen by what was drawn."""
+    shape = codes.shape
+    entries = book.entries[codes.reshape(-1, book.width).long().square().sum(1) * 7919 % len(book.entries)]
+    negative = (codes < book.base).reshape(-1, 8)
+    if book.even:
+        negative[:, 7] = negative[:, :7].sum(1) % 2 == 1
+    places, negative = entries.reshape(shape), negative.reshape(shape)
+    return torch.where(negative, book.base - 1 - places, book.base + places)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
