@@ -54,7 +54,7 @@ class Base(ABC):
 
     @abstractmethod
     def spec(self, shape: tuple[int, int], site: str = "") -> Spec:
-        """How a weight of this shape is stored; only an existing one may have a bias, or be dense."""
+        """How a weight of this shape is stored, dense where it cannot be; only an existing one may have a bias."""
 
     @abstractmethod
     def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:

@@ -25,8 +25,9 @@ QUANTISATION_VERSION = 2
 
 
 def holds_blocks(source: Source) -> bool:
-    """Whether a checkpoint has weights in llama.cpp's blocks."""
-    return any(spec.format == Ggml.name for spec in source.manifest.modules.values())
+    """Whether a checkpoint is a GGUF file's: weights in llama.cpp's blocks, and none that corrects such ones."""
+    blocks = any(spec.format == Ggml.name for spec in source.manifest.modules.values())
+    return blocks and ((source.report or {}).get("recipe") or {}).get("base") is None
 
 
 def block_weights(source: Source) -> dict[str, Weight]:
@@ -52,8 +53,13 @@ def most_common(source: Source) -> str:
     for spec in source.manifest.modules.values():
         if spec.format == Ggml.name:
             numbers[spec.parameters["type"]] += spec.shape[0] * spec.shape[1]
-    kind = numbers.most_common(1)[0][0]
-    return next((name for name in (f"{kind}_M", kind) if name in FILE_TYPES), OTHERS)
+    return named_after(numbers.most_common(1)[0][0])
+
+
+def named_after(kind: str) -> str:
+    """The file type for a file most of whose weights have this block type."""
+    found = [name for name, (_, main) in FILE_TYPES.items() if main == kind]
+    return next((name for name in (f"{kind}_M", kind, *found) if name in found), OTHERS)
 
 
 def write_blocks(source: Source, converted: Path, names: Converted, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in llama.cpp's simple blocks: integers as they are, everything else rounded to Q8_0.
+"""Weights of a checkpoint in llama.cpp's blocks: its own and integers as they are, everything else rounded to Q8_0.
 
 The corrections of a sum become a LoRA file beside the model's.
 """
@@ -15,10 +15,11 @@ from torch import Tensor
 from lrcompress.checkpoint.converter import Converted
 from lrcompress.checkpoint.one_rank import one_rank, padded
 from lrcompress.evaluation.loading import load_model
-from lrcompress.export.block_file import stored_as, write_file
+from lrcompress.export.block_file import named_after, stored_as, write_file
 from lrcompress.export.packed import Codes, base_of, read_codes
 from lrcompress.export.rounding import perplexity_rise
 from lrcompress.export.source import Source
+from lrcompress.formats.ggml import Ggml
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.sum import Sum
 from lrcompress.ggml.types import BLOCK_TYPES, Blocks
@@ -113,7 +114,12 @@ class NativeBlocks:
 
     def chosen(self, site: str) -> Chosen:
         """A module's weight in blocks, without its correction where the base has blocks of its own."""
-        if base_of(self.source.manifest.modules[site]).format == Quantized.name:
+        base = base_of(self.source.manifest.modules[site])
+        if base.format == Ggml.name:
+            layer: Any = self.source.layer(site)
+            layer = layer.base if isinstance(layer, Sum) else layer
+            return Chosen(base.parameters["type"], layer.blocks, 0.0)
+        if base.format == Quantized.name:
             found = of_codes(read_codes(self.source, site))
             if found is not None:
                 return found
@@ -137,7 +143,7 @@ class NativeBlocks:
         if not count:
             return self.converted
         makers = {tensor.name: self._maker(tensor) for tensor in self.reader.tensors}
-        write_file(self.reader, output, count.most_common(1)[0][0], self.kinds, makers)
+        write_file(self.reader, output, named_after(count.most_common(1)[0][0]), self.kinds, makers)
         return output
 
     def _maker(self, tensor: Any) -> Any:

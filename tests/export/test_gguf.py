@@ -56,7 +56,11 @@ INPUT = {"method": {"name": "lord", "metric": "input"}}
 PLACES = {"self_attn.q_proj": "attn_q", "self_attn.v_proj": "attn_v", "mlp.up_proj": "ffn_up"}
 
 
-@pytest.mark.parametrize(("base", "kind"), [("rtn:2:32", "Q4_0"), ("gptq:3:32", "Q4_0"), ("rtn:4:32", "Q5_0")])
+KINDS = [("rtn:2:32", "Q4_0"), ("gptq:3:32", "Q4_0"), ("rtn:4:32", "Q5_0"), ("ggml:mxfp4", "MXFP4"),
+         ("ggml:IQ3_S", "IQ4_NL")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "kind"), KINDS)
 def test_integers_and_corrections_keep_their_numbers(compressed, stand_in, tmp_path, base, kind):
     source, output = compressed("llama", dtype="bfloat16", **eora(base)), tmp_path / "model.gguf"
     result = export_gguf(str(source), output, converter=stand_in, dtype="float32")
