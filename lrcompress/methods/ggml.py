@@ -16,7 +16,7 @@ from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
-MIXED = ("Q2_K", "Q3_K", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0")
+MIXED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0")
 """What a weight may get where a size is asked for, or falls back to: each errs far less than the one before."""
 
 
