@@ -1,9 +1,8 @@
 """Rules of the house: who may import whom, and what the package may not contain."""
 
 import ast
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lrcompress"
 LAYERS = [
@@ -16,6 +15,7 @@ LAYERS = [
         "processes",
         "grams",
         "finite",
+        "meta",
         "folders",
         "side_by_side",
         "_autoload",
@@ -41,7 +41,13 @@ LAYERS = [
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@cache
+def files() -> dict[Path, ast.AST]:
+    found = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    assert len(found) > 100
+    return found
 
 
 def part(path: Path) -> str:
@@ -58,27 +64,25 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_layer_imports_only_itself_and_those_above(path):
-    if part(path) in ("__init__", "__main__"):
-        return
-    for name in imports(ast.parse(path.read_text())):
-        if name.startswith("lrcompress."):
-            assert RANK[name.split(".")[1]] <= RANK[part(path)], f"{path} imports {name}"
+def test_a_layer_imports_only_itself_and_those_above():
+    for path, tree in files().items():
+        for name in imports(tree) if part(path) not in ("__init__", "__main__") else ():
+            if name.startswith("lrcompress."):
+                assert RANK[name.split(".")[1]] <= RANK[part(path)], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_mathematics_knows_no_transformers(path):
-    if RANK.get(part(path), 99) < RANK["model"]:
-        assert not any(n.split(".")[0] == "transformers" for n in imports(ast.parse(path.read_text())))
+def test_mathematics_knows_no_transformers():
+    for path, tree in files().items():
+        if RANK.get(part(path), 99) < RANK["model"]:
+            assert not any(name.split(".")[0] == "transformers" for name in imports(tree)), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_device_literal_no_architecture_no_pickle(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not node.value.startswith("cuda")
-        if isinstance(node, ast.Attribute):
-            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in ("load", "save"))
-    assert "pickle" not in imports(tree)
+def test_no_device_literal_no_architecture_no_pickle():
+    for path, tree in files().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith("cuda"), path
+            if isinstance(node, ast.Attribute):
+                assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"
+                            and node.attr in ("load", "save")), path  # fmt: skip
+        assert "pickle" not in imports(tree), path

@@ -23,6 +23,7 @@ from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
 from lrcompress.checkpoint.mapped import leave_files
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
+from lrcompress.meta import on_meta
 from lrcompress.model.experts import linear_experts, linearise
 from lrcompress.model.surgery import connect, densify, install
 
@@ -55,7 +56,7 @@ class LrcompressQuantizer(HfQuantizer):
         for name, fused in manifest.experts.items():
             if name not in found or not set(fused) <= set(found[name].fused_weights()):
                 raise InputError(f"the manifest names experts {name}, which this model does not have so")
-            with torch.device("meta"):
+            with on_meta():
                 found[name].mark(fused)
             # Some models fill the fused weights from the module around them, unless it is said to be filled.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT, GATHERED, linear, way
 from lrcompress.kernels.rows import NumberRows, Rows
+from lrcompress.meta import on_meta
 from lrcompress.protocols import Spec
 from lrcompress.registry import Registry
 
@@ -64,7 +65,7 @@ class StoredLinear(nn.Module, ABC):
     @classmethod
     def numbers(cls, spec: Spec) -> int:
         """Count of stored numbers of the weight (indices and an added bias included)."""
-        with torch.device("meta"):
+        with on_meta():
             stored = cls(spec, torch.float32).state_dict()
         original_bias = spec.shape[0] if spec.bias and not spec.added_bias else 0
         return sum(t.numel() for t in stored.values()) - original_bias
@@ -228,7 +229,7 @@ def restored(
 
     The empty `weight` may be missing from the tensors. InputError where their indices point nowhere.
     """
-    with torch.device("meta"):
+    with on_meta():
         module = build(spec.alone(), dtype)
     cast = {k: t.to(device, dtype if t.is_floating_point() else None) for k, t in tensors.items()}
     module.load_state_dict({"weight": torch.empty(0, dtype=dtype, device=device), **cast}, assign=True)
@@ -238,7 +239,7 @@ def restored(
 
 def stored_tensors(spec: Spec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name to meta tensor of everything that is stored for `spec`."""
-    with torch.device("meta"):
+    with on_meta():
         return dict(build(spec, dtype).state_dict())
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from lrcompress.meta import on_meta
 from lrcompress.model.skeleton import Renaming
 
 INTERLEAVED, FLAGS = "is_concatenated", ("is_transposed", "has_bias", "has_gate")
@@ -55,7 +56,7 @@ class LinearExperts(nn.Module):
         count, rows, columns = fused.down_proj.shape  # type: ignore[misc,union-attr]
         inner, hidden = (rows, columns) if fused.is_transposed else (columns, rows)
         self.count = int(count)  # type: ignore[call-overload]
-        with torch.device("meta"):
+        with on_meta():
             for index in range(self.count):
                 self.add_module(str(index), Expert(hidden, inner, fused))  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lrcompress.errors import InputError, LrcompressError
+from lrcompress.meta import Undrawn
 from lrcompress.model.device import out_of_memory
 
 MOST_POSITIONS = 10**8
@@ -114,7 +115,12 @@ def empty_model(config: object, *, trust_remote_code: bool = False) -> nn.Module
     from accelerate import init_empty_weights
 
     with library_errors("no language model can be built from its config"):
-        with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]), _NothingAllocated():
+        with (
+            init_empty_weights(include_buffers=False),
+            torch.random.fork_rng(devices=[]),
+            _NothingAllocated(),
+            Undrawn(),
+        ):
             auto = auto_class(config)
             if hasattr(auto, "from_config"):
                 model = auto.from_config(config, trust_remote_code=trust_remote_code)

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear, build
 from lrcompress.formats.table import Table, TableEmbedding, TiedHead, table_like
+from lrcompress.meta import on_meta
 from lrcompress.model.experts import fuse
 from lrcompress.protocols import Spec
 
 
 def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None:
     """Replace module `name` by the format of `spec`, on the meta device, its tensors to be loaded."""
-    with torch.device("meta"):
+    with on_meta():
         put(model, name, build(spec, dtype))
 
 
@@ -82,7 +83,7 @@ def stored_layers(model: nn.Module) -> dict[str, StoredLinear]:
 
 def _tied_layer(head: TiedHead, embeddings: nn.Module) -> nn.Module:
     """nn.Linear of the weight of `embeddings`."""
-    with torch.device("meta"):
+    with on_meta():
         layer = nn.Linear(head.in_features, head.out_features, bias=False)
     layer.weight = embeddings.weight  # type: ignore[assignment]
     return layer
@@ -97,7 +98,7 @@ def dense_layer(module: StoredLinear, dtype: torch.dtype | None = None) -> nn.Mo
     dtype = dtype or module.weight.dtype
     if isinstance(module, TableEmbedding):
         return module.dense_embedding(weight.to(dtype))
-    with torch.device("meta"):
+    with on_meta():
         layer: nn.Module = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
         if module.spec.conv1d:
             layer = Conv1D(module.out_features, module.in_features)
