@@ -1,7 +1,4 @@
-"""The command line, and other code, in processes of their own that need not import torch: they fork from a server.
-
-The server has imported the libraries only, nothing of lrcompress, and never run them.
-"""
+"""The command line, and other code, in processes of their own that need not import anything: they fork from a server."""
 
 import multiprocessing
 import os
@@ -14,10 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ["torch", "transformers", "transformers.models.llama.modeling_llama", "lm_eval.evaluator", "typer", "rich"]
-
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(LIBRARIES)
+_server.set_forkserver_preload(["tests.preloaded"])
 
 
 class Running:
@@ -63,7 +58,7 @@ def run_cli(*args: Any, timeout: float = 300, **how: Any) -> subprocess.Complete
 
 
 def start_code(code: str, *args: Any, environment: dict[str, str] | None = None) -> Running:
-    """`python -c CODE ARGS` begun, where the libraries are imported already."""
+    """`python -c CODE ARGS` begun, where everything is imported already."""
     return Running(_code, [code, *map(str, args)], environment or {})
 
 

@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import json
@@ -39,6 +40,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of every later collection of garbage: one through all of it takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +94,22 @@ def once(common: Path) -> Callable[[str, Callable[[Path], Any]], Path]:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """Real English text, a part of what every Python carries."""
+    """Real English text, a part of what every Python carries: `python-docs` of the suite."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
 
 
 @pytest.fixture(scope="session")
-def tokenizer(text: str) -> Any:
+def prose() -> str:
+    """More such text, to learn from."""
+    from pydoc_data import topics
+
+    return topics.prose
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prose: str) -> Any:
     """A byte-level BPE of 320 pieces that adds no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +120,7 @@ def tokenizer(text: str) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    raw.train_from_iterator([text[:100_000]], trainer)
+    raw.train_from_iterator([prose[:100_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
 
 

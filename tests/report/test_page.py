@@ -80,7 +80,7 @@ def test_the_page_says_what_the_report_says(everything, measured, llama):
         f"{report.ratio.stored:.2%}", f"{report.ratio.whole_model:.2%}", "40.00%", "lord", "centred", "uniform", str(llama),
         f"{ours:.4f}", f"{dense:.4f}", f"x{ours / dense:.3f}", "which is not general text",
         f"{report.seconds['decompose']:.1f} s", f"{report.peak_rss_bytes / 1e6:.1f} MB", "ratio: 0.4",
-        f"lrcompress run {measured}/recipe.yaml -o out-again", "The dog", f"dense ({llama})",
+        f"lrcompress run {measured}/recipe.yaml -o {measured.name}-again", "The dog", f"dense ({llama})",
     ):  # fmt: skip
         assert text in parsed.text, text
     assert parsed.text.count(", met\n") == parsed.text.count(", missed\n") == 1
