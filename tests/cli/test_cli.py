@@ -340,7 +340,7 @@ def test_a_full_disk_is_exit_code_3_and_leaves_nothing_half_written(llama, tmp_p
     assert compress(llama, tmp_path / "out", "--resume").returncode == 0
 
 
-LONG = ["--samples", "256", "--seqlen", "64"]
+LONG = ["--samples", "96", "--seqlen", "64"]
 
 
 def start(model, output, *extra):
