@@ -320,16 +320,17 @@ def test_experts_that_are_left_out_stay_as_they_are(make_model, tmp_path):
     assert inspected["model.layers.0.mlp.experts.2.up_proj"]["spectrum"][0] == pytest.approx(float(values[0]))
 
 
-def test_plain_transformers_refuses_them(make_model, mixture, tmp_path):
-    """All compressed, or experts of one module partly: what is stored never loads as something else."""
+def test_plain_transformers_refuses_them(make_model, compressed, mixture, tmp_path):
+    """Linear layers, all experts, or those of one module partly: what is stored never loads as something else."""
     partly = [
         compress_tiny(make_model(family), tmp_path / family, ignore=["*.experts.1.*"])
         for family in ("mixtral", "qwen3_moe")
     ]
-    folders = [*map(mixture, MIXTURES), *(result.folder for result in partly)]
+    folders = [compressed(), *map(mixture, MIXTURES), *(result.folder for result in partly)]
     code = """
 import sys
 from transformers import AutoModelForCausalLM
+assert "lrcompress" not in sys.modules
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
@@ -340,6 +341,7 @@ for folder in sys.argv[1:]:
     done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=False)
     said = done.stdout.split()
     assert len(said) == len(folders), done.stderr[-2000:]
+    assert "ignore_mismatched_sizes" in said[0]
     assert all("ignore_mismatched_sizes" in line or "conversion" in line for line in said), said
 
 

@@ -255,7 +255,7 @@ def test_a_report_that_makes_no_sense_is_no_finished_run(llama, tmp_path):
 def test_a_tokenizer_that_makes_tokens_that_the_model_does_not_know(llama, tmp_path, metric):
     copied(llama, tmp_path / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
-    tokenizer.add_tokens(["the"])
+    tokenizer.add_tokens(["e "])
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="model makes token 320, the model knows 320: its tokenizer files belong"):
         compress_tiny(tmp_path / "model", tmp_path / "out", method={"name": "lord", "metric": metric})
