@@ -1,9 +1,10 @@
 """Parts of a stream, whole rows of codes each: in C where there is a compiler, in numpy where not."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from lrcompress.coding.plain import Part, damaged
 from lrcompress.kernels.native import library
 
 Block = npt.NDArray[np.generic]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _FAULTS = {
     1: plain.OUT_OF_WORDS,
@@ -31,8 +34,7 @@ def encode(
     native = _native()
     if native is None:
         return plain.encode([codes[rows] for rows in parts], [classes.rows(rows) for rows in parts], lanes)
-    with ThreadPoolExecutor(max(1, min(threads, len(parts)))) as pool:
-        return list(pool.map(lambda rows: _encode(native, codes[rows], classes.rows(rows), lanes), parts))
+    return _each(lambda rows: _encode(native, codes[rows], classes.rows(rows), lanes), parts, threads)
 
 
 def decode(parts: Sequence[Part], classes: Sequence[Classes], lanes: int, out: Sequence[Block], threads: int) -> None:
@@ -41,11 +43,16 @@ def decode(parts: Sequence[Part], classes: Sequence[Classes], lanes: int, out: S
     if native is None:
         return plain.decode(parts, classes, lanes, out)
     _ = classes[0].tables.decoding  # made once, before the threads
-    with ThreadPoolExecutor(max(1, min(threads, len(parts)))) as pool:
-        list(
-            pool.map(lambda one: _decode(native, one[0], one[1], lanes, one[2]), zip(parts, classes, out, strict=True))
-        )
+    whole = list(zip(parts, classes, out, strict=True))
+    _each(lambda one: _decode(native, one[0], one[1], lanes, one[2]), whole, threads)
     return None
+
+
+def _each(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    if min(threads, len(items)) <= 1:  # starting one thread, and waiting for it, takes longer than a small part
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(threads, len(items))) as pool:
+        return list(pool.map(work, items))
 
 
 @cache
