@@ -36,12 +36,16 @@ def server(card: Path, *options: str) -> Iterator[None]:
             while not _healthy():
                 if running.poll() is not None or time.monotonic() - begun > STARTING:
                     log.seek(0)
-                    raise RuntimeError(f"{line} did not start: {log.read().decode()[-2000:]}")
+                    raise DidNotStart(f"{line} did not start: {log.read().decode()[-2000:]}")
                 time.sleep(1)
             yield
         finally:
             running.terminate()
             running.wait(60)
+
+
+class DidNotStart(Exception):
+    """The server ended, or took too long."""
 
 
 def _healthy() -> bool:
