@@ -80,6 +80,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pivoted": {"method": {"name": "lord", "metric": "centred"}, "format": "pivoted", "ratio": 0.2},
     "joined": {"method": {"name": "welore", "join": "auto"}, "ratio": 0.4},
     "mixed": {"method": "welore", "ratio": 0.15},
+    "some_dense": {
+        "method": {"name": "lord", "metric": "centred"},
+        "ratio": 0.2,
+        "ignore": ["*.k_proj", "*.1.*up_proj"],
+    },
     "coded": {"method": "ecsq", "ratio": None, "bpw": 4},
     "quantized": {"method": {"name": "eora", "metric": "centred"}, "base": "rtn:4:32", "ratio": None, "rank": 0},
     "sum": {"method": {"name": "eora", "metric": "centred"}, "base": "rtn:3:32", "ratio": None, "rank": 6},
@@ -119,7 +124,7 @@ def compress(dense: Path, output: Path, name: str) -> Path:
     others = {**EXPERTS, **{name: recipe for (_, name), recipe in REFUSED.items()}}
     recipe = others[name] if name in others else RECIPES[name]
     if name in RECIPES and dense.parent.name == "mixtral":
-        recipe = {**recipe, "ignore": ["*experts*"]}
+        recipe = {**recipe, "ignore": [*recipe.get("ignore", []), "*experts*"]}
     data = {
         "model": str(dense),
         "calibration": {"source": "python-docs", "samples": 4, "seqlen": 64},
