@@ -1,6 +1,6 @@
 """What config.json says about a compressed checkpoint, and what its files say."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,17 @@ def check_stored(manifest: Manifest, reader: CheckpointReader) -> None:
                 )
 
 
-def counted(reader: CheckpointReader, sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
-    """Bytes and numbers that the files hold for every site's weight: all its tensors but a bias of the dense layer."""
+def counted(files: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
+    """Bytes and numbers that `files`, meta tensors by the model's names, hold for every site's weight.
+
+    That is all its tensors but a bias of the dense layer.
+    """
     stored: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    for name in reader.names():
+    for name, meta in files.items():
         parts = name.split(".")
         owner = next((o for i in range(1, len(parts)) if (o := ".".join(parts[:i])) in stored), None)
         if owner is not None:
-            stored[owner].append(reader.meta(name))
+            stored[owner].append(meta)
     return {site.name: _count(site, stored[site.name]) for site in sites}
 
 

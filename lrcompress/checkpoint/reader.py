@@ -58,6 +58,10 @@ class CheckpointReader:
         """The stored tensors that a written checkpoint must hold in the place of tensor `name`; none: itself."""
         return []
 
+    def metas(self) -> dict[str, Tensor]:
+        """`meta` of every tensor, by name."""
+        return {name: self.meta(name) for name in self.names()}
+
     def meta(self, name: str) -> Tensor:
         """A meta tensor of the shape and dtype that it is read in."""
         return self._as_read(name)

@@ -13,6 +13,7 @@ from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, StoredLinear, restored
+from lrcompress.model.skeleton import stored_names
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.summary import load_report
 
@@ -65,18 +66,21 @@ def exported_report(
     if source.report is None:
         return None
     _, original = open_skeleton(source.folder, source.manifest.modules, trust_remote_code=trust_remote_code)
-    _, reader = open_skeleton(folder, modules, trust_remote_code=trust_remote_code)
+    model, reader = open_skeleton(folder, modules, trust_remote_code=trust_remote_code)
+    kept = stored_names(model, (name for name in reader.names() if name not in reader.made()))
+    called = {stored: name for name, stored in kept.items()}
+    files = {called.get(name, name): meta for name, meta in reader.metas().items()}
     originals, sites, targets = set(original.names()), [], []
     for entry in source.report["targets"]:
         name, shape = entry["name"], (int(entry["shape"][0]), int(entry["shape"][1]))
         before = source.manifest.modules.get(name)
         had_bias = before.bias and not before.added_bias if before else f"{name}.bias" in originals
         sites.append(Site(name, shape, 0, name, had_bias))
-    found = counted(reader, sites)
+    found = counted(files, sites)
     for entry, site in zip(source.report["targets"], sites, strict=True):
         name, shape, before = site.name, site.shape, source.manifest.modules.get(site.name)
         spec = modules.get(name, Spec(DENSE, shape))
-        size = shape[0] * shape[1] * reader.meta(f"{name}.weight").itemsize
+        size = shape[0] * shape[1] * files[f"{name}.weight"].itemsize
         same = spec.format == DENSE or spec == before  # dense: multiplied out, or never compressed
         targets.append({
             **entry, "format": spec.format, "rank": spec.rank, "bytes": found[name][0],
@@ -86,9 +90,9 @@ def exported_report(
     numbers_stored = sum(numbers for _, numbers in found.values())
     dense, stored = sum(t["dense_bytes"] for t in targets), sum(t["bytes"] for t in targets)
     ratio = Ratio(None, dense, stored, reader.bytes - stored + dense, reader.bytes, numbers_dense, numbers_stored)
-    kept = {key: value for key, value in source.report.items() if key != "evaluation"}
+    made = {key: value for key, value in source.report.items() if key != "evaluation"}
     return {
-        **kept,
+        **made,
         "exported_from": source.label,
         "ratio": ratio.as_json(),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": reader.bytes},

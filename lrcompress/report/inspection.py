@@ -35,7 +35,7 @@ def inspect_model(
     named = sorted(manifest.modules)
     sites = find_sites(skeleton, find_blocks(skeleton), named, [], tokens=True) if named else []
     inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
-    size, sizes = reader.dtype.itemsize, counted(reader, sites)
+    size, sizes = reader.dtype.itemsize, counted(reader.metas(), sites)
     targets = []
     for site in [*sites, *inside]:
         spec = manifest.modules.get(site.name, Spec("dense", site.shape, site.bias, conv1d=site.conv1d))

@@ -21,7 +21,7 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
     recipe = opened.request.recipe
     compressed = [name for name, spec in plan.specs.items() if spec.format != DENSE]
     reader = ExpertReader(folder, opened.skeleton, compressed)  # experts that all stayed dense are fused in the files
-    found = counted(reader, opened.sites)
+    found = counted(reader.metas(), opened.sites)
     ratio = Ratio(
         asked=recipe.ratio,
         of=recipe.ratio_of,
