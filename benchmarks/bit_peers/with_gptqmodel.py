@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it loads nothing with the one that it takes on two cores
 
 from common import linears, save
-from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors.torch import load_file
 
 folder, ids, output, setting = sys.argv[1:]
@@ -24,12 +24,12 @@ with tempfile.TemporaryDirectory() as saved:
     model.save(saved)
     for path in Path(saved).glob("*.safetensors"):
         parts |= load_file(path)
+    # Loaded again: what was just quantised lies on the disk, without numbers in memory.
+    loaded = GPTQModel.load(saved, device="cpu", backend=BACKEND.TORCH).model
 for name in shapes:
     own = {key.rsplit(".", 1)[1]: tensor for key, tensor in parts.items() if key.startswith(f"{name}.")}
     # An ordering of the columns that is the plain one is not needed to read the weight.
     stored += sum(tensor.nbytes for key, tensor in own.items() if key != "g_idx")
-found = {}
-for name, module in model.model.named_modules():
-    if name in shapes:
-        found[name] = module.dequantize_weight().T.float().reshape(shapes[name])
+modules = {name: module for name, module in loaded.named_modules() if name in shapes}
+found = {name: module.dequantize_weight().T.float().reshape(shapes[name]) for name, module in modules.items()}
 save(output, found, stored, version("gptqmodel"))
