@@ -17,7 +17,10 @@ from lrcompress.kernels.native import library
 from lrcompress.kernels.rows import KINDS, NumberRows, PairRows, QuantizedRows, Rows, SparseRows
 
 FEW = 8
-"""Rows of x from which on panels are faster."""
+"""Rows of x up to which products on what is stored are faster than panels."""
+
+FEW_OF_NUMBERS, LONG = 4, 4096
+"""The same for weights that are numbers already; for rows of more than LONG columns it is one."""
 
 PANEL = 2**22
 """Bytes of a panel, at most: of longer ones torch's product is slower in float32, of shorter ones in bfloat16."""
@@ -47,11 +50,18 @@ def way(weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool = Fals
     numbers = isinstance(weight, NumberRows)
     if _functions(weight, dtype) is None:
         return DENSE_PRODUCT if numbers else PLAIN
-    if count <= FEW:
+    if count <= few_rows(weight):
         return COMPILED
     if numbers:
         return DENSE_PRODUCT
     return GATHERED if not transposed and _gathers(weight, count, dtype) else PANELS
+
+
+def few_rows(weight: Rows) -> int:
+    """Rows of x up to which compiled code multiplies them by what is stored."""
+    if not isinstance(weight, NumberRows):
+        return FEW
+    return 1 if weight.columns > LONG else FEW_OF_NUMBERS
 
 
 def _gathers(weight: Rows, count: int, dtype: torch.dtype) -> bool:
@@ -83,7 +93,8 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
 
     Gradients of x, W and the bias; where W's are wanted, or x has many rows, it is torch's own product.
     """
-    few = torch.compiler.is_compiling() or 0 < x.numel() <= FEW * x.shape[-1]  # a trace is for any number of rows
+    count = few_rows(NumberRows(values)) * x.shape[-1]
+    few = torch.compiler.is_compiling() or 0 < x.numel() <= count  # a trace is for any number of rows
     learnt = torch.is_grad_enabled() and values.requires_grad
     if learnt or not few or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
         return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
@@ -103,9 +114,10 @@ def multiply(x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
     functions = _functions(weight, x.dtype)
     if functions is not None and not transposed and _gathers(weight, len(x), x.dtype):
         return _gathered(x, weight, functions)
-    if isinstance(weight, NumberRows) and (functions is None or not 0 < len(x) <= FEW):
+    few = functions is not None and 0 < len(x) <= few_rows(weight)
+    if isinstance(weight, NumberRows) and not few:
         return x @ weight.values if transposed else torch.nn.functional.linear(x, weight.values)
-    if functions is None or not 0 < len(x) <= FEW:
+    if functions is None or not few:
         return _added(x, weight) if transposed else _by_panels(x, weight)
     x = x.contiguous()
     y = x.new_empty(len(x), weight.columns if transposed else weight.rows)
