@@ -22,7 +22,7 @@ from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT
 from tests.commands import run_cli
 
 KERNEL = COMPILED if shutil.which("cc") else DENSE_PRODUCT
-"""What multiplies few rows by a factor."""
+"""What multiplies one row by a factor."""
 
 SMALL = BenchSpec(batches=(1, 3), contexts=(8,), new_tokens=4, repeats=2)
 OPTIONS = {"device": "cpu", "dtype": "auto", "trust_remote_code": False}
@@ -130,7 +130,8 @@ def test_bounds_are_those_of_the_shapes(light, llama, compressed):
     assert decode["speedup"] == pytest.approx((linear + head) / (kept + head))
     assert result["bytes"] == {"dense": reader.bytes, "compressed": CheckpointReader(compressed).bytes}
     stored = sum(t["format"] == "low_rank" for t in report["targets"])
-    assert result["kernels"] == {key: {f"low_rank: {KERNEL}": stored} for key in ("prefill", "decode")}
+    kernels = {"prefill": DENSE_PRODUCT, "decode": KERNEL}  # 8 rows are many for a factor
+    assert result["kernels"] == {key: {f"low_rank: {kernel}": stored} for key, kernel in kernels.items()}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
