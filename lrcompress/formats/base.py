@@ -21,6 +21,9 @@ DENSE = "dense"
 RIGHT_FACTORS = ("A.weight", "pivot.weight")
 """What the layer of StoredLinear.right_factor is called in the formats that have one."""
 
+SHARED_DICTIONARY = ("dictionary", "dictionary_scale")
+"""What a dictionary that several weights share is called."""
+
 FORMATS: Registry[type["StoredLinear"]] = Registry("format", "lrcompress.formats")
 
 
@@ -270,7 +273,7 @@ def possible_places(key: str, own: str, owner: str) -> list[str]:
 
     The owner's format may differ, and call it otherwise.
     """
-    lent = RIGHT_FACTORS if key in RIGHT_FACTORS else (key,)
+    lent = RIGHT_FACTORS if key in RIGHT_FACTORS else (key,) if key in SHARED_DICTIONARY else ()
     return [own + key, *(owner + name for name in lent)]
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lrcompress.errors import InputError
-from lrcompress.formats import FORMATS, build, spec_bytes, spec_numbers, stored_tensors
+from lrcompress.formats import FORMATS, build, possible_places, spec_bytes, spec_numbers, stored_tensors
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.semi_sparse import SemiSparse, top_two
@@ -428,3 +428,11 @@ def test_codes_multiply_as_integers_and_as_numbers_alike(dtype, rows, features):
     exact = x.double() @ module.dense().double().T + values.to(dtype).double()
     size = (x.double().abs() @ module.dense().double().abs().T + values.double().abs()).max()
     assert float((module(x).double() - exact).abs().max()) < 4 * torch.finfo(dtype).eps * float(size)
+
+
+def test_only_what_is_shared_is_looked_for_at_its_owner():
+    """A damaged file that lacks another tensor must not get the owner's in its place."""
+    assert possible_places("A.weight", "a.", "b.") == ["a.A.weight", "b.A.weight", "b.pivot.weight"]
+    assert possible_places("dictionary_scale", "a.", "b.") == ["a.dictionary_scale", "b.dictionary_scale"]
+    for own in ("B.weight", "rest.weight", "coefficients", "positions", "order"):
+        assert possible_places(own, "a.", "b.") == [f"a.{own}"]
