@@ -95,6 +95,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
     """
     count = few_rows(NumberRows(values)) * x.shape[-1]
     few = torch.compiler.is_compiling() or 0 < x.numel() <= count  # a trace is for any number of rows
+    few = few and x.device.type == "cpu"
     learnt = torch.is_grad_enabled() and values.requires_grad
     if learnt or not few or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
         return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
