@@ -16,18 +16,22 @@ def placed(first: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     order (a + b,) int16 or int32. IndexError where it names a place that is not there.
     """
     learnt = torch.is_grad_enabled() and (first.requires_grad or rest.requires_grad)
-    if learnt or torch.compiler.is_compiling():  # what torch compiles does it in one go
-        rows = torch.cat([first, rest], dim=-1)
-        # In two dimensions: torch selects along the last of three several times slower.
-        return rows.reshape(-1, len(order)).index_select(1, order.long()).view(rows.shape)
-    y: Tensor = torch.ops.lrcompress.placed(first.flatten(0, -2), rest.flatten(0, -2), order)
+    # In two dimensions: torch selects along the last of three several times slower.
+    parts = first.reshape(-1, first.shape[-1]), rest.reshape(-1, rest.shape[-1])
+    # What torch compiles does it in one go.
+    place = _selected if learnt or torch.compiler.is_compiling() else torch.ops.lrcompress.placed
+    y: Tensor = place(*parts, order)
     return y.view(*first.shape[:-1], len(order))
+
+
+def _selected(first: Tensor, rest: Tensor, order: Tensor) -> Tensor:
+    return torch.cat([first, rest], dim=-1).index_select(1, order.long())
 
 
 def _placed(first: Tensor, rest: Tensor, order: Tensor) -> Tensor:
     compiled = library("rows") if first.device.type == "cpu" and first.dtype == rest.dtype else None
     if compiled is None or first.itemsize not in (2, 4) or order.itemsize not in (2, 4):
-        return torch.cat([first, rest], dim=-1).index_select(1, order.long())
+        return _selected(first, rest, order)
     first, rest, order = first.contiguous(), rest.contiguous(), order.contiguous()
     y = first.new_empty(len(first), len(order))
     sizes = (len(first), first.shape[1], rest.shape[1])

@@ -179,6 +179,12 @@ def test_outputs_are_put_into_their_places(dtype, index, rows):
     assert torch.equal(placed(first, both[..., 5:], order), both[..., order.long()])  # a part of longer rows
 
 
+def test_one_row_without_a_dimension_of_rows():
+    first, rest, order = torch.arange(2.0), torch.arange(2.0, 5.0), torch.tensor([4, 0, 3, 1, 2], dtype=torch.int16)
+    for one in (first, first.clone().requires_grad_(True)):
+        assert torch.equal(placed(one, rest, order), order.float())
+
+
 def test_an_order_that_names_no_place_is_an_error():
     for wrong in (-1, 3):
         with pytest.raises(IndexError):
