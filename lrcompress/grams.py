@@ -2,9 +2,10 @@
 
 import itertools
 
+import torch
 from torch import Tensor
 
-PANELS, NARROWEST = 8, 128
+PANELS, NARROWEST = 16, 128
 """A Gram is added up in so many panels of columns at most, none narrower."""
 
 
@@ -22,4 +23,11 @@ def add_gram(upper: Tensor, rows: Tensor) -> None:
 
 def symmetric(upper: Tensor) -> Tensor:
     """The symmetric matrix with the upper triangle of `upper` (n, n)."""
-    return upper.triu() + upper.triu(1).T
+    found = torch.empty_like(upper)
+    for start in range(0, len(upper), NARROWEST):
+        stop = min(start + NARROWEST, len(upper))
+        corner = upper[start:stop, start:stop]
+        found[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+        found[start:stop, stop:] = upper[start:stop, stop:]
+        found[stop:, start:stop] = upper[start:stop, stop:].T
+    return found

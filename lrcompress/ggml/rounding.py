@@ -44,7 +44,7 @@ def make_metric(inputs: Tensor, outputs: Tensor | None, run: int, damping: float
 
     ArithmeticError where one is not positive semidefinite.
     """
-    factor, diagonal = unit_factor(inputs, damping)
+    factor, diagonal = (part.double() for part in unit_factor(inputs, damping))
     diagonal = diagonal / diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
     gram = (factor * diagonal) @ factor.T
     spans = torch.stack([part[:, at] for at, part in _diagonal_blocks(gram, run)])
@@ -52,7 +52,7 @@ def make_metric(inputs: Tensor, outputs: Tensor | None, run: int, damping: float
     own = upper.diagonal(dim1=-2, dim2=-1)
     rows = rows_factor = None
     if outputs is not None:
-        rows_factor, weights = unit_factor(outputs, output_damping)
+        rows_factor, weights = (part.double() for part in unit_factor(outputs, output_damping))
         weights = weights / weights.mean().clamp_min(torch.finfo(torch.float64).tiny)
         rows = ((rows_factor * weights) @ rows_factor.T).float().contiguous()
         rows_factor = rows_factor.float().contiguous()

@@ -23,6 +23,7 @@ WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 loaded is the one that torch's wheels bring."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
+    "feedback": "is done by torch, many times slower",
     "rows": "decodes in plain torch, many times slower",
     "blocks": "are rounded by torch, many times slower, 32 rows of a weight at a time",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",

@@ -24,7 +24,7 @@ class RowMetric:
 
     weight (m,): the mean of the diagonal of a row's metric; group (m,) int64; factor (groups, n, n) unit upper
     triangular and diagonal (groups, n), of a metric of which that is 1, the columns in the order `by_column` (n,).
-    All float64.
+    All float64 but the factors, which are float32.
     """
 
     weight: Tensor
@@ -51,8 +51,8 @@ def row_metric(parts: Sequence[tuple[Tensor, Tensor]], damping: float, groups: i
     for mixture in mixtures:
         gram = torch.einsum("p,pij->ij", mixture, unit)[by_column][:, by_column]
         factor, diagonal = unit_factor(gram, damping)
-        factors.append(factor)
-        diagonals.append(diagonal)
+        factors.append(factor.float())
+        diagonals.append(diagonal.double())
     return RowMetric(weight, group, by_column, torch.stack(factors), torch.stack(diagonals))
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lrcompress.linalg.triangular import inverse_column_norms
 from lrcompress.linalg.two_sided import expected_at, offsets
 
 COARSEST, FINEST = 3, 13
@@ -32,22 +33,23 @@ def rates_of(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     squared norms of a column of N⁻¹ and of M⁻¹, less one. Sampled entries get normal noise of that variance.
     """
     row, column = _sampled(target)
-    return _rates(target, row, column, _amplification(left)[row] * _amplification(right)[column])
+    return _rates(target, row, column, inverse_column_norms(left)[row] * inverse_column_norms(right)[column])
 
 
 def rates_by_row(target: Tensor, right: Tensor, group: Tensor) -> Tensor:
     """`rates_of` rows that are rounded by themselves, row v with the factor right[group[v]] of right (groups, n, n)."""
     row, column = _sampled(target)
-    amplification = torch.stack([_amplification(factor) for factor in right])
+    amplification = torch.stack([inverse_column_norms(factor) for factor in right])
     return _rates(target, row, column, amplification[group[row], column])
 
 
 def _sampled(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of at most SAMPLED entries, of all where there are no more."""
+    """Rows and columns of SAMPLED entries, drawn evenly, of all where there are no more."""
     m, n = target.shape
-    count = min(SAMPLED, m * n)
-    generator = torch.Generator().manual_seed(0)
-    place = torch.randperm(m * n, generator=generator)[:count] if count < m * n else torch.arange(m * n)
+    if m * n > SAMPLED:
+        place = torch.randint(m * n, (SAMPLED,), generator=torch.Generator().manual_seed(0))
+    else:
+        place = torch.arange(m * n)
     place = place.to(target.device)
     return place // n, place % n
 
@@ -87,13 +89,6 @@ def _settled(values: Tensor, spread: Tensor, cut: Tensor) -> tuple[Tensor, float
         if abs(error - before) < 0.01 * before:
             break
     return codes, error
-
-
-def _amplification(factor: Tensor) -> Tensor:
-    """(n,) squared norms of the columns of the inverse of a unit upper triangular factor (n, n)."""
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=True, unitriangular=True)
-    return inverse.square().sum(0)
 
 
 def _entropy(codes: Tensor, classes: Tensor) -> float:

@@ -5,38 +5,64 @@ import math
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.whitening import check_gram, damped
-
-TILE = 64
-"""Rows and columns that are rounded entry by entry; everything between tiles is a matrix product."""
+from lrcompress.linalg.whitening import check_gram
 
 PRICE = 0.07
 """Squared steps that a bit is worth. At the entropy coder's rate 2 ln 2 / 12 = 0.116 is the slope of error against
 bits of a uniform source; 0.07 was best on weights of SmolLM2 at 0.6 to 2.6 bits (docs/quality.md)."""
+
+ENOUGH = 0.01
+"""Of the damping: what rounding to float32 may change of a Gram's eigenvalues."""
 
 LARGEST_SHIFT = 0.15
 """Of the point between two codes where it is decided, towards the larger one, in steps."""
 
 
 def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """M (n, n), unit upper triangular, and d (n,), both float64: M diag(d) Mᵀ = gram + damping * its mean * I.
+    """M (n, n), unit upper triangular, and d (n,): M diag(d) Mᵀ = gram + damping * its mean * I.
 
     An all-zero gram counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
-    ArithmeticError where it has non-finite entries or is not positive semidefinite.
+    Both float32 where that changes the sum by little beside the damping (`ENOUGH`), float64 otherwise.
+    ArithmeticError where gram has non-finite entries or is not positive semidefinite.
     """
     check_gram(gram, "the layer")
-    if not bool((gram.diagonal() > 0).any()):
-        gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    # Cholesky's factor of the matrix turned round, turned back, is upper triangular.
+    turned = gram.double().flip(0, 1)
+    if not bool((turned.diagonal() > 0).any()):
+        turned = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    own, mean = turned.diagonal().clone(), float(turned.diagonal().mean())
     damping = max(damping, torch.finfo(torch.float32).eps)
     while damping <= 1:
-        # Cholesky's factor of the matrix turned round, turned back, is upper triangular.
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping).flip(0, 1))
-        if not int(failed):
+        turned.diagonal().copy_(own + damping * mean)
+        lower = _cholesky(turned, ENOUGH * damping * mean)
+        if lower is not None:
             upper = lower.flip(0, 1)
-            diagonal = upper.diagonal()
-            return upper / diagonal, diagonal.square()
+            diagonal = upper.diagonal().clone()
+            return upper.div_(diagonal), diagonal.square()
         damping *= 10
     raise ArithmeticError("the Gram of the layer is not positive semidefinite")
+
+
+def in_steps(factor: Tensor, scale: Tensor) -> Tensor:
+    """(n, n) float32: a unit factor (n, n) of entries that are counted in steps of scale (n,)."""
+    scale = scale.to(factor.dtype)
+    return (factor * scale[:, None]).div_(scale).float()
+
+
+def _cholesky(matrix: Tensor, slack: float) -> Tensor | None:
+    """Cholesky's factor L (n, n) of matrix (n, n) float64, None where there is none.
+
+    In float32 where the root mean square of the eigenvalues of L Lᵀ - matrix is below `slack`: that is what a normal
+    vector is multiplied by.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix.float())
+    if not int(failed):
+        probe = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(lower.device)
+        missed = matrix @ probe.double() - lower @ (lower.T @ probe)
+        if float(missed.norm()) <= slack * len(matrix) ** 0.5:
+            return lower
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    return None if int(failed) else lower
 
 
 def expected_sizes(target: Tensor) -> Tensor:
@@ -68,15 +94,20 @@ def offsets(expected: Tensor) -> Tensor:
     return 0.5 - shift.clamp_max(LARGEST_SHIFT)
 
 
-def round_two_sided(target: Tensor, left: Tensor, right: Tensor, offset: Tensor, tile: int = TILE) -> Tensor:
+def round_two_sided(
+    target: Tensor, left: Tensor, right: Tensor, offset: Tensor, tiles: type["Tiles"] | None = None
+) -> Tensor:
     """Codes K (m, n), whole numbers in target's dtype, for which Nᵀ (K - target) M is small entry after entry.
 
     target W (m, n) in steps; left N (m, m) and right M (n, n) unit upper triangular; offset (m, n) as of `offsets`.
     With all entries of rows <= i and columns <= j but (i, j) itself rounded, T = Nᵀ (K - W) M at (i, j) is k - t for a
     known t, and k is t rounded. Where C_x = M D_x Mᵀ and C_g = N D_g Nᵀ the loss tr(C_g E C_x Eᵀ) of E = K - W is
     Σ D_g,i D_x,j T_ij²: GPTQ's feedback (arXiv 2210.17323), on the outputs' side, too.
-    Tiles along an antidiagonal are independent, and so are, within them, entries along an antidiagonal.
+    Tiles along an antidiagonal are independent; everything between tiles is a matrix product. `tiles` rounds those of
+    an antidiagonal, by default in torch.
     """
+    tiles = tiles or Tiles
+    tile = tiles.size
     (m, n), dtype, device = target.shape, target.dtype, target.device
     rows, columns = -(-m // tile), -(-n // tile)
     wanted, cut = _padded(target, tile), _padded(offset, tile)
@@ -85,20 +116,20 @@ def round_two_sided(target: Tensor, left: Tensor, right: Tensor, offset: Tensor,
     error, carried = torch.zeros_like(codes), torch.zeros_like(codes)  # E and E M
     for diagonal in range(rows + columns - 1):
         places = [(i, diagonal - i) for i in range(max(0, diagonal - columns + 1), min(rows, diagonal + 1))]
-        tiles = _Tiles(len(places), tile, dtype, device)
+        part = tiles(len(places), dtype, device)
         spans = [(slice(i * tile, (i + 1) * tile), slice(j * tile, (j + 1) * tile)) for i, j in places]
         for at, (a, b) in enumerate(spans):
-            tiles.wanted[at], tiles.cut[at] = wanted[a, b], cut[a, b]
-            torch.mm(error[a, : b.start], right[: b.start, b], out=tiles.by_row[at])
-            torch.mm(carried[: a.start, b].T, left[: a.start, a], out=tiles.by_column[at])
-            tiles.left[at], tiles.right[at] = left[a, a].flip(0), right[b, b].flip(0)
-        tiles.round()
+            part.wanted[at], part.cut[at] = wanted[a, b], cut[a, b]
+            torch.mm(error[a, : b.start], right[: b.start, b], out=part.by_row[at])
+            torch.mm(carried[: a.start, b].T, left[: a.start, a], out=part.by_column[at])
+            part.left[at], part.right[at] = left[a, a].flip(0), right[b, b].flip(0)
+        part.round()
         for at, (a, b) in enumerate(spans):
-            codes[a, b], error[a, b], carried[a, b] = tiles.codes[at], tiles.error[at], tiles.carried[at]
+            codes[a, b], error[a, b], carried[a, b] = part.codes[at], part.error[at], part.carried[at]
     return codes[:m, :n]
 
 
-class _Tiles:
+class Tiles:
     """`count` tiles of an antidiagonal, rounded side by side.
 
     wanted, cut, codes, error E, carried E M: (count, row, column). by_row: what E M has of the columns before an entry;
@@ -106,14 +137,17 @@ class _Tiles:
     last row first, so that the rows that an antidiagonal needs follow one another.
     """
 
-    def __init__(self, count: int, tile: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.count, self.tile = count, tile
-        parts = torch.zeros(9, count, tile, tile, dtype=dtype, device=device)
+    size = 64
+    """Rows and columns of a tile."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.count, self.tile = count, self.size
+        parts = torch.zeros(9, count, self.tile, self.tile, dtype=dtype, device=device)
         self.wanted, self.cut, self.codes, self.error, self.carried = parts[:5]
         self.by_row, self.by_column, self.left, self.right = parts[5:]
 
     def round(self) -> None:
-        """Fill codes, error and carried, antidiagonal after antidiagonal."""
+        """Fill codes, error and carried, antidiagonal after antidiagonal: entries along one are independent."""
         tile = self.tile
         for step in range(2 * tile - 1):
             first, last = max(0, step - tile + 1), min(tile - 1, step)  # of the rows, and of the columns

@@ -17,9 +17,10 @@ def check_gram(gram: Tensor, what: str) -> None:
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """gram (n, n) plus `damping` times its mean eigenvalue on the diagonal, float64."""
-    gram = gram.double()
-    scale = gram.diagonal().mean()
-    return gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found = gram.double().clone()
+    diagonal = found.diagonal()
+    diagonal += damping * diagonal.mean()
+    return found
 
 
 def symmetric_root(gram: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lrcompress.formats.coded import Coded, Scales
 from lrcompress.formats.table import Table
+from lrcompress.kernels.feedback import tiles_for
 from lrcompress.linalg.rates import rates_of
-from lrcompress.linalg.two_sided import expected_sizes, offsets, round_two_sided, unit_factor
+from lrcompress.linalg.triangular import energy_between
+from lrcompress.linalg.two_sided import expected_sizes, in_steps, offsets, round_two_sided, unit_factor
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.methods.tokens import decompose_tokens, round_tokens, token_parts
@@ -81,7 +83,7 @@ class Ecsq(Method):
         row, column = scales.rows.double(), scales.columns.double()
         target = weight.double()[by_row][:, by_column] / row[:, None] / column
         target = target.float()
-        left, right = (left * row[:, None] / row).float(), (right * column[:, None] / column).float()
+        left, right = in_steps(left, row), in_steps(right, column)
         return {
             "target": target,
             "left": left,
@@ -91,7 +93,7 @@ class Ecsq(Method):
             "by_row": by_row,
             "by_column": by_column,
             "rates": rates_of(target, left, right),
-            "size": (left.T @ target @ right).square().sum(dtype=torch.float64),
+            "size": energy_between(left, target, right),
         }
 
     @property
@@ -146,7 +148,8 @@ class Ecsq(Method):
             codes = round_tokens(artefact, step)
             return Table.encode(codes, scales) if spec.format == Table.name else Coded.encode(codes, scales, bias)
         scaled = target / step
-        rounded = round_two_sided(scaled, artefact["left"], artefact["right"], offsets(expected_sizes(scaled)))
+        factors, cut = (artefact["left"], artefact["right"]), offsets(expected_sizes(scaled))
+        rounded = round_two_sided(scaled, *factors, cut, tiles_for(scaled))
         codes = torch.empty_like(rounded)
         by_row, by_column = artefact["by_row"], artefact["by_column"]
         codes[by_row[:, None], by_column] = rounded

@@ -6,7 +6,7 @@ from torch import Tensor
 from lrcompress.formats.coded import Scales
 from lrcompress.linalg.by_row import balanced_scales, round_by_row, row_metric
 from lrcompress.linalg.rates import rates_by_row
-from lrcompress.linalg.two_sided import expected_sizes, offsets
+from lrcompress.linalg.two_sided import expected_sizes, in_steps, offsets
 from lrcompress.protocols import InputStatistics, Lookups, Site
 
 SEEN_AT_LEAST = 3.0
@@ -66,13 +66,13 @@ def decompose_tokens(weight: Tensor, parts: list[tuple[Tensor, Tensor]], damping
     """As Ecsq.decompose, for rows that are rounded by themselves: factors of groups, and the group of every row."""
     metric = row_metric(parts, damping)
     scales = Scales.nearest(*balanced_scales(metric))
-    columns = scales.columns.double()
-    right = metric.factor * columns[:, None] / columns
+    right = torch.stack([in_steps(factor, scales.columns) for factor in metric.factor])
     target = weight[:, metric.by_column].float() / scales.rows[:, None] / scales.columns
-    total = sum(float(target[rows].double().matmul(right[group]).square().sum()) for group, rows in _rows(metric.group))
+    carried = (target[rows] @ right[group] for group, rows in _rows(metric.group))
+    total = sum(float(part.square_().sum(dtype=torch.float64)) for part in carried)
     return {
         "target": target,
-        "right": right.float(),
+        "right": right,
         "group": metric.group.to(torch.int16),
         "row": scales.rows,
         "column": scales.columns,

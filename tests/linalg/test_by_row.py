@@ -23,7 +23,7 @@ def test_a_group_of_every_row_has_exactly_the_rows_own_metric():
     metric = row_metric([first, second], 0.0, groups=7)
     for row in range(7):
         own = first[0][row] * first[1] + second[0][row] * second[1]
-        factor, diagonal = metric.factor[metric.group[row]], metric.diagonal[metric.group[row]]
+        factor, diagonal = metric.factor[metric.group[row]].double(), metric.diagonal[metric.group[row]]
         found = torch.empty_like(own)
         found[metric.by_column[:, None], metric.by_column] = metric.weight[row] * (factor * diagonal) @ factor.T
         torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-6 * float(own.diagonal().mean()))
@@ -36,7 +36,7 @@ def test_few_groups_are_near_and_one_part_has_one_group():
     error = torch.randn(400, 10, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     wanted = sum(shares * ((error @ matrix) * error).sum(1) for shares, matrix in (first, second))
     carried = torch.stack(
-        [row[metric.by_column] @ metric.factor[g] for row, g in zip(error, metric.group, strict=True)]
+        [row[metric.by_column] @ metric.factor[g].double() for row, g in zip(error, metric.group, strict=True)]
     )
     found = metric.weight * (metric.diagonal[metric.group] * carried.square()).sum(1)
     assert float((found / wanted).log2().abs().max()) < 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lrcompress.linalg.rates import rates_of
-from lrcompress.linalg.two_sided import expected_sizes, offsets, round_two_sided, unit_factor
+from lrcompress.linalg.two_sided import Tiles, expected_sizes, in_steps, offsets, round_two_sided, unit_factor
 
 
 def gram(size: int, rows: int, seed: int) -> torch.Tensor:
@@ -20,7 +20,12 @@ def problem(m: int, n: int, seed: int = 0):
     """A weight in steps, both Grams and their unit factors."""
     inputs, outputs = gram(n, 3 * n, seed), gram(m, 3 * m, seed + 1)
     weight = 2 * torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
-    return weight, *unit_factor(outputs, 1e-9), *unit_factor(inputs, 1e-9), outputs, inputs
+    factors = [part.double() for gram in (outputs, inputs) for part in unit_factor(gram, 1e-9)]
+    return weight, *factors, outputs, inputs
+
+
+def tiles_of(size: int) -> type[Tiles]:
+    return type("Small", (Tiles,), {"size": size})
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
@@ -28,9 +33,24 @@ def test_the_unit_factor_gives_the_damped_gram(damping):
     matrix = gram(23, 60, 5)
     factor, diagonal = unit_factor(matrix, damping)
     assert torch.equal(factor, factor.triu())
-    assert torch.equal(factor.diagonal(), torch.ones(23, dtype=torch.float64))
+    assert torch.equal(factor.diagonal(), torch.ones(23, dtype=factor.dtype))
+    factor, diagonal = factor.double(), diagonal.double()
     wanted = matrix + damping * matrix.diagonal().mean() * torch.eye(23, dtype=torch.float64)
     torch.testing.assert_close(factor @ torch.diag(diagonal) @ factor.T, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_factor_is_float32_where_that_is_small_beside_the_damping_and_float64_where_it_is_not():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    rows[:, 7] *= 3000  # as a massive activation
+    matrix = rows.T @ rows / 40
+    for damping, dtype in ((0.01, torch.float32), (1e-9, torch.float64)):
+        factor, diagonal = unit_factor(matrix, damping)
+        assert factor.dtype == diagonal.dtype == dtype
+        mean = matrix.diagonal().mean()
+        wanted = matrix + max(damping, torch.finfo(torch.float32).eps) * mean * torch.eye(60, dtype=torch.float64)
+        missed = factor.double() @ torch.diag(diagonal.double()) @ factor.double().T - wanted
+        assert float(torch.linalg.eigvalsh(missed).square().mean().sqrt()) < 0.02 * damping * mean + 1e-9 * mean
 
 
 def test_singular_and_empty_grams_have_factors_and_broken_ones_are_refused():
@@ -39,7 +59,7 @@ def test_singular_and_empty_grams_have_factors_and_broken_ones_are_refused():
     assert bool(torch.isfinite(factor).all())
     assert bool((diagonal > 0).all())
     factor, diagonal = unit_factor(torch.zeros(4, 4, dtype=torch.float64), 0.0)
-    torch.testing.assert_close(factor, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(factor, torch.eye(4, dtype=factor.dtype))
     with pytest.raises(ArithmeticError, match="non-finite"):
         unit_factor(torch.full((3, 3), torch.nan, dtype=torch.float64), 0.1)
     with pytest.raises(ArithmeticError, match="not positive"):
@@ -51,7 +71,7 @@ def test_every_entry_is_rounded_at_the_target_that_those_before_it_leave(m, n, t
     """Against the definition: T = Nᵀ E M with all earlier entries rounded, its own error left out."""
     weight, left, _, right, _, _, _ = problem(m, n)
     offset = offsets(expected_sizes(weight))
-    codes = round_two_sided(weight, left, right, offset, tile)
+    codes = round_two_sided(weight, left, right, offset, tiles_of(tile))
     error, expected = torch.zeros_like(weight), torch.zeros_like(weight)
     for i in range(m):
         for j in range(n):
@@ -61,20 +81,16 @@ def test_every_entry_is_rounded_at_the_target_that_those_before_it_leave(m, n, t
     assert torch.equal(codes, expected)
 
 
-def in_steps(factor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """A unit factor for entries that are counted in steps of `scale`."""
-    return factor * scale[:, None] / scale
-
-
 def test_the_loss_is_the_weighed_sum_of_what_rounding_leaves_and_below_that_of_one_side():
     weight, left, row, right, column, outputs, inputs = problem(40, 56)
     row, column = row.double(), column.double()
     rows, columns = row.rsqrt(), column.rsqrt()
     steps = torch.outer(rows, columns) * (0.5 / float(rows.mean() * columns.mean()))
-    half, losses = torch.full_like(weight, 0.5), []
+    half, losses = torch.full_like(weight, 0.5, dtype=torch.float32), []
     for n_factor in (left, torch.eye(40).double()):
         for m_factor in (right, torch.eye(56).double()):
-            codes = round_two_sided(weight / steps, in_steps(n_factor, rows), in_steps(m_factor, columns), half, 16)
+            factors = in_steps(n_factor, rows), in_steps(m_factor, columns)
+            codes = round_two_sided((weight / steps).float(), *factors, half, tiles_of(16))
             error = codes * steps - weight
             losses.append(float((outputs @ error * (error @ inputs)).sum()))
             carried = left.T @ error @ right
