@@ -30,9 +30,6 @@ FEATURE_BLOCKS = 4
 PERTURBATION = 0.1
 """How far a compressed weight may move while features are distilled, relative to its norm."""
 
-POSITIONS = 256
-"""Positions whose probabilities are compared at a time."""
-
 
 def open_teacher(
     label: str, device: torch.device, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
@@ -74,9 +71,10 @@ class Teacher:
         return self._files[block].read(index).to(self._walker.device)
 
     @torch.no_grad()
-    def logits(self, index: int) -> Tensor:
-        """(length, vocabulary) of row `index`."""
-        return self._walker.logits(self._rows.ids[index], self._state(self.blocks[-1], index))[0]
+    def logits(self, index: int, part: slice = slice(None)) -> Tensor:
+        """(length, vocabulary) of row `index`, at the positions of `part`."""
+        state = self._state(self.blocks[-1], index)
+        return self._walker.logits(self._rows.ids[index, part], state[:, part])[0]
 
     def _due(self, index: int) -> list[int]:
         """Row `index` and those that follow it, at several processes of those batches that come to this one."""
@@ -106,16 +104,21 @@ def check_vocabulary(same: bool) -> None:
         raise InputError("the dense model has another vocabulary: name the one that the checkpoint was made from")
 
 
-def divergence(teacher: Teacher, indices: Sequence[int], logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the positions with a target of KL(dense || model), in nats; logits (rows, length, vocabulary)."""
-    total = logits.new_zeros(())
+def divergence(
+    teacher: Teacher, indices: Sequence[int], logits: Tensor, targets: Tensor, part: slice = slice(None)
+) -> Tensor:
+    """Sum over the positions with a target of KL(dense || model), in nats.
+
+    logits (rows, positions, vocabulary) and targets (rows, positions) are those at `part` of the rows `indices`.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
     for row, index in enumerate(indices):
         asked = targets[row] != IGNORED
-        theirs, ours = teacher.logits(index)[: len(asked)][asked], logits[row][asked]
-        check_vocabulary(theirs.shape == ours.shape)
-        for p, q in zip(theirs.split(POSITIONS), ours.split(POSITIONS), strict=True):
-            wanted = p.float().log_softmax(-1)
-            total = total + nn.functional.kl_div(q.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+        if bool(asked.any()):
+            theirs, ours = teacher.logits(index, part)[: len(asked)][asked], logits[row][asked]
+            check_vocabulary(theirs.shape == ours.shape)
+            wanted = theirs.float().log_softmax(-1)
+            total = total + nn.functional.kl_div(ours.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
     return total
 
 

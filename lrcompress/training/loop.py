@@ -22,6 +22,7 @@ from lrcompress.training.distill import Bound, Teacher, captured_outputs, diverg
 from lrcompress.training.optimizers import make_optimizer
 from lrcompress.training.rows import IGNORED, Rows
 from lrcompress.training.settings import Settings
+from lrcompress.training.tail import Tail
 from lrcompress.training.trainable import Trainable
 
 WARM_UP, LAST_RATE = 0.05, 0.1
@@ -60,15 +61,22 @@ class Progress:
 def held_out_loss(model: nn.Module, rows: Rows, dtype: torch.dtype, share: slice = slice(None)) -> Tensor:
     """(2,) float64: summed negative log-likelihood of the rows' targets in nats, and how many there are."""
     device = next(model.parameters()).device
-    found = torch.zeros(2, dtype=torch.float64)
+    found, tail = torch.zeros(2, dtype=torch.float64), Tail(model)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for ids, targets in zip(rows.ids[share], rows.targets[share], strict=True):
-            logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0]
-            loss = nn.functional.cross_entropy(
-                logits.float(), targets.to(device), ignore_index=IGNORED, reduction="sum"
-            )
-            found += torch.tensor([float(loss), float((targets != IGNORED).sum())], dtype=torch.float64)
+        for row, asked in zip(rows.ids[share], rows.targets[share], strict=True):
+            ids, targets = row[None].to(device), asked[None].to(device)
+            hidden = tail.run(model, ids)
+            for part in tail.parts(ids, hidden):
+                loss = negative_log_likelihood(tail.logits(ids[:, part], hidden[:, part]), targets[:, part])
+                found += torch.tensor([float(loss), float((targets[:, part] != IGNORED).sum())], dtype=torch.float64)
     return found
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed over targets (rows, positions) but the ignored ones, of logits (rows, positions, vocabulary), in nats."""
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def mean_loss(model: nn.Module, rows: Rows, dtype: torch.dtype) -> float:
@@ -89,6 +97,7 @@ class Healer(Trainer):
         self.trainable, self.settings, self.teacher, self.dtype = trainable, settings, teacher, dtype
         self.held_out, self.folder, self.reporter, self.progress = held_out, folder, reporter, progress
         self.bound = Bound(trainable.model) if settings.distill == "features" else None
+        self.tail = Tail(trainable.model)
         self._started = self._resumed = 0.0
         self._sums = torch.zeros(3, dtype=torch.float64)
         arguments = training_arguments(settings, folder, dtype)
@@ -124,24 +133,25 @@ class Healer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # fmt: skip
         """Summed loss of the targets, over how many the whole step has."""
-        targets = inputs["labels"]
-        blocks = self.teacher.blocks if self.teacher is not None and self.settings.distill == "features" else []
+        ids, targets, indices = inputs["input_ids"], inputs["labels"], inputs["index"].tolist()
+        teacher = self.teacher
+        blocks = teacher.blocks if teacher is not None and self.settings.distill == "features" else []
         with captured_outputs(self.trainable.model, blocks) as outputs:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-        indices = inputs["index"].tolist()
-        if self.teacher is None:
-            loss = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-        else:
-            loss = divergence(self.teacher, indices, logits, targets)
-            if outputs:
-                loss = loss + FEATURE_WEIGHT * feature_error(self.teacher, indices, outputs, targets)
+            hidden = self.tail.run(model, ids)
+
+        def of(logits: Tensor, part: slice) -> Tensor:
+            if teacher is None:
+                return negative_log_likelihood(logits, targets[:, part])
+            return divergence(teacher, indices, logits, targets[:, part], part)
+
+        loss = self.tail.loss(hidden, ids, of)
+        if teacher is not None and outputs:
+            loss = loss + FEATURE_WEIGHT * feature_error(teacher, indices, outputs, targets)
         asked = (targets != IGNORED).sum()
         self._sums += torch.tensor([float(loss.detach()), float(asked), targets.numel()], dtype=torch.float64)
         counted = asked if num_items_in_batch is None else num_items_in_batch
         loss = loss * self.accelerator.num_processes / counted
-        return (loss, logits) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     @fast_float32()
     def run(self) -> None:
