@@ -2,7 +2,6 @@
 
 import itertools
 
-import torch
 from torch import Tensor
 
 PANELS, NARROWEST = 16, 128
@@ -22,12 +21,10 @@ def add_gram(upper: Tensor, rows: Tensor) -> None:
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix with the upper triangle of `upper` (n, n)."""
-    found = torch.empty_like(upper)
+    """`upper` (n, n) itself, with what its upper triangle has below the diagonal, too."""
     for start in range(0, len(upper), NARROWEST):
         stop = min(start + NARROWEST, len(upper))
         corner = upper[start:stop, start:stop]
-        found[start:stop, start:stop] = corner.triu() + corner.triu(1).T
-        found[start:stop, stop:] = upper[start:stop, stop:]
-        found[stop:, start:stop] = upper[start:stop, stop:].T
-    return found
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper

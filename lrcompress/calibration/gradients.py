@@ -46,10 +46,10 @@ class GradientCollector:
             handle.remove()
 
     def moments(self, device: torch.device) -> dict[str, Tensor]:
-        """Site name to the second moment per row, or its diagonal, float64; over the rows of all processes."""
+        """Site name to the second moment per row, or its diagonal, float64; over the rows of all processes. Once."""
         found = {}
         for site in self._sites:
-            total = self._sums.get(site.name)
+            total = self._sums.pop(site.name, None)
             if total is None:
                 total = self._zeros(site, device)
             elif self._compares(site):
@@ -57,7 +57,7 @@ class GradientCollector:
             count = total.new_tensor(float(self._counts.get(site.name, 0)))
             processes().add_up([total, count])
             if count > 0:
-                found[site.name] = total / count
+                found[site.name] = total.div_(count)
         return found
 
     def _compares(self, site: Site) -> bool:

@@ -49,8 +49,7 @@ def row_metric(parts: Sequence[tuple[Tensor, Tensor]], damping: float, groups: i
     by_column = mean.diagonal().argsort(descending=True)
     factors, diagonals = [], []
     for mixture in mixtures:
-        gram = torch.einsum("p,pij->ij", mixture, unit)[by_column][:, by_column]
-        factor, diagonal = unit_factor(gram, damping)
+        factor, diagonal = unit_factor(torch.einsum("p,pij->ij", mixture, unit), damping, by_column)
         factors.append(factor.float())
         diagonals.append(diagonal.double())
     return RowMetric(weight, group, by_column, torch.stack(factors), torch.stack(diagonals))

@@ -14,27 +14,29 @@ bits of a uniform source; 0.07 was best on weights of SmolLM2 at 0.6 to 2.6 bits
 ENOUGH = 0.01
 """Of the damping: what rounding to float32 may change of a Gram's eigenvalues."""
 
+STRIP = 512
+"""Rows that are put in order at a time."""
+
 LARGEST_SHIFT = 0.15
 """Of the point between two codes where it is decided, towards the larger one, in steps."""
 
 
-def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """M (n, n), unit upper triangular, and d (n,): M diag(d) Mᵀ = gram + damping * its mean * I.
+def unit_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """M (n, n), unit upper triangular, and d (n,): M diag(d) Mᵀ = gram + damping * its mean * I, in `order` (n,).
 
-    An all-zero gram counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
+    An all-zero gram (n, n) counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
     Both float32 where that changes the sum by little beside the damping (`ENOUGH`), float64 otherwise.
     ArithmeticError where gram has non-finite entries or is not positive semidefinite.
     """
     check_gram(gram, "the layer")
+    if not bool((gram.diagonal() > 0).any()):
+        gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     # Cholesky's factor of the matrix turned round, turned back, is upper triangular.
-    turned = gram.double().flip(0, 1)
-    if not bool((turned.diagonal() > 0).any()):
-        turned = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    own, mean = turned.diagonal().clone(), float(turned.diagonal().mean())
+    turned = torch.arange(len(gram), device=gram.device).flip(0) if order is None else order.flip(0)
+    mean = float(gram.diagonal().double().mean())
     damping = max(damping, torch.finfo(torch.float32).eps)
     while damping <= 1:
-        turned.diagonal().copy_(own + damping * mean)
-        lower = _cholesky(turned, ENOUGH * damping * mean)
+        lower = _cholesky(gram, turned, damping * mean)
         if lower is not None:
             upper = lower.flip(0, 1)
             diagonal = upper.diagonal().clone()
@@ -43,26 +45,41 @@ def unit_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     raise ArithmeticError("the Gram of the layer is not positive semidefinite")
 
 
+def _cholesky(gram: Tensor, order: Tensor, added: float) -> Tensor | None:
+    """Cholesky's factor L (n, n) of gram (n, n), its rows and columns in `order`, plus `added` I; None where none is.
+
+    In float32 where the root mean square of the eigenvalues of what that misses is small beside `added`: that is what a
+    normal vector is multiplied by.
+    """
+    for dtype in (torch.float32, torch.float64):
+        lower, failed = torch.linalg.cholesky_ex(_ordered(gram, order, added, dtype))
+        if not int(failed) and (dtype == torch.float64 or _missed(lower, gram, order, added) <= ENOUGH * added):
+            return lower
+    return None
+
+
+def _missed(lower: Tensor, gram: Tensor, order: Tensor, added: float) -> float:
+    """What a normal vector is multiplied by, in the root mean square, by the difference of both sides."""
+    probe = torch.randn(len(gram), generator=torch.Generator().manual_seed(0)).to(lower)
+    placed = torch.empty_like(probe, dtype=gram.dtype)
+    placed[order] = probe.to(gram.dtype)
+    exact = (gram @ placed)[order] + added * probe
+    return float((exact - lower @ (lower.T @ probe)).norm()) / len(gram) ** 0.5
+
+
+def _ordered(gram: Tensor, order: Tensor, added: float, dtype: torch.dtype) -> Tensor:
+    """gram (n, n) in `dtype`, its rows and columns in `order`, plus `added` I; a strip at a time, for gram is large."""
+    found = torch.empty(gram.shape, dtype=dtype, device=gram.device)
+    for start in range(0, len(gram), STRIP):
+        found[start : start + STRIP] = gram[order[start : start + STRIP]][:, order]
+    found.diagonal().add_(added)
+    return found
+
+
 def in_steps(factor: Tensor, scale: Tensor) -> Tensor:
     """(n, n) float32: a unit factor (n, n) of entries that are counted in steps of scale (n,)."""
     scale = scale.to(factor.dtype)
     return (factor * scale[:, None]).div_(scale).float()
-
-
-def _cholesky(matrix: Tensor, slack: float) -> Tensor | None:
-    """Cholesky's factor L (n, n) of matrix (n, n) float64, None where there is none.
-
-    In float32 where the root mean square of the eigenvalues of L Lᵀ - matrix is below `slack`: that is what a normal
-    vector is multiplied by.
-    """
-    lower, failed = torch.linalg.cholesky_ex(matrix.float())
-    if not int(failed):
-        probe = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(lower.device)
-        missed = matrix @ probe.double() - lower @ (lower.T @ probe)
-        if float(missed.norm()) <= slack * len(matrix) ** 0.5:
-            return lower
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    return None if int(failed) else lower
 
 
 def expected_sizes(target: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class Ecsq(Method):
             return decompose_tokens(weight, token_parts(site, weight, statistics, self.metric), self._damping)
         inputs, gradients = self._grams(weight, statistics)
         by_column, by_row = inputs.diagonal().argsort(descending=True), gradients.diagonal().argsort(descending=True)
-        left, row = unit_factor(gradients[by_row][:, by_row], self._gradient_damping)
-        right, column = unit_factor(inputs[by_column][:, by_column], self._damping)
+        left, row = unit_factor(gradients, self._gradient_damping, by_row)
+        right, column = unit_factor(inputs, self._damping, by_column)
         scales = Scales.nearest(row.rsqrt(), column.rsqrt())
         row, column = scales.rows.double(), scales.columns.double()
         target = weight.double()[by_row][:, by_column] / row[:, None] / column
