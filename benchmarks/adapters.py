@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrcompress.calibration.corpus import cut_blocks, documents, parse_source, split_held_out, tokenise
-from lrcompress.checkpoint.opening import open_dense
+from lrcompress.foreign.opening import open_dense
 
 
 def cli(*args: object) -> None:

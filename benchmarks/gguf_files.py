@@ -112,7 +112,7 @@ def main() -> None:
     text_options = [*texts, "--samples", args.samples, "--seqlen", args.seqlen, *converter]
     dense, imatrix = args.work / "dense.gguf", args.work / "imatrix.gguf"
     if not dense.exists():
-        from lrcompress.checkpoint.converter import convert, converter_command
+        from lrcompress.foreign.converter import convert, converter_command
 
         convert(converter_command(args.converter), Path(model), dense, "f32", model)
     if not imatrix.exists():

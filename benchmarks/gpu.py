@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from layers import processor
 
-from lrcompress.checkpoint.opening import open_model
 from lrcompress.evaluation.bench import BenchSpec, bench
+from lrcompress.foreign.opening import open_model
 from lrcompress.model.device import resolve_device
 
 ROOT = Path(__file__).parent.parent

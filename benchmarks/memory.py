@@ -24,10 +24,11 @@ import torch
 from stored import FORMATS
 from torch import Tensor
 
-from lrcompress.checkpoint.opening import open_model, read_sound_config
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.evaluation.loading import load_network
+from lrcompress.foreign.opening import open_model
 from lrcompress.kernels.native import WITHOUT, library
 from lrcompress.model.skeleton import empty_model
 

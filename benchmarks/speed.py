@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.calibration.corpus import calibration_blocks, parse_source
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.cli.show import quiet_libraries
+from lrcompress.foreign.opening import open_dense
 from lrcompress.linalg.truncation import decompose
 from lrcompress.protocols import InputStatistics
 

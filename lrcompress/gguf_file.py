@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.converter import converter_command
 from lrcompress.errors import InputError
 from lrcompress.export.gguf import export_gguf
+from lrcompress.foreign.converter import converter_command
 from lrcompress.pipeline import compress, output_folder
 from lrcompress.processes import processes, refuse_several
 from lrcompress.recipe import Recipe

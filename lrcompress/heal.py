@@ -10,10 +10,11 @@ from accelerate import PartialState
 
 from lrcompress.calibration.corpus import Source, split_source
 from lrcompress.checkpoint.beside import files_in_folders
+from lrcompress.checkpoint.folder import load_tokenizer
 from lrcompress.checkpoint.manifest import read_manifest
-from lrcompress.checkpoint.opening import check_model, load_tokenizer, open_model, short_name
 from lrcompress.checkpoint.writer import copy_files, disk_errors
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import check_model, open_model, short_name
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import Result, errors_in_words
 from lrcompress.processes import join

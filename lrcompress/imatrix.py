@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from lrcompress.checkpoint.converter import converter_command, find_rows
+from lrcompress.foreign.converter import converter_command, find_rows
 from lrcompress.ggml.imatrix import Importance, write_imatrix
 from lrcompress.pipeline import errors_in_words
 from lrcompress.processes import refuse_several

@@ -12,11 +12,12 @@ import torch
 
 from lrcompress.bases import is_computed
 from lrcompress.budget import bits_per_weight, removed
-from lrcompress.checkpoint.opening import check_model, named_path, open_model, read_config_file, short_name
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
+from lrcompress.foreign.opening import check_model, named_path, open_model, short_name
 from lrcompress.model.device import fast_float32, memory_errors
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe

@@ -13,12 +13,12 @@ import torch
 
 from lrcompress.calibration.corpus import parse_source
 from lrcompress.checkpoint.cache import content_digest, files_digest, statistics_kept_in
-from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.harness import measurable
 from lrcompress.evaluation.tasks import Task, parse_tasks
+from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.model.device import fast_float32, resolve_device, resolve_dtype
 from lrcompress.pipeline import errors_in_words, finish_checkpoint, identity, profile_model, write_checkpoint
 from lrcompress.processes import refuse_several

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrcompress.checkpoint.converter import CONVERTERS
-from lrcompress.checkpoint.opening import demo_file, open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.folders import cache_folder
+from lrcompress.foreign.converter import CONVERTERS
+from lrcompress.foreign.opening import demo_file, open_dense
 from lrcompress.formats import StoredLinear
 from lrcompress.model.surgery import dense_parts
 from lrcompress.recipe import shipped_recipes

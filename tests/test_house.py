@@ -1,6 +1,7 @@
 """Rules of the house: who may import whom, and what the package may not contain."""
 
 import ast
+import graphlib
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,7 @@ LAYERS = [
     ["model"],
     ["calibration"],
     ["checkpoint"],
+    ["foreign"],
     ["report", "vllm_plugin"],
     ["evaluation"],
     ["stages"],
@@ -69,6 +71,26 @@ def test_a_layer_imports_only_itself_and_those_above():
         for name in imports(tree) if part(path) not in ("__init__", "__main__") else ():
             if name.startswith("lrcompress."):
                 assert RANK[name.split(".")[1]] <= RANK[part(path)], f"{path} imports {name}"
+
+
+def test_no_circle_of_imports():
+    """Neither among the files of a room, nor by an import inside a function."""
+    names = {
+        ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in files()
+    }
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for node in ast.walk(files()[path]):
+            if isinstance(node, ast.ImportFrom) and node.module in names:
+                full = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {one if one in names else node.module for one in full}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & names.keys()
+    assert sum(map(len, graph.values())) > 500
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from error
 
 
 def test_mathematics_knows_no_transformers():

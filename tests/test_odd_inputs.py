@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from lrcompress.budget import parse_size
 from lrcompress.calibration.corpus import shares
 from lrcompress.checkpoint.cache import content_digest
-from lrcompress.checkpoint.opening import check_model
 from lrcompress.errors import InputError, Interrupted, ResourceError
+from lrcompress.foreign.opening import check_model
 from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import compress, output_folder
 from lrcompress.recipe import load_recipe, make_recipe, split_assignment

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lrcompress.checkpoint.experts import open_skeleton
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.multiplied import Multiplied
-from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import ResourceError
 from lrcompress.model.blocks import BlockWalker

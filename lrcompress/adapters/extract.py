@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.adapters.shared import FILES, SCHEMA, SHARED, combined, load_elements, read_index
-from lrcompress.checkpoint.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.checkpoint.one_rank import adapter_dtype, cast, check_twins, level_config, levelled, one_rank, padded
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError, nearest
+from lrcompress.foreign.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
+from lrcompress.foreign.one_rank import adapter_dtype, cast, check_twins, level_config, levelled, one_rank, padded
 from lrcompress.formats import FORMATS, stored_tensors
 from lrcompress.stages.workspace import new_folder, write_json
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lrcompress.calibration.collect import collect_outside
-from lrcompress.checkpoint.adapter import Adapter
 from lrcompress.errors import InputError
+from lrcompress.foreign.adapter import Adapter
 from lrcompress.protocols import Site, TensorSource
 from lrcompress.recipe import CalibrationSpec, make_recipe
 from lrcompress.report.progress import Reporter

@@ -14,9 +14,9 @@ from torch import Tensor
 from lrcompress.adapters.shared import FILES, SCHEMA, SHARED, Element, combined
 from lrcompress.adapters.tasks import Task, open_task
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.opening import short_name
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import short_name
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.common_basis import common_basis
 from lrcompress.linalg.ranks import NOISE, ranks_for_error, ranks_within

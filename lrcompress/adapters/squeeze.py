@@ -14,10 +14,10 @@ from torch import Tensor
 from lrcompress.adapters.inputs import Inputs, input_grams
 from lrcompress.adapters.written import Written, common_rank, write_squeezed
 from lrcompress.budget import check_ratio
-from lrcompress.checkpoint.adapter import Adapter, open_adapter
-from lrcompress.checkpoint.one_rank import adapter_dtype
-from lrcompress.checkpoint.opening import short_name
 from lrcompress.errors import InputError
+from lrcompress.foreign.adapter import Adapter, open_adapter
+from lrcompress.foreign.one_rank import adapter_dtype
+from lrcompress.foreign.opening import short_name
 from lrcompress.linalg.ranks import ranks_for_error, ranks_within
 from lrcompress.linalg.truncation import Spectrum, product_energy, randomised, retruncate
 from lrcompress.report.progress import Reporter

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.adapter import Adapter, open_adapter
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.manifest import Manifest, read_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
-from lrcompress.checkpoint.opening import read_config_file
+from lrcompress.foreign.adapter import Adapter, open_adapter
 from lrcompress.formats import spec_bytes
 
 

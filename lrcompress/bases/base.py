@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -135,26 +134,6 @@ class SparseBase(ComputedBase):
     @abstractmethod
     def prune(self, weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight (out, in), perhaps updated, and the mask (out, in) of what is kept: two in every four columns."""
-
-
-def is_computed(text: str) -> bool:
-    """Whether --base TEXT names a base that is computed; else it is the folder of an existing checkpoint."""
-    return text.split(":")[0] in BASES.names()
-
-
-def parse_base(text: str, options: BaseOptions | None = None) -> Base:
-    """The base that a SPEC such as rtn:4:64, or the folder of a checkpoint, names; InputError otherwise."""
-    from lrcompress.bases.existing import Existing
-
-    options = options or BaseOptions()
-    path = Path(text).expanduser()
-    if not is_computed(text) and path.is_dir():
-        return Existing(text, options)
-    if not is_computed(text) and (path.exists() or "/" in text or text.startswith((".", "~"))):
-        what = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"base {text} {what}: give the folder of a compressed checkpoint, or a SPEC such as rtn:4:64")
-    name, *arguments = text.split(":")
-    return BASES.get(name)(arguments, options)
 
 
 def dense_of(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:

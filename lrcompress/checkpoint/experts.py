@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.checkpoint.converted import ConvertedReader
-from lrcompress.checkpoint.opening import read_sound_config
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.errors import InputError
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import Renaming, empty_model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.opening import read_config_file
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, FORMATS, possible_places, stored_tensors

@@ -39,13 +39,13 @@ def export(
     quiet: o.Quiet = False,
 ) -> None:
     """Write a compressed checkpoint in the shape that other tools read."""
-    from lrcompress.checkpoint.opening import short_name
     from lrcompress.cli.show import quiet_libraries, show_export
     from lrcompress.errors import InputError, nearest
     from lrcompress.export.compressed_tensors import export_compressed_tensors
     from lrcompress.export.dense import export_dense
     from lrcompress.export.gguf import export_gguf
     from lrcompress.export.peft import export_peft
+    from lrcompress.foreign.opening import short_name
     from lrcompress.report.progress import Reporter
 
     if to not in (shapes := ["dense", "peft", "compressed-tensors", "gguf"]):

@@ -24,10 +24,10 @@ def report(
     quiet: o.Quiet = False,
 ) -> None:
     """Write one self-contained HTML page about a finished checkpoint."""
-    from lrcompress.checkpoint.opening import check_model
     from lrcompress.cli.show import quiet_libraries
     from lrcompress.errors import InputError
     from lrcompress.evaluation.generation import PROMPTS, read_prompts, side_by_side
+    from lrcompress.foreign.opening import check_model
     from lrcompress.report.finished import read_finished
     from lrcompress.report.page import make_page
     from lrcompress.report.progress import Reporter

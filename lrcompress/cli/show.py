@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lrcompress.checkpoint.opening import short_name
+from lrcompress.foreign.opening import short_name
 from lrcompress.report.inspection import removed_by_block, sparkline
 from lrcompress.report.summary import (
     answer,

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompress.checkpoint.opening import check_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.bounds import Work, counted
 from lrcompress.evaluation.footprint import Footprint, footprint
 from lrcompress.evaluation.gates import Expectation, judge, parse_expectation
 from lrcompress.evaluation.loading import load_network
+from lrcompress.foreign.opening import check_model
 from lrcompress.model.device import memory_errors, resolve_device, resolve_dtype
 from lrcompress.model.limits import known_tokens, longest_context
 from lrcompress.report.progress import Reporter

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.calibration.corpus import held_out_documents
 from lrcompress.checkpoint.cache import content_digest
-from lrcompress.checkpoint.opening import load_tokenizer, open_model
+from lrcompress.checkpoint.folder import load_tokenizer
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
@@ -22,6 +22,7 @@ from lrcompress.evaluation.remember import KeptScores, KeptTask, circumstances
 from lrcompress.evaluation.significance import mcnemar_tests, paired_t
 from lrcompress.evaluation.tasks import Task, evaluation_documents, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.evaluation.tokens import METRICS_OF_TWO, Divergence, Losses, score, score_both
+from lrcompress.foreign.opening import open_model
 from lrcompress.model.device import memory_errors
 from lrcompress.model.limits import known_tokens, length_warning
 from lrcompress.recipe import EvaluateSpec

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from lrcompress.checkpoint.opening import open_model, read_sound_config
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.errors import InputError, LrcompressError, ResourceError
 from lrcompress.evaluation.loading import load_network
+from lrcompress.foreign.opening import open_model
 from lrcompress.model.device import memory_errors
 from lrcompress.model.skeleton import empty_model
 

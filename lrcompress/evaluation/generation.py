@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lrcompress.calibration.files import read_text
-from lrcompress.checkpoint.opening import check_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import LoadedModel, load_model
+from lrcompress.foreign.opening import check_model
 from lrcompress.model.device import memory_errors
 from lrcompress.model.generation import written
 from lrcompress.model.limits import longest_context

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 import lrcompress  # noqa: F401 (registers the stored formats)
-from lrcompress.checkpoint.opening import load_tokenizer, open_model, read_sound_config
+from lrcompress.checkpoint.folder import load_tokenizer, read_sound_config
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, ResourceError
+from lrcompress.foreign.opening import open_model
 from lrcompress.model.device import compute_dtype, out_of_memory, resolve_device, resolve_dtype
 from lrcompress.model.limits import guard_tokens
 from lrcompress.model.skeleton import auto_class, empty_model

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.converter import Converted, Weight, model_of, numbers_of
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source
+from lrcompress.foreign.converter import Converted, Weight, model_of, numbers_of
 from lrcompress.formats.ggml import Ggml
 from lrcompress.ggml.file_types import FILE_TYPES, OTHERS, Shape, types_of
 from lrcompress.ggml.rounding import round_weight

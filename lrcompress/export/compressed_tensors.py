@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.one_rank import adapter_dtype
-from lrcompress.checkpoint.opening import read_sound_config
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import load_model
@@ -16,6 +15,7 @@ from lrcompress.export.packed import PackedLayers, Scheme
 from lrcompress.export.peft import write_adapter_folder
 from lrcompress.export.rounding import perplexity_rise, read_together
 from lrcompress.export.source import Source, open_compressed
+from lrcompress.foreign.one_rank import adapter_dtype
 from lrcompress.formats.sum import Sum
 from lrcompress.model.skeleton import empty_model
 from lrcompress.report.progress import Reporter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.opening import read_sound_config
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.saved_as import SavedAs
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError

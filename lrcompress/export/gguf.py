@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.converter import Weight, convert, converter_command, find_rows
-from lrcompress.checkpoint.opening import short_name
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
@@ -13,6 +11,8 @@ from lrcompress.export.block_file import block_weights, holds_blocks, write_bloc
 from lrcompress.export.dense import export_dense
 from lrcompress.export.native_blocks import NativeBlocks
 from lrcompress.export.source import open_compressed
+from lrcompress.foreign.converter import Weight, convert, converter_command, find_rows
+from lrcompress.foreign.opening import short_name
 from lrcompress.report.progress import Reporter
 
 GGUF_DTYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.converter import Converted
-from lrcompress.checkpoint.one_rank import one_rank, padded
 from lrcompress.evaluation.loading import load_model
 from lrcompress.export.block_file import named_after, stored_as, write_file
 from lrcompress.export.packed import Codes, base_of, read_codes
 from lrcompress.export.rounding import perplexity_rise
 from lrcompress.export.source import Source
+from lrcompress.foreign.converter import Converted
+from lrcompress.foreign.one_rank import one_rank, padded
 from lrcompress.formats.ggml import Ggml
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.sum import Sum

@@ -8,10 +8,11 @@ import torch
 
 from lrcompress.budget import Ratio
 from lrcompress.checkpoint.experts import open_skeleton
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.manifest import Manifest, check_stored, counted, read_manifest, read_weight
-from lrcompress.checkpoint.opening import is_gguf, open_model, read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import is_gguf, open_model
 from lrcompress.formats import DENSE, StoredLinear, restored
 from lrcompress.model.skeleton import stored_names
 from lrcompress.protocols import Site, Spec

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.checkpoint.manifest import Manifest, counted, read_manifest, read_weight
-from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.shards import remark
+from lrcompress.foreign.opening import open_model
 from lrcompress.formats import restored
 from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, find_blocks

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lrcompress.checkpoint.experts import open_skeleton
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import open_dense
 from lrcompress.model.device import decomposition_device, resolve_device
 from lrcompress.model.skeleton import checkpoint_names
 from lrcompress.model.targets import is_conv1d, is_linear

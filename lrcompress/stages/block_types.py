@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrcompress.checkpoint.converter import Converted, Weight, converter_command, find_rows
 from lrcompress.errors import InputError
+from lrcompress.foreign.converter import Converted, Weight, converter_command, find_rows
 from lrcompress.ggml.file_types import OTHERS, types_of
 from lrcompress.ggml.imatrix import read_imatrix
 from lrcompress.ggml.types import BLOCK_TYPES

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lrcompress.calibration.corpus import Calibration
-from lrcompress.checkpoint.opening import OpenedModel
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.foreign.opening import OpenedModel
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.experts import LinearExperts
 from lrcompress.model.limits import known_tokens

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from lrcompress.budget import FEW_TARGETS
-from lrcompress.checkpoint.existing import Dense, open_existing
 from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
-from lrcompress.checkpoint.opening import OpenedModel, is_gguf, open_model, read_sound_config, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.shards import remark
 from lrcompress.errors import InputError
+from lrcompress.foreign.existing import open_existing
+from lrcompress.foreign.opening import OpenedModel, is_gguf, open_model, refuse_compressed
+from lrcompress.foreign.quantised import Dense
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.device import compute_dtype, resolve_dtype
 from lrcompress.model.experts import linear_experts, linearise

@@ -7,9 +7,9 @@ import torch
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.calibration.corpus import Source, parse_source, shares
-from lrcompress.checkpoint.existing import check_existing
-from lrcompress.checkpoint.opening import check_model
 from lrcompress.errors import InputError
+from lrcompress.foreign.existing import check_existing
+from lrcompress.foreign.opening import check_model
 from lrcompress.ggml.file_types import check_file_type
 from lrcompress.methods import Method, make_method
 from lrcompress.methods.ggml import GgmlBlocks

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lrcompress.budget import parse_size
 from lrcompress.calibration.gradients import CHUNK
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.multiplied import Multiplied
-from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.shards import NAMED
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside, write_tensors
 from lrcompress.errors import InputError

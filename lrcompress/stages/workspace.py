@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 from lrcompress.calibration.corpus import Source
 from lrcompress.checkpoint.cache import file_digest, files_read
-from lrcompress.checkpoint.gguf_parts import parts_of
-from lrcompress.checkpoint.opening import check_model, open_model
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
+from lrcompress.foreign.gguf_parts import parts_of
+from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.processes import processes
 
 MARKER, REPLACED = "lrcompress-partial", "lrcompress-replaced"

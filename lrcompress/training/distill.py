@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.experts import open_skeleton
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import open_dense
 from lrcompress.formats import StoredLinear
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.limits import known_tokens

@@ -7,10 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from lrcompress.checkpoint.cache import content_digest
-from lrcompress.checkpoint.opening import HUB_FILES
 from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.export.dense import export_dense
 from lrcompress.export.peft import export_peft
+from lrcompress.foreign.hub import HUB_FILES
 from lrcompress.heal import HealSpec, heal
 from lrcompress.stages.workspace import files_identity
 from lrcompress.training.settings import Settings

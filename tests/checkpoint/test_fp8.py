@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.checkpoint.experts import open_skeleton
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import load_network
+from lrcompress.foreign.opening import open_dense
 from tests.conftest import compress_tiny
 
 SETTINGS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lrcompress.checkpoint.folder import load_tokenizer, read_sound_config
 from lrcompress.checkpoint.manifest import Manifest
-from lrcompress.checkpoint.opening import OpenedModel, load_tokenizer, read_sound_config, refuse_compressed
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.dense import export_dense
+from lrcompress.foreign.opening import OpenedModel, refuse_compressed
 from lrcompress.formats import stored_tensors
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.skeleton import check_sizes, empty_model, find_blocks

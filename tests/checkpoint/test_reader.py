@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lrcompress.checkpoint.opening import open_model
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import open_model
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_a_run_writes_folders(make_model, tmp_path):
 
 
 def test_rows_that_name_themselves_are_read_in_any_order():
-    from lrcompress.checkpoint.converter import name_rows, read_rows
+    from lrcompress.foreign.converter import name_rows, read_rows
 
     marked = torch.cat([name_rows(300, 70000, 16)[[5, 69999, 128]], name_rows(1, 3, 16)])
     site, row = read_rows(marked)

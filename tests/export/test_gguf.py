@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.checkpoint.converter import CONVERTERS
 from lrcompress.errors import InputError
 from lrcompress.export.gguf import export_gguf
 from lrcompress.export.native_blocks import of_codes
 from lrcompress.export.packed import Codes
+from lrcompress.foreign.converter import CONVERTERS
 from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.checkpoint.test_loading import load
 from tests.commands import run_cli

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lrcompress.checkpoint.converter import CONVERTERS
+from lrcompress.foreign.converter import CONVERTERS
 from tests.serve.models import PROMPTS, compress, greedy, make_dense, tokenizer
 
 

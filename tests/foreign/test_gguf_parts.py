@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lrcompress.checkpoint.opening import check_model, open_dense, short_name
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import check_model, open_dense, short_name
 from lrcompress.stages.workspace import files_identity
-from tests.checkpoint.gguf_files import KEYS, SIZES, random_model, tensors_of, write_file, write_part
-from tests.checkpoint.test_gguf import LLAMA, agree
+from tests.foreign.gguf_files import KEYS, SIZES, random_model, tensors_of, write_file, write_part
+from tests.foreign.test_gguf import LLAMA, agree
 
 NAMES = [f"model-Q8-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.adapter import PREFIX
 from lrcompress.errors import InputError
+from lrcompress.foreign.adapter import PREFIX
 
 RANK_STEP = 8
 """Servers reserve room for adapters in such steps."""

@@ -1,20 +1,48 @@
 """Quantised checkpoints of other tools as bases: their codes, scales and zero points, repacked into `quantized`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.checkpoint.existing import Dense, refuse_dtype
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.formats.quantized import Quantized
 from lrcompress.model.skeleton import stored_names
 from lrcompress.model.targets import is_conv1d
-from lrcompress.protocols import Spec
+from lrcompress.protocols import Site, Spec
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model that a base is compared with: `names` gives every tensor's name in its files."""
+
+    reader: CheckpointReader
+    names: Mapping[str, str]
+    skeleton: nn.Module
+    sites: Sequence[Site]
+    model_type: str
+    dtype: torch.dtype
+    """The one to write in."""
+
+
+def exact_in(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds the same numbers."""
+    return torch.equal(values.to(dtype).to(values.dtype), values)
+
+
+def refuse_dtype(folder: Path, name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """InputError where `dtype` does not hold the numbers of tensor `name` as they are."""
+    if not exact_in(values, dtype):
+        stored, written = (str(kind).removeprefix("torch.") for kind in (values.dtype, dtype))
+        raise InputError(
+            f"base {folder} stores {name} as {stored}, which {written} does not hold exactly: "
+            f"write with --dtype {stored} or float32"
+        )
 
 
 class ForeignWeights(ABC):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompress.checkpoint.gguf_metadata import CLOSE, ROTARY, Metadata, changes_nothing, head_width, rotates_by_kind
 from lrcompress.errors import InputError
+from lrcompress.foreign.gguf_metadata import CLOSE, ROTARY, Metadata, changes_nothing, head_width, rotates_by_kind
 
 TABLE, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 TABLES = (TABLE, LONG, SHORT)

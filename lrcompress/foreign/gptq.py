@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrcompress.checkpoint.existing import Dense
-from lrcompress.checkpoint.foreign import ForeignWeights
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.foreign.quantised import Dense, ForeignWeights
 from lrcompress.linalg.packing import UNITS, unpack
 from lrcompress.model.targets import is_conv1d
 

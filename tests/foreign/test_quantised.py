@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lrcompress.checkpoint.from_gptq import unpack_words
 from lrcompress.errors import InputError
+from lrcompress.foreign.gptq import unpack_words
 from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.checkpoint.test_loading import IDS, load, logits
 from tests.conftest import compress_tiny

@@ -8,10 +8,9 @@ import pydantic
 import torch
 from torch import Tensor
 
-from lrcompress.checkpoint.existing import Dense
-from lrcompress.checkpoint.foreign import ForeignWeights
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.foreign.quantised import Dense, ForeignWeights
 from lrcompress.linalg.packing import UNITS
 
 LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized")

@@ -12,11 +12,11 @@ import torch
 import transformers as t
 from packaging.version import Version
 
-from lrcompress.checkpoint.gguf_metadata import Metadata, settle
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.errors import InputError
-from tests.checkpoint.gguf_files import KEYS, SIZES, random_model, tensors_of, unchanged, write_file
-from tests.checkpoint.test_gguf import LLAMA, agree
+from lrcompress.foreign.gguf_metadata import Metadata, settle
+from lrcompress.foreign.opening import open_dense
+from tests.foreign.gguf_files import KEYS, SIZES, random_model, tensors_of, unchanged, write_file
+from tests.foreign.test_gguf import LLAMA, agree
 
 WIDE = {"hidden_size": 128, "num_key_value_heads": 2}
 WIDE_KEYS = {"embedding_length": 128}
@@ -289,7 +289,7 @@ def test_a_file_that_is_no_model_says_so(llama, kind):
 def test_every_rotary_embedding_is_the_one_of_the_file(llama, monkeypatch):
     """Where transformers' model does not take what the config says, that is no reason to go on with another one."""
     path, _ = llama({"rope_type": "default"}, {"rope.scaling.factor": 4.0})
-    monkeypatch.setattr("lrcompress.checkpoint.gguf.empty_model", lambda config: random_model(t.LlamaConfig(**SIZES)))
+    monkeypatch.setattr("lrcompress.foreign.gguf.empty_model", lambda config: random_model(t.LlamaConfig(**SIZES)))
     with pytest.raises(InputError, match=r"rotary embedding that transformers' LlamaForCausalLM cannot be given"):
         open_dense(str(path))
 

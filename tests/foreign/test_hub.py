@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import constants
 
-from lrcompress.checkpoint.opening import open_model
 from lrcompress.errors import InputError
+from lrcompress.foreign.opening import open_model
 
 COMMIT = "0" * 40
 

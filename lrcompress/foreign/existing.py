@@ -1,19 +1,22 @@
 """Existing compressed checkpoints as bases: which kinds there are, and that one belongs to the dense model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrcompress.bases import StoredWeights
 from lrcompress.checkpoint.experts import ExpertReader
+from lrcompress.checkpoint.folder import read_config_file
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest, read_weight
-from lrcompress.checkpoint.opening import read_config_file
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
+from lrcompress.foreign.compressed_tensors import CompressedTensors, read_settings
+from lrcompress.foreign.gptq import Gptq, check_settings
+from lrcompress.foreign.quantised import Dense, refuse_dtype
 from lrcompress.formats import stored_tensors
 from lrcompress.formats.sum import Sum
 from lrcompress.model.skeleton import stored_names, tied_names
@@ -36,19 +39,6 @@ class OwnWeights:
         """See StoredWeights."""
         found = read_weight(self.reader, name, self.stored[name])
         return {key: tensor for key, tensor in found.items() if key != "weight"}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The dense model that a base is compared with: `names` gives every tensor's name in its files."""
-
-    reader: CheckpointReader
-    names: Mapping[str, str]
-    skeleton: nn.Module
-    sites: Sequence[Site]
-    model_type: str
-    dtype: torch.dtype
-    """The one to write in."""
 
 
 def check_existing(folder: Path) -> None:
@@ -90,21 +80,6 @@ def open_existing(folder: Path, dense: Dense) -> StoredWeights:
     return weights
 
 
-def exact_in(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `dtype` holds the same numbers."""
-    return torch.equal(values.to(dtype).to(values.dtype), values)
-
-
-def refuse_dtype(folder: Path, name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """InputError where `dtype` does not hold the numbers of tensor `name` as they are."""
-    if not exact_in(values, dtype):
-        stored, written = (str(kind).removeprefix("torch.") for kind in (values.dtype, dtype))
-        raise InputError(
-            f"base {folder} stores {name} as {stored}, which {written} does not hold exactly: "
-            f"write with --dtype {stored} or float32"
-        )
-
-
 def _settings(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The quantization_config and its quant_method; InputError where there is none."""
     found = config.get("quantization_config") or config.get("compression_config")
@@ -130,13 +105,9 @@ Opener = Callable[[CheckpointReader, Dense], StoredWeights]
 def _opener(folder: Path, settings: dict[str, Any], kind: str) -> Opener:
     """What opens a checkpoint of another tool; InputError where its config says that it cannot be read."""
     if kind == "compressed-tensors":
-        from lrcompress.checkpoint.from_compressed_tensors import CompressedTensors, read_settings
-
         parsed = read_settings(folder, settings)
         return lambda reader, dense: CompressedTensors(folder, reader, dense, parsed)
     if kind == "gptq":
-        from lrcompress.checkpoint.from_gptq import Gptq, check_settings
-
         check_settings(folder, settings)
         return lambda reader, dense: Gptq(folder, reader, dense, settings)
     raise InputError(

@@ -6,10 +6,10 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from lrcompress.checkpoint.cache import conversion_folder
-from lrcompress.checkpoint.opening import open_dense
 from lrcompress.errors import InputError
-from tests.checkpoint.gguf_files import KEYS, SIZES, interleaved, random_model, tensors_of, unchanged, write_file
+from lrcompress.foreign.opening import open_dense
 from tests.checkpoint.test_loading import load
+from tests.foreign.gguf_files import KEYS, SIZES, interleaved, random_model, tensors_of, unchanged, write_file
 
 LLAMA = interleaved({"q_proj": 4, "k_proj": 2})
 

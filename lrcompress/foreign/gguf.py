@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lrcompress.checkpoint.cache import conversion_folder
-from lrcompress.checkpoint.gguf_metadata import Metadata, settle
-from lrcompress.checkpoint.gguf_parts import parts_of
-from lrcompress.checkpoint.gguf_rotary import TABLES, check_rotary, settle_rotary
 from lrcompress.checkpoint.writer import ShardedWriter, disk_errors
 from lrcompress.errors import InputError
+from lrcompress.foreign.gguf_metadata import Metadata, settle
+from lrcompress.foreign.gguf_parts import parts_of
+from lrcompress.foreign.gguf_rotary import TABLES, check_rotary, settle_rotary
 from lrcompress.model.skeleton import check_sizes, empty_model, library_errors
 
 SHARD_BYTES = 5 * 10**9
