@@ -16,11 +16,12 @@ from lrcompress.checkpoint.writer import copy_files, disk_errors
 from lrcompress.errors import InputError
 from lrcompress.foreign.opening import check_model, open_model, short_name
 from lrcompress.model.device import resolve_device
-from lrcompress.pipeline import Result, errors_in_words
+from lrcompress.pipeline import Result
 from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import load_report, read_report, versions, write_card
+from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.workspace import (
     Workspace,
     files_identity,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lrcompress.foreign.converter import converter_command, find_rows
 from lrcompress.ggml.imatrix import Importance, write_imatrix
-from lrcompress.pipeline import errors_in_words
 from lrcompress.processes import refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.block_types import dense_weights
+from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import HiddenWalk
 from lrcompress.stages.request import check_request

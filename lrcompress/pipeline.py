@@ -2,33 +2,26 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lrcompress.bases import is_computed
 from lrcompress.budget import bits_per_weight, removed
-from lrcompress.checkpoint.folder import read_config_file
-from lrcompress.errors import InputError, Interrupted
-from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
-from lrcompress.evaluation.gates import parse_expectation
-from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.foreign.opening import check_model, named_path, open_model, short_name
-from lrcompress.model.device import fast_float32, memory_errors
+from lrcompress.errors import InputError
+from lrcompress.model.device import fast_float32
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import computing_versions, load_report, write_card
+from lrcompress.report.summary import write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.block_types import find_block_types
 from lrcompress.stages.calibrate import calibrate_model
 from lrcompress.stages.finish import make_report
+from lrcompress.stages.identity import files_read, finished, identity, made_from
+from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.lengths import encode_all
+from lrcompress.stages.naming import output_folder
 from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_request
@@ -40,10 +33,6 @@ from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
 from lrcompress.stages.workspace import (
     Workspace,
-    files_identity,
-    model_identity,
-    refuse_changed,
-    texts_identity,
     write_json,
 )
 
@@ -60,21 +49,27 @@ def compress(
     recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
 ) -> Result:
     """Compress as the recipe says and write the checkpoint; the folder appears whole or not at all."""
+    return compress_request(check_request(recipe), overwrite=overwrite, resume=resume, reporter=reporter)
+
+
+def compress_request(
+    request: Request, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
+) -> Result:
+    """`compress` of a recipe whose names have been looked up."""
     reporter = reporter or Reporter(quiet=True)
-    output = output_folder(recipe)
+    output = output_folder(request.recipe)
     if output.suffix == ".gguf":
         raise InputError(
             f"output {output} is no folder's name: lrcompress compress -o writes GGUF files, name a folder"
         )
-    request = check_request(recipe)
     join_processes(request, reporter)
-    if resume and (finished := _finished(output, request)):
+    if resume and (before := finished(output, request)):
         Workspace(output, overwrite=overwrite, resume=resume).forget()
         reporter.say(f"{output} is finished already")
-        return Result(output, finished)
+        return Result(output, before)
     workspace = Workspace(output, overwrite=overwrite, resume=resume, inputs=files_read(request))
     with workspace, errors_in_words(request.device, f"run again with --resume to continue {workspace.partial}"):
-        written = _finished(workspace.partial, request) if workspace.continued else None
+        written = finished(workspace.partial, request) if workspace.continued else None
         report = written or _compress(request, workspace, reporter)
         workspace.publish()
     return Result(output, report)
@@ -88,18 +83,6 @@ def join_processes(request: Request, reporter: Reporter) -> None:
         raise InputError(f"{samples} calibration samples are too few for {team.size} processes: one each at least")
     if not team.first:
         reporter.silence()
-
-
-@contextmanager
-def errors_in_words(device: torch.device, resume: str) -> Iterator[None]:
-    """Lack of memory, Ctrl-C and numbers that are not finite as errors of ours; `resume` says how to go on."""
-    try:
-        with memory_errors(f"out of memory on {device}: use fewer --samples or a shorter --seqlen; {resume}"):
-            yield
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted: {resume}") from error
-    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise InputError(str(error)) from error
 
 
 @fast_float32()
@@ -196,54 +179,6 @@ def write_checkpoint(
     return report | (more or {})
 
 
-def check_run(recipe: Recipe) -> None:
-    """InputError for what can be seen to be wrong with a recipe before its model is loaded or anything is written."""
-    expectations = [parse_expectation(text) for text in recipe.expect]
-    spec = recipe.evaluate
-    check_request(recipe)
-    if spec is None:
-        if expectations:
-            raise InputError("the recipe expects something but evaluates nothing: add evaluate: {tasks: [...]}")
-        return
-    tasks = parse_tasks(spec.tasks)
-    other = recipe.model if spec.against in (None, "dense") else spec.against
-    if other != recipe.model:
-        read_config_file(open_model(other).folder)
-    check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
-    check_expectations(expectations, tasks, ("bytes", "stored_ratio", "bpw"), compared=spec.against is not None)
-
-
-def run_recipe(
-    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
-) -> Result:
-    """Compress, evaluate what was written, judge the expectations; the report holds them under `evaluation`.
-
-    Of several processes the first one evaluates, and its result alone holds an evaluation.
-    """
-    check_run(recipe)
-    return run_checked(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
-
-
-def run_checked(
-    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, reporter: Reporter | None = None
-) -> Result:
-    """`run_recipe` of a recipe that `check_run` has found nothing wrong with."""
-    spec = recipe.evaluate
-    result = compress(recipe, overwrite=overwrite, resume=resume, reporter=reporter)
-    if spec is None or not processes().first:
-        return result
-    if spec.against == "dense":
-        spec = spec.model_copy(update={"against": recipe.model})
-    evaluation = evaluate(
-        str(result.folder), spec, recipe.expect,
-        device=recipe.device, trust_remote_code=recipe.trust_remote_code, reporter=reporter,
-    )  # fmt: skip
-    result.report["evaluation"] = evaluation
-    write_json(result.folder / "report.json", result.report)
-    write_card(result.folder, result.report, recipe)
-    return result
-
-
 @fast_float32()
 def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
     """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
@@ -285,35 +220,6 @@ def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefact
     return artefacts
 
 
-def output_folder(recipe: Recipe) -> Path:
-    """Where the recipe's checkpoint goes."""
-    base = [] if recipe.base is None else [_base_name(recipe.base)]
-    name = "-".join([short_name(recipe.model), recipe.method.name, *base, _amount_name(recipe)])
-    return named_path(recipe.output or name, "output")
-
-
-def _amount_name(recipe: Recipe) -> str:
-    """The part of how much was asked for that names an output folder."""
-    if recipe.size is not None:
-        return recipe.size.replace(" ", "")
-    if recipe.bpw is not None:
-        return f"{recipe.bpw:g}bpw"
-    if recipe.max_loss is not None:
-        return f"loss-{100 * recipe.max_loss:g}%"
-    if recipe.type is not None:
-        return recipe.type
-    if recipe.ratio is None:
-        return f"r{recipe.rank}"
-    return f"{recipe.ratio:g}" + ("" if recipe.ratio_of == "bytes" else f"-{recipe.ratio_of}")
-
-
-def _base_name(base: str) -> str:
-    """The part of --base that names an output folder."""
-    if is_computed(base):
-        return base.replace(":", "-").replace("/", "-")
-    return short_name(str(Path(base).expanduser().resolve()))
-
-
 def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
     """plan.json: the decision as an artefact."""
     dense, stored = sum(plan.dense_bytes.values()), sum(plan.bytes.values())
@@ -336,56 +242,3 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         "targets": plan.entries(opened.sites),
         **({"joined": plan.joined()} if plan.joins else {}),
     }  # fmt: skip
-
-
-def identity(opened: Opened) -> dict[str, Any]:
-    """What resumed work must agree with: recipe, files, text, number of processes, versions."""
-    return {
-        "recipe": opened.request.recipe.identity(),
-        **made_from(opened.request),
-        "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
-        "number of processes": processes().size,
-        "kind of device": [opened.request.device.type, str(opened.walker.dtype)],
-        "versions": computing_versions(),
-    }
-
-
-def made_from(request: Request) -> dict[str, Any]:
-    """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
-    base = request.method.existing_base
-    return {
-        "model files": model_identity(request.recipe.model),
-        "base files": None if base is None else files_identity(base.folder),
-        "calibration files": texts_identity(source for source, _, _ in request.sources),
-    }
-
-
-def files_read(request: Request) -> list[Path]:
-    """The files and folders on this machine that a run reads, its evaluation included."""
-    recipe, base = request.recipe, request.method.existing_base
-    models, found = [recipe.model], [source.path for source, _, _ in request.sources]
-    if recipe.evaluate is not None:
-        models += [] if recipe.evaluate.against in (None, "dense") else [recipe.evaluate.against]
-        for task in parse_tasks(recipe.evaluate.tasks):
-            found += [*task.files, None if task.source is None else task.source.path]
-    found += [check_model(model) for model in models] + ([] if base is None else [base.folder])
-    return [path for path in found if path is not None]
-
-
-def _finished(folder: Path, request: Request) -> dict[str, Any] | None:
-    """The report of a finished run that this one would repeat; InputError where the folder holds another one.
-
-    Where it lies and what is measured on it may differ.
-    """
-    report = load_report(folder)
-    if report is None:
-        return None
-    before, now = report["recipe"], request.recipe.model_dump(mode="json")
-    changed = sorted(key for key in request.recipe.identity() if before.get(key) != now[key])
-    if changed:
-        raise InputError(
-            f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
-            "pass --overwrite without --resume"
-        )
-    refuse_changed(folder, report.get("made_from"), made_from(request))
-    return {**report, "recipe": now}

@@ -1,7 +1,5 @@
 """Methods x ratios x seeds on one model: the common part once, then every point is written, loaded and measured."""
 
-import csv
-import io
 import json
 import shutil
 import time
@@ -20,14 +18,17 @@ from lrcompress.evaluation.harness import measurable
 from lrcompress.evaluation.tasks import Task, parse_tasks
 from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.model.device import fast_float32, resolve_device, resolve_dtype
-from lrcompress.pipeline import errors_in_words, finish_checkpoint, identity, profile_model, write_checkpoint
+from lrcompress.pipeline import finish_checkpoint, profile_model, write_checkpoint
 from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import bits_stored, versions
+from lrcompress.report.table import as_csv
 from lrcompress.stages.amount import check_amount
 from lrcompress.stages.calibrate import calibrate_model
+from lrcompress.stages.identity import identity
+from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_parts
 from lrcompress.stages.profile import Artefacts
@@ -67,16 +68,17 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
         raise InputError(f"output {folder} cannot be made: {existing} is a file, name a folder")
     points = [Point(m, r, s) for s in recipe.seeds for m in recipe.methods for r in sorted(recipe.ratios)]
     _check_names(points)
-    requests = [check_request(recipe.recipe(point.method, point.ratio, point.seed)) for point in points]
+    asked = [(point, check_request(recipe.recipe(point.method, point.ratio, point.seed))) for point in points]
     tasks = parse_tasks(recipe.evaluate.tasks)
     measurable(tasks, compared=recipe.evaluate.against is not None)
-    _claim(folder, recipe, _inputs(recipe, requests, tasks), overwrite)
+    _claim(folder, recipe, _inputs(recipe, [request for _, request in asked], tasks), overwrite)
     in_words = errors_in_words(resolve_device(recipe.device), f"run the same sweep again to continue in {folder}")
     with in_words, statistics_kept_in(folder / "scratch" / "statistics"):
         dense = _dense(recipe, folder, reporter)
         for seed in recipe.seeds:
             for method in recipe.methods:
-                left = [p for p in points if (p.method, p.seed) == (method, seed) and not _file(folder, p).exists()]
+                own = [(p, request) for p, request in asked if (p.method, p.seed) == (method, seed)]
+                left = [(p, request) for p, request in own if not _file(folder, p).exists()]
                 if left:
                     _measure(recipe, left, folder, reporter)
     rows = [json.loads(_file(folder, point).read_text()) for point in points]
@@ -88,28 +90,6 @@ def sweep(recipe: Sweep, *, overwrite: bool = False, reporter: Reporter | None =
     (folder / "sweep.csv").write_text(as_csv(result), encoding="utf8")
     draw(result, folder)
     return result
-
-
-COLUMNS = ("method", "ratio", "seed", "stored_ratio", "bpw", "bytes", "seconds")
-"""Of the CSV, before what was measured."""
-
-
-def as_csv(result: dict[str, Any]) -> str:
-    """A row per point, a column per metric; the dense model first."""
-    metrics = metrics_of(result)
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow([*COLUMNS, *map(":".join, metrics)])
-    for row in [result["dense"], *result["points"]]:
-        values = [row["results"].get(task, {}).get(key, "") for task, key in metrics]
-        writer.writerow([*(row.get(key, "") for key in COLUMNS), *values])
-    return out.getvalue()
-
-
-def metrics_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(task, metric) of all that was measured, the dense model's first."""
-    rows = [result["dense"], *result["points"]]
-    return list(dict.fromkeys((task, key) for r in rows for task, values in r["results"].items() for key in values))
 
 
 def _check_names(points: list[Point]) -> None:
@@ -212,16 +192,16 @@ def _evaluate(recipe: Sweep, model: str, against: str | None, reporter: Reporter
 
 
 @fast_float32()
-def _measure(recipe: Sweep, points: list[Point], folder: Path, reporter: Reporter) -> None:
+def _measure(recipe: Sweep, asked: list[tuple[Point, Request]], folder: Path, reporter: Reporter) -> None:
     """Points of one method and seed: the dense model is walked once for all of them."""
-    label = f"{points[0].method.label}-seed{points[0].seed}".replace("/", "-")
+    first, request = asked[0]
+    label = f"{first.method.label}-seed{first.seed}".replace("/", "-")
     scratch = folder / "scratch" / label
     scratch.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    requests = [check_request(recipe.recipe(point.method, point.ratio, point.seed)) for point in points]
-    opened = open_parts(requests[0], reporter)
+    opened = open_parts(request, reporter)
     possible = []
-    for point, request in zip(points, requests, strict=True):
+    for point, request in asked:
         try:
             check_amount(replace(opened, request=request))
             possible.append((point, request))

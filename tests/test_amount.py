@@ -16,10 +16,11 @@ from lrcompress.budget import kept_bytes, removed
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.formats import FORMATS, build, spec_multiplies
 from lrcompress.methods.lord import Lord
-from lrcompress.pipeline import compress, make_plan, output_folder
+from lrcompress.pipeline import compress, make_plan
 from lrcompress.protocols import Spec
 from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from lrcompress.report.ci import markdown_summary
+from lrcompress.stages.naming import output_folder
 from tests.commands import run_cli
 from tests.conftest import ARCHITECTURES, compress_tiny
 from tests.products import multiply_adds

@@ -16,11 +16,12 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.pipeline import compress, make_plan, run_recipe
+from lrcompress.pipeline import compress, make_plan
 from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report import summary
 from lrcompress.report.progress import Reporter
+from lrcompress.run import run_recipe
 from lrcompress.stages import needs, profile
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts
@@ -341,7 +342,7 @@ def test_resuming_with_other_processes_or_versions_is_refused(llama, tmp_path, m
         with pytest.raises(Interrupted):
             compress(made)
     with monkeypatch.context() as patch:
-        patch.setattr("lrcompress.pipeline.processes", lambda: Processes(0, 2))
+        patch.setattr("lrcompress.stages.identity.processes", lambda: Processes(0, 2))
         with pytest.raises(InputError, match="number of processes changed since"):
             compress(made, resume=True)
     version = summary.version

@@ -39,7 +39,7 @@ LAYERS = [
     ["export"],
     ["adapters", "training"],
     ["pipeline"],
-    ["sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
+    ["run", "sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -17,8 +17,9 @@ from lrcompress.checkpoint.cache import content_digest
 from lrcompress.errors import InputError, Interrupted, ResourceError
 from lrcompress.foreign.opening import check_model
 from lrcompress.model.device import resolve_device
-from lrcompress.pipeline import compress, output_folder
+from lrcompress.pipeline import compress
 from lrcompress.recipe import load_recipe, make_recipe, split_assignment
+from lrcompress.stages.naming import output_folder
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import MARKER, REPLACED, files_identity
 from tests.conftest import compress_tiny

@@ -6,9 +6,10 @@ import pytest
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
-from lrcompress.pipeline import make_plan, output_folder
+from lrcompress.pipeline import make_plan
 from lrcompress.recipe import dump_recipe, make_recipe
 from lrcompress.report.inspection import inspect_model
+from lrcompress.stages.naming import output_folder
 from tests.conftest import compress_tiny
 from tests.test_pipeline import header_bytes, recipe
 

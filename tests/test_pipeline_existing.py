@@ -12,9 +12,10 @@ from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.formats import DENSE
 from lrcompress.model.surgery import dense_parts, stored_layers
-from lrcompress.pipeline import compress, make_plan, output_folder
+from lrcompress.pipeline import compress, make_plan
 from lrcompress.recipe import make_recipe
 from lrcompress.report.inspection import inspect_model
+from lrcompress.stages.naming import output_folder
 from tests.commands import run_cli
 from tests.conftest import compress_tiny
 from tests.test_pipeline import header_bytes, recipe

@@ -44,18 +44,19 @@ def run(
         raise InputError("no recipe given: name a YAML file or a shipped recipe, such as quickstart")
     loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
     from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
-    from lrcompress.pipeline import check_run, output_folder, run_checked
     from lrcompress.processes import processes, several
     from lrcompress.report.ci import failed_junit_xml, failed_summary, junit_xml, markdown_summary
     from lrcompress.report.progress import Reporter
+    from lrcompress.run import check_run, run_request
+    from lrcompress.stages.naming import output_folder
 
     quiet_libraries()
     for path, option in ((junit, "--junit"), (summary, "--summary"), (json_file, "--json")):
         o.check_result(path, output_folder(loaded), option)
-    check_run(loaded)
+    request = check_run(loaded)
     try:
-        result = run_checked(
-            loaded, overwrite=overwrite, resume=resume, reporter=Reporter(quiet=quiet, verbose=verbose)
+        result = run_request(
+            request, overwrite=overwrite, resume=resume, reporter=Reporter(quiet=quiet, verbose=verbose)
         )
     except Exception as error:
         failed = ((junit, "--junit", failed_junit_xml), (summary, "--summary", failed_summary))

@@ -45,8 +45,8 @@ def squeeze(
     from lrcompress.cli.show import quiet_libraries, show_squeeze
     from lrcompress.errors import InputError
     from lrcompress.model.device import resolve_device
-    from lrcompress.pipeline import errors_in_words
     from lrcompress.report.progress import Reporter
+    from lrcompress.stages.in_words import errors_in_words
     from lrcompress.stages.request import share_samples
 
     if base is None and calibration:

@@ -44,7 +44,7 @@ def sweep_tables(result: dict[str, Any]) -> list[Any]:
     from rich.table import Table
 
     from lrcompress.report.summary import is_error
-    from lrcompress.sweep import metrics_of
+    from lrcompress.report.table import metrics_of
 
     tables = []
     ratios = sorted({row["ratio"] for row in result["points"]})

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.pipeline import run_recipe
 from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.run import run_recipe
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 import lrcompress.evaluation.compare as compare
 from lrcompress.checkpoint.cache import content_digest, note, recall
 from lrcompress.evaluation.compare import evaluate
-from lrcompress.pipeline import run_recipe
 from lrcompress.recipe import EvaluateSpec, make_recipe
+from lrcompress.run import run_recipe
 from tests.commands import run_cli
 
 

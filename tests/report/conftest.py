@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from lrcompress.pipeline import run_recipe
 from lrcompress.recipe import make_recipe
+from lrcompress.run import run_recipe
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,66 @@
+"""What a run is made from: by it unfinished work is resumed, and a finished run known again."""
+
+from pathlib import Path
+from typing import Any
+
+from lrcompress.errors import InputError
+from lrcompress.evaluation.tasks import parse_tasks
+from lrcompress.foreign.opening import check_model
+from lrcompress.processes import processes
+from lrcompress.report.summary import computing_versions, load_report
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.request import Request
+from lrcompress.stages.workspace import files_identity, model_identity, refuse_changed, texts_identity
+
+
+def identity(opened: Opened) -> dict[str, Any]:
+    """What resumed work must agree with: recipe, files, text, number of processes, versions."""
+    return {
+        "recipe": opened.request.recipe.identity(),
+        **made_from(opened.request),
+        "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
+        "number of processes": processes().size,
+        "kind of device": [opened.request.device.type, str(opened.walker.dtype)],
+        "versions": computing_versions(),
+    }
+
+
+def made_from(request: Request) -> dict[str, Any]:
+    """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
+    base = request.method.existing_base
+    return {
+        "model files": model_identity(request.recipe.model),
+        "base files": None if base is None else files_identity(base.folder),
+        "calibration files": texts_identity(source for source, _, _ in request.sources),
+    }
+
+
+def files_read(request: Request) -> list[Path]:
+    """The files and folders on this machine that a run reads, its evaluation included."""
+    recipe, base = request.recipe, request.method.existing_base
+    models, found = [recipe.model], [source.path for source, _, _ in request.sources]
+    if recipe.evaluate is not None:
+        models += [] if recipe.evaluate.against in (None, "dense") else [recipe.evaluate.against]
+        for task in parse_tasks(recipe.evaluate.tasks):
+            found += [*task.files, None if task.source is None else task.source.path]
+    found += [check_model(model) for model in models] + ([] if base is None else [base.folder])
+    return [path for path in found if path is not None]
+
+
+def finished(folder: Path, request: Request) -> dict[str, Any] | None:
+    """The report of a finished run that this one would repeat; InputError where the folder holds another one.
+
+    Where it lies and what is measured on it may differ.
+    """
+    report = load_report(folder)
+    if report is None:
+        return None
+    before, now = report["recipe"], request.recipe.model_dump(mode="json")
+    changed = sorted(key for key in request.recipe.identity() if before.get(key) != now[key])
+    if changed:
+        raise InputError(
+            f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
+            "pass --overwrite without --resume"
+        )
+    refuse_changed(folder, report.get("made_from"), made_from(request))
+    return {**report, "recipe": now}
