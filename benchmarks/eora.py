@@ -30,11 +30,11 @@ from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import level_specs, rank_level
+from lrcompress.stages.encode import encode_site
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import HiddenWalk
 from lrcompress.stages.request import check_request
-from lrcompress.stages.store import encode_site
 
 BASES = ["rtn:4:64", "rtn:3:64", "rtn:2:64", "gptq:4:64", "gptq:3:64", "magnitude:2:4", "wanda:2:4", "sparsegpt:2:4"]
 EQUAL = [("rtn:3:64", "rtn:4:64"), ("gptq:3:64", "gptq:4:64"), ("rtn:2:64", "rtn:3:64")]

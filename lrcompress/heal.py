@@ -19,8 +19,9 @@ from lrcompress.model.device import resolve_device
 from lrcompress.pipeline import Result
 from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
+from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import load_report, read_report, versions, write_card
+from lrcompress.report.summary import load_report, read_report, versions
 from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.workspace import (
     Workspace,

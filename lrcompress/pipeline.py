@@ -11,8 +11,8 @@ from lrcompress.errors import InputError
 from lrcompress.model.device import fast_float32
 from lrcompress.processes import join, processes, refuse_several
 from lrcompress.recipe import Recipe
+from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import write_card
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.block_types import find_block_types

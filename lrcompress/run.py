@@ -9,8 +9,8 @@ from lrcompress.foreign.opening import open_model
 from lrcompress.pipeline import Result, compress_request
 from lrcompress.processes import processes
 from lrcompress.recipe import Recipe
+from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import write_card
 from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.workspace import write_json
 

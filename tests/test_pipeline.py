@@ -146,7 +146,7 @@ def test_plain_welore_reads_no_text(llama, tmp_path):
 
 
 def test_plain_welore_is_judged_on_held_out_text(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("lrcompress.stages.store.LOUD_LOSS", 0.5)
+    monkeypatch.setattr("lrcompress.stages.held_out.LOUD_LOSS", 0.5)
     result = compress_tiny(llama, tmp_path / "out", method={"name": "welore", "metric": "plain"})
     assert any("probably useless" in warning for warning in result.report["warnings"])
 
@@ -180,7 +180,7 @@ def test_a_compressed_checkpoint_is_refused_as_input_of_methods_that_need_the_de
 
 
 def test_a_useless_result_is_announced(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("lrcompress.stages.store.LOUD_LOSS", 0.5)
+    monkeypatch.setattr("lrcompress.stages.held_out.LOUD_LOSS", 0.5)
     result = compress_tiny(llama, tmp_path / "out")
     assert any("probably useless" in warning for warning in result.report["warnings"])
 

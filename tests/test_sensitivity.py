@@ -11,9 +11,9 @@ from lrcompress.pipeline import compress, profile_model
 from lrcompress.report.progress import Reporter
 from lrcompress.stages import sensitivity
 from lrcompress.stages.allocate import allocate
+from lrcompress.stages.encode import encode_site
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.request import check_request
-from lrcompress.stages.store import encode_site
 from tests.conftest import compress_tiny
 from tests.test_pipeline import recipe
 

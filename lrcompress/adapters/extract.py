@@ -13,7 +13,8 @@ from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError, nearest
-from lrcompress.foreign.adapter import CONFIG, Shape, lora_tensors, resized_config, write_adapter
+from lrcompress.foreign.adapter import CONFIG
+from lrcompress.foreign.new_adapter import Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.foreign.one_rank import adapter_dtype, cast, check_twins, level_config, levelled, one_rank, padded
 from lrcompress.formats import FORMATS, stored_tensors
 from lrcompress.stages.workspace import new_folder, write_json

@@ -4,17 +4,17 @@ Every module has a basis of its own, closed form and without data. Tasks count a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrcompress.adapters.shared import FILES, SCHEMA, SHARED, Element, combined
+from lrcompress.adapters.merged import card, carried, make_report, write
+from lrcompress.adapters.shared import Element
 from lrcompress.adapters.tasks import Task, open_task
 from lrcompress.budget import parse_size
-from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.foreign.opening import short_name
 from lrcompress.formats.low_rank import LowRank
@@ -22,7 +22,6 @@ from lrcompress.linalg.common_basis import common_basis
 from lrcompress.linalg.ranks import NOISE, ranks_for_error, ranks_within
 from lrcompress.linalg.truncation import Spectrum, product_energy
 from lrcompress.report.progress import Reporter
-from lrcompress.report.summary import versions
 from lrcompress.stages.workspace import new_folder, write_json
 
 
@@ -69,9 +68,9 @@ def merge(
             bases[module] = _basis(module, [(tasks[name], norms[name]) for name in names])
             tick()
     places = _places(tasks)
-    others = _bytes(_carried(tasks, places))
+    others = _bytes(carried(tasks, places))
     kept = _kept(tasks, members, bases, room, others)
-    report = _report(tasks, members, kept, norms, room, output, others)
+    report = make_report(tasks, members, kept, norms, asdict(room), output, others)
     if report["bytes"]["shared"] >= report["bytes"]["separate"]:
         raise InputError(
             f"the basis would have {report['bytes']['shared']} bytes, the adapters' factors have "
@@ -79,9 +78,9 @@ def merge(
         )
     if not dry_run:
         with new_folder([task.folder for task in tasks.values()], output, overwrite=overwrite) as folder:
-            _write(tasks, members, kept, places, report, folder)
+            write(tasks, members, kept, places, report, folder)
             write_json(folder / "report.json", report)
-            (folder / "README.md").write_text(_card(report), encoding="utf8")
+            (folder / "README.md").write_text(card(report), encoding="utf8")
     return report
 
 
@@ -216,22 +215,6 @@ def _element(element: Spectrum, coefficients: Tensor, rank: int, dtypes: tuple[t
     return Element(stored["B.weight"].to(dtypes[0]), stored["A.weight"].to(dtypes[1]), coefficients.float())
 
 
-def _errors(
-    tasks: Mapping[str, Task], members: Mapping[str, list[str]], kept: Mapping[str, list[Element]]
-) -> dict[str, float]:
-    """Squared error of every task, of the factors as `extract` writes them."""
-    lost = dict.fromkeys(tasks, 0.0)
-    for module, names in members.items():
-        for i, name in enumerate(names):
-            left, right = tasks[name].factors(module)
-            if kept[module]:
-                most = tasks[name].rank(module) if tasks[name].kind == "model" else None
-                own, other = combined(kept[module], i, most)
-                left, right = torch.cat([left, -own.double()], dim=1), torch.cat([right, other.double()])
-            lost[name] += product_energy(left, right)
-    return lost
-
-
 def _places(tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
     """Task to where each of its other tensors lies: what the first task has too, equal, lies there."""
     (first, held), *rest = tasks.items()
@@ -244,93 +227,5 @@ def _places(tasks: Mapping[str, Task]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _carried(tasks: Mapping[str, Task], places: Mapping[str, dict[str, str]]) -> dict[str, Tensor]:
-    """Meta tensors of what is kept as it is, by its place."""
-    return {places[task][name]: meta for task, held in tasks.items() for name, meta in held.others.items()}
-
-
 def _bytes(metas: Mapping[str, Tensor]) -> int:
     return sum(meta.numel() * meta.itemsize for meta in metas.values())
-
-
-def _report(
-    tasks: Mapping[str, Task],
-    members: Mapping[str, list[str]],
-    kept: Mapping[str, list[Element]],
-    norms: Mapping[str, float],
-    room: Room,
-    output: Path,
-    carried: int,
-) -> dict[str, Any]:
-    lost = _errors(tasks, members, kept)
-    errors = {name: lost[name] ** 0.5 / norms[name] for name in tasks}
-    separate = {name: sum(task.bytes(module) for module in task.shapes) for name, task in tasks.items()}
-    shared = sum(t.nbytes for elements in kept.values() for e in elements for t in (e.left, e.right, e.coefficients))
-    return {
-        "schema": SCHEMA,
-        "output": str(output),
-        "asked": {key: getattr(room, key) for key in ("basis", "size", "error")},
-        "bytes": {"separate": sum(separate.values()), "shared": shared, "carried": carried},
-        "ratio": 1 - shared / sum(separate.values()),
-        "relative_error": (sum(error**2 for error in errors.values()) / len(errors)) ** 0.5,
-        "tasks": [
-            {"name": name, "adapter": task.label, "bytes": separate[name], "relative_error": errors[name]}
-            for name, task in tasks.items()
-        ],
-        "modules": [
-            {"name": module, "tasks": len(names), "elements": len(kept[module]),
-             "ranks": [e.left.shape[1] for e in kept[module]]}
-            for module, names in members.items()
-        ],
-        "versions": versions(),
-    }  # fmt: skip
-
-
-def _write(
-    tasks: Mapping[str, Task],
-    members: Mapping[str, list[str]],
-    kept: Mapping[str, list[Element]],
-    places: Mapping[str, dict[str, str]],
-    report: dict[str, Any],
-    folder: Path,
-) -> None:
-    """shared.json says what belongs to whom, shared.safetensors holds the elements, and what is kept as it is."""
-    tensors: dict[str, Tensor] = {}
-    for module, elements in kept.items():
-        for j, element in enumerate(elements):
-            tensors |= {f"{module}|{j}|left": element.left, f"{module}|{j}|right": element.right}
-            tensors[f"{module}|{j}|coefficients"] = element.coefficients
-    errors = {task["name"]: task["relative_error"] for task in report["tasks"]}
-    carried = _carried(tasks, places)
-    writer = ShardedWriter(folder, [*tensors.items(), *carried.items()], 2**63, stem=SHARED)
-    writer.write(tensors.items())
-    for place in carried:
-        owner, name = place.split("|", 1)
-        writer.write([(place, tasks[owner].tensor(name))])
-    writer.close()
-    entries = {
-        name: {**task.entry(), "tensors": places[name], "relative_error": errors[name]} for name, task in tasks.items()
-    }
-    held = {module: {"tasks": names, "shape": tasks[names[0]].shapes[module]} for module, names in members.items()}
-    write_json(folder / f"{SHARED}.json", {"schema": SCHEMA, "tasks": entries, "modules": held})
-    first = next(iter(tasks.values()))
-    if first.kind == "model":
-        (folder / FILES).mkdir()
-        copy_files_beside(first.folder, folder / FILES, code=True)
-
-
-def _card(report: dict[str, Any]) -> str:
-    """README.md of the shared folder."""
-    rows = "\n".join(f"| {task['name']} | {task['relative_error']:.4f} |" for task in report["tasks"])
-    return f"""---
-tags: [lrcompress, lora]
----
-# {len(report["tasks"])} adapters of one base, held together
-
-Written by `lrcompress merge`: {report["bytes"]["shared"]} bytes instead of {report["bytes"]["separate"]}.
-`lrcompress extract path/of/this/folder --task NAME -o OUT` gives one back as an adapter that PEFT loads.
-
-| task | relative error of its updates |
-|---|---|
-{rows}
-"""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.foreign.adapter import CONFIG, Adapter, Shape, lora_tensors, resized_config, write_adapter
+from lrcompress.foreign.adapter import CONFIG, Adapter
+from lrcompress.foreign.new_adapter import Shape, lora_tensors, resized_config, write_adapter
 from lrcompress.foreign.one_rank import cast, check_twins, level_config, levelled, padded
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.linalg.truncation import Spectrum

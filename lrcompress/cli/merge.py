@@ -26,7 +26,8 @@ def merge(
     """Hold several adapters, or low-rank checkpoints of ours, as a smaller basis and coefficients."""
     from lrcompress.adapters.merge import Room
     from lrcompress.adapters.merge import merge as run
-    from lrcompress.cli.show import quiet_libraries, show_merge
+    from lrcompress.cli.show import quiet_libraries
+    from lrcompress.cli.show_adapters import show_merge
     from lrcompress.report.progress import Reporter
 
     quiet_libraries()

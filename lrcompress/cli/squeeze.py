@@ -42,7 +42,8 @@ def squeeze(
     from lrcompress.adapters.inputs import Inputs
     from lrcompress.adapters.squeeze import Amount
     from lrcompress.adapters.squeeze import squeeze as run
-    from lrcompress.cli.show import quiet_libraries, show_squeeze
+    from lrcompress.cli.show import quiet_libraries
+    from lrcompress.cli.show_adapters import show_squeeze
     from lrcompress.errors import InputError
     from lrcompress.model.device import resolve_device
     from lrcompress.report.progress import Reporter

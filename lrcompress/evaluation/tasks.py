@@ -15,11 +15,11 @@ from lrcompress.calibration.corpus import (
     cut_blocks,
     documents,
     parse_source,
-    sample_from_model,
     split_held_out,
     split_source,
     tokenise,
 )
+from lrcompress.calibration.own_text import sample_from_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation.zero_shot import ZERO_SHOT, labels_file
 

@@ -9,7 +9,7 @@ from lrcompress.budget import parse_size
 from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.writer import copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.evaluation.loading import load_model
+from lrcompress.evaluation.loading import LoadedModel, load_model
 from lrcompress.export.dense import bias_switches, dense_config, model_with_experts, write_weights
 from lrcompress.export.packed import PackedLayers, Scheme
 from lrcompress.export.peft import write_adapter_folder
@@ -60,14 +60,7 @@ def export_compressed_tensors(
         )
     loaded = load_model(checkpoint, trust_remote_code=trust_remote_code)
     check_together(read_together(loaded.model), layers)
-    loss = None
-    if layers.rounded:
-        loss = perplexity_rise(loaded, layers.rounded, layers.weight, trust_remote_code=trust_remote_code)
-        if loss >= MOST_LOSS:
-            raise InputError(
-                f"{checkpoint} in 8 bits with one scale a row has a perplexity {loss:.2%} higher, {MOST_LOSS:.1%} is"
-                " the most: use --to gguf, whose blocks are finer, or serve it as it is with vLLM"
-            )
+    loss = _checked_loss(checkpoint, loaded, layers, trust_remote_code=trust_remote_code)
     del loaded
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
     corrected = {name: spec for name, spec in source.manifest.modules.items() if spec.format == Sum.name}
@@ -99,6 +92,21 @@ def export_compressed_tensors(
         **found,
         "bytes": sizes,
     }
+
+
+def _checked_loss(
+    checkpoint: str, loaded: LoadedModel, layers: PackedLayers, *, trust_remote_code: bool
+) -> float | None:
+    """What rounding costs, None where nothing is rounded; InputError where it is too much."""
+    if not layers.rounded:
+        return None
+    loss = perplexity_rise(loaded, layers.rounded, layers.weight, trust_remote_code=trust_remote_code)
+    if loss >= MOST_LOSS:
+        raise InputError(
+            f"{checkpoint} in 8 bits with one scale a row has a perplexity {loss:.2%} higher, {MOST_LOSS:.1%} is"
+            " the most: use --to gguf, whose blocks are finer, or serve it as it is with vLLM"
+        )
+    return loss
 
 
 def _check(source: Source) -> None:

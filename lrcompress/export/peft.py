@@ -13,7 +13,8 @@ from lrcompress.checkpoint.manifest import Manifest
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
 from lrcompress.export.source import Source, exported_report, open_compressed
-from lrcompress.foreign.adapter import CONFIG, Shape, lora_settings, lora_tensors, new_config, write_adapter
+from lrcompress.foreign.adapter import CONFIG
+from lrcompress.foreign.new_adapter import Shape, lora_settings, lora_tensors, new_config, write_adapter
 from lrcompress.foreign.one_rank import adapter_dtype, level_config, one_rank, padded
 from lrcompress.formats import FORMATS
 from lrcompress.formats.base import LeafLinear

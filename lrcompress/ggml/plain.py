@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.ggml.blocks import Blocks, BlockType
+from lrcompress.ggml.steps import Run, best_steps, half, held
 from lrcompress.ggml.vectors import Vectors
-from lrcompress.ggml.vectors import Weighing as RunWeighing
 
 STRIP = 32
 """Rows that are rounded side by side where they are weighed together, and ALONE where each is by itself."""
@@ -21,7 +21,6 @@ WIDE = 9
 """Ranges that the first search tries."""
 
 TINY = torch.finfo(torch.float16).tiny
-ROOT = 0.5**0.5
 
 
 class Weighing(Protocol):
@@ -61,44 +60,6 @@ def round_in_strips(kind: BlockType, target: Tensor, metric: Weighing, passes: i
     return Blocks(codes, scale, *(joined([getattr(s, k) for s in strips]) for k in ("minimum", "steps", "offsets")))
 
 
-def half(values: Tensor) -> Tensor:
-    """values as float16 holds them, in float32."""
-    return values.clamp(-65504, 65504).half().float()
-
-
-POWERS = 126
-"""The largest power of two among scales, and minus the smallest."""
-
-
-def held(kind: BlockType, values: Tensor) -> Tensor:
-    """Scales as the type holds them: float16 numbers, or powers of two, by ratio."""
-    if not kind.powers:
-        return half(values)
-    found = torch.frexp(values.abs())
-    exponent = found.exponent - (found.mantissa < ROOT).int()
-    return torch.ldexp(torch.ones_like(values), torch.where(values == 0, -POWERS, exponent).clamp(-POWERS, POWERS))
-
-
-class _Run(RunWeighing):
-    """What a run's errors are weighed by."""
-
-    def refit(self, levels: Tensor, target: Tensor, *, minimum: bool) -> tuple[Tensor, Tensor]:
-        """Least-squares scale and offset (rows,) of given levels (rows, b)."""
-        weight = self.diagonal.double()
-        a, t = ((part @ self.factor).double() for part in (levels, target))
-        aa, at = (weight * a * a).sum(1), (weight * a * t).sum(1)
-        alone = torch.where(aa > 0, at / torch.where(aa > 0, aa, 1), 0)
-        if not minimum:
-            return alone.float(), torch.zeros_like(alone).float()
-        one = self.factor.sum(0).double()
-        oo, ao, ot = (weight * one * one).sum(), (weight * a * one).sum(1), (weight * one * t).sum(1)
-        det = aa * oo - ao * ao
-        fine = det > 1e-6 * aa * oo
-        det = torch.where(fine, det, 1)
-        scale = torch.where(fine, (at * oo - ot * ao) / det, alone)
-        return scale.float(), torch.where(fine, -(aa * ot - ao * at) / det, 0).float()
-
-
 class _Strip:
     """Rows (r, n) on their way: levels (r, n); scale and offset (r, n / run) as stored, and what they are made of."""
 
@@ -132,7 +93,7 @@ class _Strip:
             return steps.round().clamp(levels[0], levels[-1])
         return levels[torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)]
 
-    def fed_back(self, target: Tensor, scale: Tensor, offset: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
+    def fed_back(self, target: Tensor, scale: Tensor, offset: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """The best of k scales and offsets (r, k) for target (r, b) rounded with feedback: levels (r, b), its place."""
         if self.vectors is not None:
             aim, sizes = target.repeat_interleave(scale.shape[1], 0), scale.flatten()
@@ -152,7 +113,7 @@ class _Strip:
         best = loss.argmin(1, keepdim=True)
         return levels.gather(2, best.expand(len(levels), -1, -1))[..., 0].T, best
 
-    def first_scales(self, target: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
+    def first_scales(self, target: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """A scale and an offset (r,) for target (r, b), from nothing."""
         kind = self.kind
         lowest, highest = kind.levels[0], kind.levels[-1]
@@ -190,9 +151,9 @@ class _Strip:
         metric = self.metric
         error = torch.zeros_like(self.target)
 
-        def local(span: slice) -> tuple[Tensor, _Run]:
+        def local(span: slice) -> tuple[Tensor, Run]:
             carried = error[:, : span.start] @ metric.factor[: span.start, span]
-            return self.target[:, span] - carried, _Run(metric.factor[span, span], metric.diagonal[span])
+            return self.target[:, span] - carried, Run(metric.factor[span, span], metric.diagonal[span])
 
         for at in range(self.supers):
             runs = range(at * self.per, (at + 1) * self.per)
@@ -239,7 +200,7 @@ class _Strip:
                 shift = (self.offsets[:, run] + q).clamp(*kind.offsets) if kind.offsets else self.offsets[:, run]
                 yield self.d[:, at] * step, self.dmin[:, at] * shift, step, shift
 
-    def choose(self, run: int, target: Tensor, weighing: _Run, *, spread: int, keep: bool) -> bool:
+    def choose(self, run: int, target: Tensor, weighing: Run, *, spread: int, keep: bool) -> bool:
         """The best of scales beside the present one for target (r, b); with `keep` only where it is better. Any new?"""
         kind, span, at = self.kind, self.span(run), run // self.per
         near = [torch.stack(part, 1) for part in zip(*self._near(run, spread), strict=True)]
@@ -271,7 +232,7 @@ class _Strip:
         for run in range(self.runs):
             span = self.span(run)
             now = self.levels[:, span] * self.scale[:, run, None] - self.offset[:, run, None]
-            weighing = _Run(metric.run_factor[run], metric.run_diagonal[run])
+            weighing = Run(metric.run_factor[run], metric.run_diagonal[run])
             if self.choose(run, now - moved[:, span] @ metric.run_inverse[run], weighing, spread=1, keep=True):
                 changed = True
                 new = self.levels[:, span] * self.scale[:, run, None] - self.offset[:, run, None]
@@ -317,23 +278,5 @@ class _Strip:
         )
 
 
-def _loss(run: _Run, levels: Tensor, scale: Tensor, offset: Tensor, target: Tensor) -> Tensor:
+def _loss(run: Run, levels: Tensor, scale: Tensor, offset: Tensor, target: Tensor) -> Tensor:
     return run.loss(levels * scale[:, None] - offset[:, None] - target)
-
-
-def best_steps(values: Tensor, weight: Tensor, ends: tuple[int, int], stride: int = 1) -> tuple[Tensor, Tensor]:
-    """d (r,) of float16 and whole steps (r, k) with d * steps near values (r, k), weighted by (k,).
-
-    Steps are ends[0], `stride` more, ... and ends[1].
-    """
-    low, high = ends
-    extreme = values.gather(1, values.abs().argmax(1, keepdim=True))
-    sizes = 0.85 + 0.025 * torch.arange(17, device=values.device)
-    base = torch.cat([extreme / low, extreme / high], 1) if low < 0 else extreme.clamp_min(0) / high
-    d = half((base[:, :, None] * sizes).flatten(1))
-    safe = torch.where(d == 0, 1, d)
-    steps = torch.where(d[:, :, None] == 0, 0, values[:, None] / safe[:, :, None])
-    steps = (low + stride * ((steps - low) / stride).round()).clamp(low, high)
-    loss = (weight * (steps * d[:, :, None] - values[:, None]).square()).sum(-1)
-    best = loss.argmin(1, keepdim=True)
-    return d.gather(1, best)[:, 0], steps.gather(1, best[:, :, None].expand(-1, -1, values.shape[1]))[:, 0]

@@ -12,28 +12,24 @@ from lrcompress.calibration.collect import collect_outside, token_weights, walk_
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.calibration.routing import complete
 from lrcompress.calibration.unreached import with_shares
-from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
-from lrcompress.errors import InputError, NumericalError
-from lrcompress.linalg.whitening import aimed, check_gram
-from lrcompress.methods import Method
-from lrcompress.model.device import decomposition_device, release_freed
+from lrcompress.errors import InputError
+from lrcompress.model.device import release_freed
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import AT_ONCE, side_by_side
+from lrcompress.stages.decompose import decompose_site, weight_of
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of
-
-AIM_DAMPING = 0.01
-"""Of the Gram that a weight's aim at the dense model is solved with, relative to its mean eigenvalue."""
 
 SUMMARY = ("errors", "total", "spectrum")
 """What allocation needs of an artefact."""
 
 STORED = "stored."
 """Prefix of an artefact's tensors that are encoded already, as sequential propagation leaves them."""
+
 
 UNREACHED = "unreached"
 """An artefact has this tensor where the loss has no gradient at the layer."""
@@ -260,12 +256,15 @@ def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStati
     if statistics and opened.experts:
         statistics = complete(sites, statistics, opened.experts, _tokens(opened))
     if statistics and opened.request.method.needs_gradients:
-        statistics = with_shares(sites, statistics, lambda site: _weight(opened, site))
+        statistics = with_shares(sites, statistics, lambda site: weight_of(opened, site))
     mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
 
     def decomposed(site: Site) -> tuple[dict[str, Tensor], float]:
         start = time.perf_counter()
-        artefact = decompose_site(opened, site, statistics.get(site.name, statistics.get(site.group)))
+        own = statistics.get(site.name, statistics.get(site.group))
+        artefact = decompose_site(opened, site, own)
+        if own is not None and not own.reached:
+            artefact[UNREACHED] = torch.ones(())
         if double_bytes(site) > AT_ONCE:
             release_freed()
         return artefact, time.perf_counter() - start
@@ -294,64 +293,3 @@ def _tokens(opened: Opened) -> float:
     samples, length = opened.calibration.ids.shape
     weights = token_weights(length, opened.request.method.options.sink_share)
     return samples * (length if weights is None else float(weights.sum()))
-
-
-def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
-    """The method's artefact of one site whose block is loaded, with what allocation needs beside it."""
-    method, allocator = opened.request.method, opened.request.allocator
-    weight = _weight(opened, site).to(decomposition_device(opened.walker.device))
-    if method.needs_statistics and (statistics is None or statistics.count == 0):
-        raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
-    try:
-        if statistics is not None:
-            _check_finite(statistics)
-        if statistics is not None and statistics.drift is not None:
-            share, drift = method.options.toward_dense, statistics.drift / statistics.count
-            weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
-        if site.stored is not None:
-            assert isinstance(opened.reader, Multiplied)
-            left, right = (factor.to(weight.device) for factor in opened.reader.factors(site.name))
-            artefact = method.decompose_product(site, left, right, statistics)
-        else:
-            artefact = method.decompose(site, weight, statistics)
-        curve = method.curve(site, opened.dtype.itemsize)
-        share = _share(method, statistics)
-        artefact["errors"] = share * method.errors(artefact, curve)
-        artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
-        if allocator.needs_spectrum:
-            artefact["spectrum"] = torch.linalg.svdvals(weight.double())
-        if statistics is not None and not statistics.reached:
-            artefact[UNREACHED] = torch.ones(())
-        if opened.request.sequential and statistics is not None and statistics.gradients is not None:
-            artefact["gradients"] = statistics.gradients.float()
-    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise NumericalError(f"{site.name}: {error}") from error
-    return artefact
-
-
-def _weight(opened: Opened, site: Site) -> Tensor:
-    """(out, in) of a site that is loaded."""
-    weight: Tensor = opened.walker.model.get_submodule(site.name).weight.detach()  # type: ignore[operator,union-attr,assignment]
-    return weight.T if site.conv1d else weight
-
-
-def _share(method: Method, statistics: InputStatistics | None) -> float:
-    """What a site's errors count beside those of the block's other sites.
-
-    Those of an expert by its tokens; nothing where the loss has no gradient at the whole block.
-    """
-    if statistics is None or method.metric == "plain" or statistics.lookups is not None:
-        return 1.0
-    if method.needs_gradients and not bool((statistics.gradient_squares() > 0).any()):
-        return 0.0
-    return statistics.share
-
-
-def _check_finite(statistics: InputStatistics) -> None:
-    check_gram(statistics.second, "its outputs" if statistics.of_outputs else "its inputs")
-    if statistics.gradients is not None:
-        check_gram(statistics.gradients, "its output gradients")
-    if statistics.lookups is not None and statistics.lookups.gradients is not None:
-        check_gram(statistics.lookups.gradients, "its lookups' gradients")
-    if statistics.drift is not None:
-        check_gram(statistics.drift, "its inputs and the dense model's")

@@ -15,9 +15,10 @@ from lrcompress.methods import Method
 from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
+from lrcompress.stages.encode import as_encoded, encode_site
+from lrcompress.stages.held_out import installed
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts
-from lrcompress.stages.store import as_encoded, encode_site, installed
 from lrcompress.stages.workspace import write_json
 
 SAMPLES = 2

@@ -15,12 +15,12 @@ from lrcompress.calibration.corpus import (
     bos_prefix,
     cut_blocks,
     documents,
-    sample_from_model,
     shares,
     split_held_out,
     tokenise,
 )
 from lrcompress.calibration.files import read_records
+from lrcompress.calibration.own_text import sample_from_model
 from lrcompress.errors import InputError
 
 IGNORED = -100

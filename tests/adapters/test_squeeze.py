@@ -375,7 +375,7 @@ def test_outputs(make_adapter, tmp_path, monkeypatch):
 def test_patterns_tell_layer_1_from_layer_11():
     from peft.utils.other import get_pattern_key
 
-    from lrcompress.foreign.adapter import lora_settings
+    from lrcompress.foreign.new_adapter import lora_settings
 
     names = ["h.1.a", "h.11.a", "x.h.1.a", "h.1_a", "hh1.a"]
     config = lora_settings({name: rank + 1 for rank, name in enumerate(names)})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrcompress.calibration import corpus
+from lrcompress.calibration import corpus, own_text
 from lrcompress.calibration.corpus import Source, calibration_blocks, documents, parse_source, shares
 from lrcompress.errors import InputError
 from lrcompress.evaluation.zero_shot import read_documents
@@ -162,7 +162,7 @@ def steered(llama, tmp_path):
 def test_the_models_own_text_is_drawn_by_its_probabilities_alone(llama, steered):
     """Frequencies of the first token, an end of text among them, against the softmax of the logits."""
     tokenizer, count = AutoTokenizer.from_pretrained(llama), 4000
-    drawn = corpus.sample_from_model(steered, tokenizer, count, 2, 3)[:, 1]
+    drawn = own_text.sample_from_model(steered, tokenizer, count, 2, 3)[:, 1]
     logits = AutoModelForCausalLM.from_pretrained(llama)(torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0]
     expected = logits.detach().double().softmax(-1) * count
     assert expected[tokenizer.eos_token_id] > 1
@@ -174,7 +174,7 @@ def test_the_models_own_text_is_drawn_by_its_probabilities_alone(llama, steered)
     freedom = len(pairs) - 1
     assert freedom > 50
     assert chi < freedom + 4 * math.sqrt(2 * freedom)  # four standard deviations of its distribution
-    plain, other = (corpus.sample_from_model(folder, tokenizer, 3, 24, 5) for folder in (llama, steered))
+    plain, other = (own_text.sample_from_model(folder, tokenizer, 3, 24, 5) for folder in (llama, steered))
     assert torch.equal(plain, other)
 
 
@@ -182,7 +182,7 @@ def test_the_models_own_text_begins_with_a_token_that_it_knows(llama):
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
     with pytest.raises(InputError, match="makes token 320, the model knows 320"):
-        corpus.sample_from_model(llama, tokenizer, 1, 8, 0)
+        own_text.sample_from_model(llama, tokenizer, 1, 8, 0)
 
 
 @pytest.mark.parametrize(("weights", "samples"), [([1, 1], 32), ([3, 1], 10), ([1, 1, 1], 32), ([0.1, 5], 3)])

@@ -6,7 +6,7 @@ import torch
 from lrcompress.formats import restored, stored_tensors
 from lrcompress.methods import METHODS, make_method
 from lrcompress.protocols import InputStatistics, Site
-from lrcompress.stages.store import as_encoded
+from lrcompress.stages.encode import as_encoded
 
 SHAPE = (24, 32)
 GENERATOR = torch.Generator().manual_seed(5)

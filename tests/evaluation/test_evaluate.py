@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from lrcompress.calibration.corpus import held_out_documents, sample_from_model, split_held_out, tokenise
+from lrcompress.calibration.corpus import held_out_documents, split_held_out, tokenise
+from lrcompress.calibration.own_text import sample_from_model
 from lrcompress.errors import InputError
 from lrcompress.evaluation import compare
 from lrcompress.evaluation.compare import evaluate
