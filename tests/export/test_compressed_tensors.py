@@ -15,7 +15,7 @@ from tests.checkpoint.test_loading import IDS, load, logits
 from tests.commands import run_cli
 from tests.export.test_peft import eora
 
-pytest.importorskip("compressed_tensors", reason="needs pip install lrcompress[compressed-tensors]")
+pytest.importorskip("compressed_tensors", reason="needs the extra compressed-tensors")
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -36,7 +36,7 @@ def test_the_cards_lines_load_the_model_and_its_tokenizer(eora):
 @pytest.mark.parametrize("export", [export_dense, export_peft, export_compressed_tensors])
 def test_so_do_those_of_its_exports(eora, tmp_path, export):
     if export is export_compressed_tensors:
-        pytest.importorskip("compressed_tensors", reason="needs pip install lrcompress[compressed-tensors]")
+        pytest.importorskip("compressed_tensors", reason="needs the extra compressed-tensors")
     export(str(eora), tmp_path / "out")
     card = tmp_path / "out/README.md"
     model = pasted(card, tmp_path / "out")["model"].eval()
