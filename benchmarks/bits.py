@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layers import processor
+from asked import calibration_ids, evaluation_blocks, options, say_what_ran, table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.evaluation.loading import load_model
-from lrcompress.evaluation.tasks import parse_tasks, task_blocks
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.report.pareto import draw
 
@@ -64,13 +62,7 @@ class Judge:
         self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         self.targets = sum(weight.numel() for weight in self.dense.values())
         self.total = sum(parameter.numel() for parameter in self.model.parameters())
-        tasks = parse_tasks([f"tokens:{text}@{args.seqlen}" for text in args.texts])
-        self.blocks = {
-            task.key: task_blocks(
-                task, self.loaded.tokenizer, self.loaded.folder, held_out_only=False, limit=args.limit
-            )
-            for task in tasks
-        }
+        self.blocks = evaluation_blocks(args, self.loaded)
 
     def of_model(self, model: nn.Module) -> dict[str, Any]:
         """Task to results."""
@@ -167,25 +159,15 @@ def row_of(judge: Judge, method: str, setting: str, stored: int, seconds: float,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", nargs="+", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser = options(__doc__, list(PEERS), 48, "of all sources together")
     parser.add_argument("--bpw", nargs="*", default=["1.6", "2.3", "2.5", "3.1", "3.5", "4.25"])
     parser.add_argument("--ratios", nargs="*", default=["0.5", "0.3", "0.1"], help="of the 16-bit formats")
-    parser.add_argument("--samples", type=int, default=48, help="of all sources together")
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--limit", type=int, default=16)
     args = parser.parse_args()
     args.work = args.work.resolve()
     (args.work / "ours").mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     judge = Judge(args)
-    share = args.samples // len(args.calibration)
-    sources = [(parse_source(spec), share, args.seqlen) for spec in args.calibration]
-    ids = calibration_blocks(sources, judge.loaded.tokenizer, 0, judge.loaded.folder).ids
+    ids = calibration_ids(args, judge.loaded, args.samples // len(args.calibration))
     save_file({"ids": ids.to(torch.int32)}, args.work / "ids.safetensors")
     points = args.work / "points"
     rows = [
@@ -208,16 +190,17 @@ def dense_row(judge: Judge) -> dict[str, Any]:
 
 def show(args: argparse.Namespace, rows: list[dict[str, Any]], dense: dict[str, Any]) -> None:
     """The table on standard output, the pictures into the work folder."""
-    print(f"`{' '.join(sys.argv)}`; torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
+    say_what_ran()
     tasks = list(dense["results"])
-    print("| what | setting | bpw | " + " | ".join(tasks) + " | seconds |\n" + "|---" * (4 + len(tasks)) + "|")
-    for row in sorted([dense, *rows], key=lambda row: row["bpw"]):
-        cells = []
-        for task in tasks:
-            value, base = (r["results"][task]["token_perplexity"] for r in (row, dense))
-            cells.append(f"{value:.2f} (x {value / base:.3f})")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        values = [(r["results"][task]["token_perplexity"] for r in (row, dense)) for task in tasks]
+        shown = [f"{value:.2f} (x {value / base:.3f})" for value, base in values]
         name = row["method"] + (f" {row['version']}" if "version" in row else "")
-        print(f"| {name} | {row['setting']} | {row['bpw']:.2f} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+        return [name, row["setting"], f"{row['bpw']:.2f}", *shown, f"{row['seconds']:.0f}"]
+
+    ordered = sorted([dense, *rows], key=lambda row: row["bpw"])
+    table(["what", "setting", "bpw", *tasks, "seconds"], map(cells, ordered))
     result = {"model": args.model, "dense": dense, "points": rows}
     for path in draw(result, args.work):
         print(f"\nwrote {path}", file=sys.stderr)

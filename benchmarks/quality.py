@@ -10,19 +10,16 @@ usage: quality.py --calibration SPEC [SPEC ...] --texts FILE [FILE ...] --work D
 
 import argparse
 import json
-import platform
 import sys
 import time
-from pathlib import Path
 
 import peers
 import torch
 import yaml
+from asked import calibration_ids, evaluation_blocks, options, say_what_ran, table, tasks_of
 from torch import nn
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.evaluation.loading import load_model
-from lrcompress.evaluation.tasks import parse_tasks, task_blocks
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.recipe import Sweep, validated
 from lrcompress.report.pareto import draw
@@ -42,7 +39,7 @@ def ours(args: argparse.Namespace) -> dict:
         "methods": [yaml.safe_load(text) for text in args.ours],
         "ratios": args.ratios,
         "calibration": [{"source": s, "samples": args.samples, "seqlen": args.seqlen} for s in args.calibration],
-        "evaluate": {"tasks": [f"tokens:{text}@{args.seqlen}" for text in args.texts], "limit": args.limit},
+        "evaluate": {"tasks": tasks_of(args), "limit": args.limit},
         "output": str(args.work / "ours"),
         "keep": args.keep,
     }
@@ -57,12 +54,8 @@ def theirs(args: argparse.Namespace) -> list[dict]:
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     targets = sum(weight.numel() for weight in weights.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    tasks = parse_tasks([f"tokens:{text}@{args.seqlen}" for text in args.texts])
-    blocks = {
-        t.key: task_blocks(t, loaded.tokenizer, loaded.folder, held_out_only=False, limit=args.limit) for t in tasks
-    }
-    sources = [(parse_source(spec), args.samples, args.seqlen) for spec in args.calibration]
-    ids = calibration_blocks(sources, loaded.tokenizer, 0, loaded.folder).ids
+    blocks = evaluation_blocks(args, loaded)
+    ids = calibration_ids(args, loaded, args.samples)
     text: peers.Text | None = None
 
     def put(found: peers.Weights) -> None:
@@ -102,33 +95,21 @@ def theirs(args: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", nargs="+", required=True)
-    parser.add_argument("--texts", nargs="+", required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = options(__doc__, PEERS, 32, "of every source")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--ours", nargs="*", default=OURS, help="YAML, such as '{name: auto, propagation: one_pass}'")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
-    parser.add_argument("--samples", type=int, default=32, help="of every source")
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--keep", action="store_true", help="our checkpoints too, in WORK/ours")
     args = parser.parse_args()
     result = ours(args)
     result["points"] += theirs(args)
-    print(f"`{' '.join(sys.argv)}`; torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    say_what_ran()
     for task, values in result["dense"]["results"].items():
-        print(
-            f"\n{task}, dense {values['token_perplexity']:.2f}\n\n| method | "
-            + " | ".join(f"{r:.0%}" for r in args.ratios)
-        )
-        print("|---" * (len(args.ratios) + 1) + "|")
-        for method in dict.fromkeys(row["method"] for row in result["points"]):
-            cells = {
-                r["ratio"]: r["results"][task]["token_perplexity"] for r in result["points"] if r["method"] == method
-            }
-            print(f"| {method} | " + " | ".join(f"{cells[r]:.2f}" if r in cells else "-" for r in args.ratios) + " |")
+        print(f"\n{task}, dense {values['token_perplexity']:.2f}\n")
+        found: dict[str, dict[float, float]] = {}
+        for row in result["points"]:
+            found.setdefault(row["method"], {})[row["ratio"]] = row["results"][task]["token_perplexity"]
+        rows = ([m, *(f"{at[r]:.2f}" if r in at else "-" for r in args.ratios)] for m, at in found.items())
+        table(["method", *(f"{ratio:.0%}" for ratio in args.ratios)], rows)
     for path in draw(result, args.work):
         print(f"\nwrote {path}", file=sys.stderr)
 

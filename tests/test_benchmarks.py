@@ -106,3 +106,37 @@ def test_the_device_script_runs_on_the_processor(llama, tmp_path, capsys, monkey
     assert [len(row) for row in rows] == [6, 6]
     assert all(float(cell) > 0 for row in rows for cell in row[1:4])
     assert all(row[4].removesuffix(" |").strip().isdigit() for row in rows)
+
+
+def test_quality_and_bits_print_what_they_measured(llama, tmp_path, capsys, monkeypatch):
+    quality, bits = benchmark("quality"), benchmark("bits")
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence follows another. " * 200)
+    flags = ["--model", llama, "--calibration", text, "--texts", text, "--work", tmp_path / "work", "--ratios", 0.5,
+             "--ours", "{name: lord, metric: plain}", "--peers", "svd_llm", "--samples", 2, "--seqlen", 32,
+             "--limit", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["quality.py", *map(str, flags)])
+    quality.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("`quality.py --model")
+    assert "torch" in lines[0]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["method", "lord-metric=plain", "SVD-LLM*"]
+    assert rows[0][1] == "50%"
+    assert all(float(row[1]) > 0 for row in rows[1:])
+    points = json.loads((tmp_path / "work/ours/results.json").read_text())
+    (task,) = points["dense"]["results"]
+    measured = points["points"][0]["results"][task]["token_perplexity"]
+    assert rows[1][1] == f"{measured:.2f}"
+
+    dense = {"method": "dense", "setting": "", "bpw": 16, "bytes": 100, "seconds": 0, "ratio": "",
+             "results": {task: {"token_perplexity": 8.0}}}  # fmt: skip
+    ours = {**dense, "method": "auto", "setting": "--bpw 4", "bpw": 4, "bytes": 30,
+            "results": {task: {"token_perplexity": 10.0}}}  # fmt: skip
+    monkeypatch.setattr(bits, "draw", lambda *_: [])
+    bits.show(type("Arguments", (), {"model": "m", "work": tmp_path})(), [ours], dense)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [
+        ["auto", "--bpw 4", "4.00", "10.00 (x 1.250)", "0"],
+        ["dense", "", "16.00", "8.00 (x 1.000)", "0"],
+    ]
