@@ -5,6 +5,6 @@
 
 from lrcompress._autoload import register_with_transformers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register_with_transformers()
