@@ -1,5 +1,6 @@
 """What a ratio means: the fraction of the targeted weights' stored bytes that is removed, everything counted."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,6 +84,18 @@ def parse_size(text: str) -> int:
     if match is None or unit not in units or not 0 < number < 2**63:
         raise InputError(f"size {text!r} is not understood: write it like 200MB or 1.5GB")
     return int(number * units[unit])
+
+
+def parse_fraction(text: str) -> float:
+    """0.2 of '20%' or '0.2', whatever its range."""
+    match = re.fullmatch(r"\s*([+-]?[0-9.]+(?:e[+-]?[0-9]+)?)\s*(%?)\s*", text, re.IGNORECASE)
+    try:
+        number = float(match.group(1)) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not math.isfinite(number):
+        raise InputError(f"ratio {text!r} is not understood: write it like 0.2 or 20%")
+    return number / (100 if match.group(2) else 1)
 
 
 def parse_percent(text: str) -> float:

@@ -415,3 +415,13 @@ def test_what_needs_text_is_refused_where_none_is_read(llama, method):
         changes = {"method": {"name": "lord", "metric": "plain"}, "allocator": "sensitivity"}
     with pytest.raises(InputError, match="metric plain reads none"):
         make_plan(recipe(llama, ratio=0.2, **changes))
+
+
+def test_a_ratio_may_be_percent(llama):
+    for given in ("20%", "0.2", 0.2, " 20 %"):
+        assert make_recipe({"model": str(llama), "method": "lord", "ratio": given}).ratio == 0.2
+    for given in ("120%", "0", "-3%", "a fifth", "1e400", True, [0.2]):
+        with pytest.raises(InputError, match="ratio"):
+            make_recipe({"model": str(llama), "method": "lord", "ratio": given})
+    dump = dump_recipe(make_recipe({"model": str(llama), "method": "lord", "ratio": "20%"}))
+    assert "ratio: 0.2\n" in dump

@@ -60,7 +60,7 @@ def parse_source(spec: str) -> Source:
     """As `split_source`; a file that does not exist is an InputError."""
     source = split_source(spec)
     if source.path is not None and not source.path.is_file():
-        raise InputError(f"calibration text {source.name} does not exist: give a file or one of {', '.join(BUILT_IN)}")
+        raise InputError(f"text {source.name} does not exist: give a file or one of {', '.join(BUILT_IN)}")
     return source
 
 

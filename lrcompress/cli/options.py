@@ -16,8 +16,12 @@ OUTPUT = "Output"
 Model = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or demo.", show_default=False)]
 Method = Annotated[str, typer.Option(help="Compression method; see `lrcompress methods`.", rich_help_panel=MODEL)]
 Ratio = Annotated[
-    float | None,
-    typer.Option(help="Fraction of the targets' stored bytes to remove, in (0, 1).", rich_help_panel=MODEL),
+    str | None,
+    typer.Option(
+        metavar="FRACTION",
+        help="How much of the targets' stored bytes to remove: 0.2 or 20%.",
+        rich_help_panel=MODEL,
+    ),
 ]
 RatioOf = Annotated[
     str,
@@ -163,7 +167,7 @@ def recipe_from_flags(
     *,
     model: str,
     method: str,
-    ratio: float | None,
+    ratio: str | None,
     settings: list[str] | None,
     calibration: list[str] | None,
     samples: int,
@@ -171,12 +175,11 @@ def recipe_from_flags(
     **rest: Any,
 ) -> Recipe:
     """The recipe that a command line means."""
-    from lrcompress.budget import check_ratio
+    from lrcompress.budget import check_ratio, parse_fraction
     from lrcompress.stages.request import share_samples
 
     if ratio is not None:
-        check_ratio(ratio)
-        rest["ratio"] = ratio
+        rest["ratio"] = check_ratio(parse_fraction(ratio))
     options = dict(split_assignment(text) for text in settings or [])
     if "name" in options:
         raise InputError("--set name=...: the method is chosen with --method")

@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrcompress.budget import parse_size
@@ -65,6 +65,7 @@ def judge(
 
     A metric that was not measured, or is ambiguous, is an InputError.
     """
+    expectation = _meant(expectation, results, facts)
     if expectation.task is None and expectation.metric in facts:
         value, reference = facts[expectation.metric], None
     else:
@@ -80,6 +81,16 @@ def judge(
         limit *= reference
     met = _OPERATORS[expectation.operator](value, limit)
     return {"expression": expectation.expression, "value": value, "limit": limit, "met": met}
+
+
+def _meant(expectation: Expectation, results: Results, facts: dict[str, float]) -> Expectation:
+    """`perplexity` is the one metric that ends so, as token_perplexity, where nothing is called `perplexity`."""
+    tasks = [metrics for task, metrics in results.items() if expectation.task in (None, task)]
+    known = {metric for metrics in tasks for metric in metrics}
+    longer = {metric for metric in known if metric.endswith(f"_{expectation.metric}")}
+    if expectation.metric in known | facts.keys() or len(longer) != 1:
+        return expectation
+    return replace(expectation, metric=longer.pop())
 
 
 def _task(expectation: Expectation, results: Results, facts: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """What the user asks to measure: `tokens:`, `text:`, `tasks:` and lm-eval's own names."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from lrcompress.errors import InputError
 from lrcompress.evaluation.zero_shot import ZERO_SHOT, labels_file
 
 Kind = Literal["tokens", "text", "folder", "zero_shot", "name"]
+
+
+LENGTH = 512
+"""Tokens of a block where a task is no more than a file of text."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,14 @@ def _parse(text: str) -> Task:
         if not path.is_file():
             raise InputError(f"task {text!r}: {rest} is no file: write {kind}:FILE.jsonl, or {kind} for the hub's data")
         return Task(text, f"{kind}:{path.name}", "zero_shot", path=path)
+    spec, at, length = text.rpartition("@")
+    name = spec if at and length.isdigit() else text
+    if name not in BUILT_IN and os.path.isfile(split_source(name).name):  # of an impossible name Path would raise
+        return _parse(f"tokens:{name}@{length if name == spec else LENGTH}")
     if not re.fullmatch(r"[\w.-]+", text):
         raise InputError(
-            f"task {text!r} is not understood: an lm-eval name, tokens:SPEC@LENGTH, text:SPEC, tasks:PATH or "
-            f"one of {', '.join(ZERO_SHOT)} with :FILE.jsonl"
+            f"task {text!r} is not understood: a file of text, an lm-eval name, tokens:SPEC@LENGTH, text:SPEC, "
+            f"tasks:PATH or one of {', '.join(ZERO_SHOT)} with :FILE.jsonl"
         )
     return Task(text, text, "name")
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from lrcompress.budget import Measure, parse_percent, parse_size
+from lrcompress.budget import Measure, parse_fraction, parse_percent, parse_size
 from lrcompress.errors import InputError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,6 +17,10 @@ def _size(value: Any) -> str:
 
 def _percent(value: Any) -> float:
     return float(_parsed(parse_percent, value))
+
+
+def _fraction(value: Any) -> Any:
+    return _parsed(parse_fraction, value) if isinstance(value, str) else value
 
 
 def _parsed(parse: Callable[[str], float], value: Any) -> float:
@@ -38,6 +42,15 @@ Loss = Annotated[
     pydantic.BeforeValidator(_percent),
     pydantic.WithJsonSchema({"type": ["string", "number"], "examples": ["2%", 0.02]}),
 ]
+
+
+Fraction = Annotated[
+    float,
+    pydantic.Field(gt=0, lt=1),
+    pydantic.BeforeValidator(_fraction),
+    pydantic.WithJsonSchema({"type": ["string", "number"], "examples": ["20%", 0.2]}),
+]
+"""What is removed of a whole."""
 
 
 class Strict(pydantic.BaseModel):
@@ -86,7 +99,7 @@ class Recipe(Strict):
 
     model: str
     method: MethodSpec
-    ratio: float | None = pydantic.Field(None, gt=0, lt=1)
+    ratio: Fraction | None = None
     """Fraction to remove of what `ratio_of` says, of the targets' stored bytes where it says nothing."""
     ratio_of: Measure = "bytes"
     """What the ratio counts: stored bytes, multiply-adds per token, or ranks."""

@@ -6,7 +6,7 @@ from typing import Any
 import pydantic
 
 from lrcompress.recipe.checked import make_recipe
-from lrcompress.recipe.schema import CalibrationSpec, DtypeName, EvaluateSpec, MethodSpec, Recipe, Strict
+from lrcompress.recipe.schema import CalibrationSpec, DtypeName, EvaluateSpec, Fraction, MethodSpec, Recipe, Strict
 
 
 class SweepMethod(MethodSpec):
@@ -29,7 +29,7 @@ class Sweep(Strict):
 
     model: str
     methods: list[SweepMethod] = pydantic.Field(min_length=1)
-    ratios: list[float] = pydantic.Field(min_length=1)
+    ratios: list[Fraction] = pydantic.Field(min_length=1)
     seeds: list[int] = pydantic.Field([0], min_length=1)
     evaluate: EvaluateSpec
     output: str

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
+from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.run import run_recipe
@@ -99,3 +100,16 @@ def test_a_model_without_a_template_is_refused_before_anything_is_compressed(lla
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no chat template"):
         evaluate(str(llama), EvaluateSpec(**data["evaluate"]))
+
+
+def test_a_file_of_text_is_a_task(tmp_path):
+    text = tmp_path / "some text.txt"
+    text.write_text("words")
+    for given, length in ((f"{text}@64", 64), (str(text), 512)):
+        (task,) = parse_tasks([given])
+        assert (task.kind, task.seqlen, task.source.path) == ("tokens", length, text)
+    for given in ("no such.txt", "x" * 5000 + ".txt/", "a\0b"):
+        with pytest.raises(InputError, match="not understood"):
+            parse_tasks([given])
+    with pytest.raises(InputError, match="^text missing.txt does not exist"):
+        parse_tasks(["tokens:missing.txt@64"])

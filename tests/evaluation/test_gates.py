@@ -14,6 +14,8 @@ FACTS = {"stored_ratio": 0.2, "bytes": 1.5e6}
     ("text", "limit", "met"),
     [
         ("token_perplexity <= 12", 12.0, True),
+        ("perplexity <= 12", 12.0, True),
+        ("tokens:a.txt@64:perplexity <= 1.3 * against", 13.0, True),
         ("token_perplexity<11.9", 11.9, False),
         ("token_perplexity <= 1e9", 1e9, True),
         ("token_perplexity <= 1.3 * against", 13.0, True),
@@ -65,3 +67,9 @@ def test_what_cannot_be_judged(text, message):
 def test_against_needs_a_second_model():
     with pytest.raises(InputError, match="--against"):
         judge(parse_expectation("arc:acc >= against"), RESULTS, FACTS, None)
+
+
+def test_a_short_name_of_several_metrics_is_none():
+    results = {"a": {"token_perplexity": 1.0, "word_perplexity": 2.0}}
+    with pytest.raises(InputError, match="perplexity was not measured"):
+        judge(parse_expectation("perplexity <= 3"), results, FACTS, None)
