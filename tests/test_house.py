@@ -40,7 +40,7 @@ LAYERS = [
     ["export"],
     ["adapters", "training"],
     ["pipeline"],
-    ["run", "sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
+    ["run", "overview", "sweep", "heal", "lm_eval", "gguf_file", "imatrix"],
     ["cli"],
 ]
 LONG_FILES = {

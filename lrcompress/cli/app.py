@@ -2,11 +2,13 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lrcompress.cli import (
+    about,
     bench,
     cache,
     calibrate,
@@ -26,13 +28,30 @@ from lrcompress.cli import (
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.processes import refuse_several, several
 
+
+class _Commands(TyperGroup):
+    """`lrcompress MODEL` says what could be done with MODEL."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and _names_model(args[0]):
+            args = ["about", *args]
+        return super().resolve_command(ctx, args)
+
+
+def _names_model(text: str) -> bool:
+    return text == "demo" or "/" in text or os.path.exists(text)  # of an impossible name Path would raise
+
+
 app = typer.Typer(
     name="lrcompress",
-    help="Compress language-model checkpoints after training by factorisation, and measure what it cost.",
+    cls=_Commands,
+    help="Compress language-model checkpoints after training by factorisation, and measure what it cost. "
+    "`lrcompress MODEL` says what could be done with a model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("about", hidden=True)(about.about)
 app.command("compress")(compress.compress)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)

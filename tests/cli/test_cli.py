@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
@@ -547,3 +548,27 @@ def test_a_full_disk_is_a_lack_of_a_resource(llama, tmp_path):
     inside = compress(llama, tmp_path / "new/out", "--json", tmp_path / "new/out/result.json")
     assert inside.returncode == 0
     assert json.loads((tmp_path / "new/out/result.json").read_text())["method"] == "lord"
+
+
+def test_a_model_alone_says_what_could_be_done(llama, compressed, tmp_path):
+    done = run_cli(llama, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    kinds = {name.split(".", 3)[3]: 0 for name, _ in model.named_modules() if name.endswith("_proj")}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            kinds[name.split(".", 3)[3]] += module.weight.numel()
+    numbers = sum(kinds.values())
+    whole = sum(tensor.nbytes for tensor in load_file(llama / "model.safetensors").values())
+    assert lines[0].startswith(f"{llama}: {whole / 1e6:.4g} MB in float32, 3 blocks")
+    for kind, count in kinds.items():
+        assert f"{kind} {count / 1e6:.4g}" in lines[1]
+    for bits in (8, 4, 3, 2):
+        assert f"{(whole - 4 * numbers + numbers * bits / 8) / 1e6:.3g} MB at {bits}" in lines[2]
+    assert lines[4] == f"begin: lrcompress compress {llama} --bpw 4 --calibration YOUR.txt"
+    done = run_cli(compressed(method="lord"), cwd=tmp_path)
+    assert "compressed by lord" in done.stdout
+    assert run_cli("compres").returncode == 2
+    assert "No such command" in run_cli("nothing-of-this-name").stderr
