@@ -189,7 +189,7 @@ def _rows(spec: HealSpec, source: Path, dense: str | None, sources: list[Source]
 
 def _report(spec: HealSpec, before: dict[str, Any] | None, found: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
     """The checkpoint's report with what healing did; what was measured of the old weights goes."""
-    kept = {key: value for key, value in (before or {}).items() if key != "evaluation"}
+    kept = {key: value for key, value in (before or {}).items() if key not in ("evaluation", "held_out")}
     trained_on = dict.fromkeys([*kept.get("trained_on", []), *spec.data])
     return {
         "schema": 1,

@@ -137,6 +137,8 @@ def refine_checkpoint(
 
     with reporter.timed("refine"):
         report["refined"] = refine(opened, folder, scratch / "refine", reporter)
+    if report["refined"]["kept"]:
+        report.pop("held_out", None)  # that of the weights before
     report["warnings"] = list(reporter.warnings)
     report["seconds"] |= {"total": time.perf_counter() - start, "refine": reporter.seconds["refine"]}
 
@@ -172,11 +174,11 @@ def write_checkpoint(
     if processes().first:
         write_json(folder / "plan.json", plan_json(opened, plan))
     with reporter.timed("write"):
-        store(opened, plan, artefacts, folder, scratch, reporter)
+        held_out = store(opened, plan, artefacts, folder, scratch, reporter)
     processes().wait()
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
-    return report | (more or {})
+    return report | ({} if held_out is None else {"held_out": held_out}) | (more or {})
 
 
 @fast_float32()

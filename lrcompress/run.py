@@ -1,18 +1,23 @@
 """A recipe run to its end: compressed, evaluated, its expectations judged."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from lrcompress.checkpoint.folder import read_config_file
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, LrcompressError
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
-from lrcompress.foreign.opening import open_model
+from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.pipeline import Result, compress_request
 from lrcompress.processes import processes
-from lrcompress.recipe import Recipe
+from lrcompress.recipe import EvaluateSpec, Recipe, make_recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter
+from lrcompress.report.summary import load_report
 from lrcompress.stages.request import Request, check_request
-from lrcompress.stages.workspace import write_json
+from lrcompress.stages.workspace import model_identity, write_json
 
 
 def check_run(recipe: Recipe) -> Request:
@@ -31,6 +36,59 @@ def check_run(recipe: Recipe) -> Request:
     check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
     check_expectations(expectations, tasks, ("bytes", "stored_ratio", "bpw"), compared=spec.against is not None)
     return request
+
+
+def measure(
+    model: str,
+    spec: EvaluateSpec,
+    expect: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """`evaluate`, and what it found kept in report and card of MODEL where that is a checkpoint of ours.
+
+    Without `against` it is compared with the model that it was made from, where that is at hand and unchanged.
+    """
+    reporter, folder = reporter or Reporter(quiet=True), check_model(model)
+    report = load_report(folder) if folder is not None and folder.is_dir() else None
+    if report is not None and spec.against is None and (dense := _made_from(report)):
+        reporter.say(f"comparing with {dense}, which it was made from")
+        spec = spec.model_copy(update={"against": dense})
+    if spec.against == "none":
+        spec = spec.model_copy(update={"against": None})
+    found = evaluate(model, spec, expect, device=device, trust_remote_code=trust_remote_code, reporter=reporter)
+    if report is not None and folder is not None:
+        _keep(found, report, folder, reporter)
+    return found
+
+
+def _made_from(report: dict[str, Any]) -> str | None:
+    """The model that a checkpoint was made from, None where it is not on this machine as it was then."""
+    model, made_from = report["recipe"].get("model"), report.get("made_from")
+    if not isinstance(model, str) or not isinstance(made_from, dict):
+        return None
+    try:
+        here = check_model(model) is not None and model_identity(model) == made_from.get("model files")
+    except InputError:
+        return None
+    return model if here else None
+
+
+def _keep(found: dict[str, Any], report: dict[str, Any], folder: Path, reporter: Reporter) -> None:
+    """Beside what was measured before, where that was against the same model; else in its place."""
+    before = report.get("evaluation")
+    if isinstance(before, dict) and (before.get("against") or {}).get("model") == (found["against"] or {}).get("model"):
+        found = {**found, "results": {**before["results"], **found["results"]}}
+        if found["against"] is not None:
+            sides = {key: {**before["against"].get(key, {}), **found["against"][key]} for key in ("results", "tests")}
+            found["against"] = {**found["against"], **sides}
+    try:
+        write_json(folder / "report.json", {**report, "evaluation": found})
+        write_card(folder, {**report, "evaluation": found}, make_recipe(report["recipe"], str(folder / "report.json")))
+    except (OSError, LrcompressError) as error:
+        reporter.warn(f"what was measured is not kept in {folder} ({error})")
 
 
 def run_recipe(

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.calibration.collect import InputCollector, token_weights
+from lrcompress.calibration.corpus import calibration_blocks, parse_source
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.errors import InputError
 from lrcompress.export.source import open_compressed
@@ -148,7 +149,7 @@ def test_plain_welore_reads_no_text(llama, tmp_path):
 def test_plain_welore_is_judged_on_held_out_text(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("lrcompress.stages.held_out.LOUD_LOSS", 0.5)
     result = compress_tiny(llama, tmp_path / "out", method={"name": "welore", "metric": "plain"})
-    assert any("probably useless" in warning for warning in result.report["warnings"])
+    assert any("a metric that reads text" in warning for warning in result.report["warnings"])
 
 
 def test_target_and_ignore(llama, tmp_path):
@@ -182,7 +183,30 @@ def test_a_compressed_checkpoint_is_refused_as_input_of_methods_that_need_the_de
 def test_a_useless_result_is_announced(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("lrcompress.stages.held_out.LOUD_LOSS", 0.5)
     result = compress_tiny(llama, tmp_path / "out")
-    assert any("probably useless" in warning for warning in result.report["warnings"])
+    (warning,) = [text for text in result.report["warnings"] if "held-out" in text]
+    held_out, tokens = result.report["held_out"], result.report["calibration"]["tokens"]
+    assert f"{held_out['perplexity'] / held_out['before']:.3g} times that of the dense model" in warning
+    widest = max(target["shape"][1] for target in result.report["targets"])
+    assert (f"{tokens} tokens are few for inputs of {widest} numbers" in warning) == (tokens < 4 * widest)
+    for way in ("leave --method out", f"more than these {result.report['ratio']['bpw']:.2f} bits", "lrcompress heal"):
+        assert way in warning
+    card = (result.folder / "README.md").read_text()
+    assert f"{held_out['perplexity'] / held_out['before']:.3f} times, {held_out['windows']} windows" in card
+    assert f"**Warning**: {warning}" in card
+
+
+def test_the_held_out_perplexity_is_that_of_the_written_model(llama, tmp_path):
+    result = compress_tiny(llama, tmp_path / "out")
+    held_out, spec = result.report["held_out"], result.report["recipe"]["calibration"][0]
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    sources = [(parse_source(spec["source"]), spec["samples"], spec["seqlen"])]
+    ids = calibration_blocks(sources, tokenizer, 0, llama).held_out
+    assert len(ids) == held_out["windows"]
+    for folder, key in ((result.folder, "perplexity"), (llama, "before")):
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            loss = model(input_ids=ids, labels=ids).loss
+        assert float(loss.exp()) == pytest.approx(held_out[key], rel=1e-3)
 
 
 def test_another_seed_reads_other_text(llama, tmp_path):
@@ -204,7 +228,7 @@ def test_dtype_to_write(llama, tmp_path):
 
 
 def test_blocks_begin_with_bos_where_the_tokenizer_adds_one(llama, tmp_path):
-    from lrcompress.calibration.corpus import Source, calibration_blocks
+    from lrcompress.calibration.corpus import Source
 
     plain = AutoTokenizer.from_pretrained(llama)
     from tokenizers.processors import TemplateProcessing

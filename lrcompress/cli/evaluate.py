@@ -17,7 +17,10 @@ Tasks = Annotated[
 def evaluate(
     model: o.Model,
     tasks: Tasks = None,
-    against: Annotated[str | None, typer.Option(help="A second model, such as the dense one, beside it.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A second model beside it, or none [default: what MODEL was made from, if at hand]."),
+    ] = None,
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="EXPR", help='Such as "token_perplexity <= 1.3 * against"; exit code 1 where not met.'),
@@ -57,12 +60,12 @@ def evaluate(
     parse_tasks(split)
     for text in expect or []:
         parse_expectation(text)
-    from lrcompress.evaluation.compare import evaluate as run_evaluate
     from lrcompress.report.progress import Reporter
+    from lrcompress.run import measure
 
     quiet_libraries()
     o.check_result(json_file)
-    result = run_evaluate(
+    result = measure(
         model, spec, expect or [], device=device, trust_remote_code=trust_remote_code, reporter=Reporter(quiet=quiet)
     )
     show_evaluation(result, quiet=quiet)

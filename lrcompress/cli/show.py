@@ -56,7 +56,7 @@ def _hide_bars() -> None:
 def console() -> Console:
     """Standard output; wide enough for tables where it is no terminal."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=120)
+    return found if found.is_terminal else Console(highlight=False, width=120, soft_wrap=True)
 
 
 def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
@@ -106,6 +106,23 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     if text := caution(report["metric"], report["base"], general=general):
         out.print(text)
     out.print(f"wrote {folder}")
+    out.print(in_one_line(report, folder))
+
+
+def in_one_line(report: dict[str, Any], folder: Path) -> str:
+    """What came of it, and what to do next."""
+    size, held_out = report["bytes"], report.get("held_out")
+    before = size["checkpoint"] - size["targets_stored"] + size["targets_dense"]
+    said = f"{_megabytes(before)} → {_megabytes(size['checkpoint'])} MB"
+    if held_out is not None:
+        said += f", perplexity × {held_out['perplexity'] / held_out['before']:.2f} on held-out calibration text"
+    if report.get("evaluation") is not None or not folder.is_dir():
+        return said
+    return f"{said}; next: lrcompress eval {folder} --tasks YOUR.txt"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f}" if size >= 10**7 else f"{size / 1e6:.2g}"
 
 
 def _show_joined(report: dict[str, Any], out: Console) -> None:

@@ -30,7 +30,11 @@ def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     asked = f"| how much | {said} |\n" if said else ""
     share = targets_share(report)
     few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
-    calibration = report["calibration"]
+    calibration, held_out = report["calibration"], report.get("held_out")
+    if held_out is not None:
+        times = held_out["perplexity"] / held_out["before"]
+        few += f"| perplexity on held-out calibration text | {times:.3f} times, {held_out['windows']} windows |\n"
+    warnings = "".join(f"**Warning**: {text}\n\n" for text in report["warnings"])
     trained = "".join(f"| {key} | {said} |\n" for key in ("refined", "healed") if (said := training(report.get(key))))
     text = (
         "none (weights only)"
@@ -65,7 +69,7 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 {few}{asked}| calibration | {text} |
 {trained}| lrcompress | {report["versions"]["lrcompress"]} |
 
-{measured}## Recipe
+{warnings}{measured}## Recipe
 
 ```yaml
 {dump_recipe(recipe)}```

@@ -45,19 +45,25 @@ def peak_rss_bytes() -> int:
 def kinds_table(report: dict[str, Any], kinds: dict[str, str]) -> Table:
     """Per kind of weight: how many, formats, rank, bytes, error; kinds maps a target's name to its kind."""
     table = Table(title=f"{report['model']} · {report['method']}")
-    for column in ("weight", "count", "format", "rank", "of", "MB", "bpw", "removed", "error"):
+    columns = ["weight", "count", "format", "rank", "of", "MB", "bpw", "removed", "error"]
+    shown = [name for name in columns if name not in RANKS or any(target["rank"] for target in report["targets"])]
+    for column in shown:
         table.add_column(column, justify="left" if column in ("weight", "format") else "right")
     groups: dict[str, list[dict[str, Any]]] = {}
     for target in report["targets"]:
         groups.setdefault(kinds[target["name"]], []).append(target)
     for kind, targets in groups.items():
-        table.add_row(kind, *_row(targets))
+        table.add_row(kind, *_row(targets, shown))
     table.add_section()
-    table.add_row("targets", *_row(report["targets"]))
+    table.add_row("targets", *_row(report["targets"], shown))
     return table
 
 
-def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
+RANKS = ("rank", "of")
+"""Columns that are left out where nothing has a rank, so that 80 columns are enough."""
+
+
+def _row(targets: Sequence[dict[str, Any]], shown: Sequence[str]) -> list[str]:
     formats = [t["format"] for t in targets]
     mix = " ".join(f"{formats.count(f)} {f}" for f in sorted(set(formats))) if len(set(formats)) > 1 else formats[0]
     ranks = [t["rank"] for t in targets]
@@ -65,16 +71,17 @@ def _row(targets: Sequence[dict[str, Any]]) -> list[str]:
     stored, dense = sum(t["bytes"] for t in targets), sum(t["dense_bytes"] for t in targets)
     errors = [t["relative_error"] for t in targets if t["relative_error"] is not None]
     error = f"{sum(errors) / len(errors):.3f}" if errors else "-"
-    return [
-        str(len(targets)),
-        mix,
-        span(ranks) if any(ranks) else "-",
-        span(full) if any(ranks) else "-",
-        f"{stored / 1e6:.2f}",
-        f"{bits_per_weight(stored, sum(t['shape'][0] * t['shape'][1] for t in targets)):.2f}",
-        f"{1 - stored / dense:.1%}",
-        error,
-    ]
+    cells = {
+        "count": str(len(targets)),
+        "format": mix,
+        "rank": span(ranks) if any(ranks) else "-",
+        "of": span(full) if any(ranks) else "-",
+        "MB": f"{stored / 1e6:.2f}",
+        "bpw": f"{bits_per_weight(stored, sum(t['shape'][0] * t['shape'][1] for t in targets)):.2f}",
+        "removed": f"{1 - stored / dense:.1%}",
+        "error": error,
+    }
+    return [cells[name] for name in shown if name in cells]
 
 
 def span(values: Sequence[int]) -> str:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrcompress.budget import bits_per_weight
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.formats import DENSE, restored
@@ -19,8 +21,14 @@ from lrcompress.stages.encode import Encoder
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import HiddenWalk
 
-LOUD_LOSS = 5.0
+LOUD_LOSS = 2.0
 """Held-out perplexity above this many times the dense one is worth a warning."""
+
+FEW_TOKENS = 4
+"""Calibration tokens for every number of the widest input, below which its second moment is mostly chance."""
+
+DEFAULT = "auto"
+"""The method that is taken where none is named."""
 
 
 class HeldOutCheck:
@@ -54,10 +62,10 @@ class HeldOutCheck:
             self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
 
     @torch.no_grad()
-    def judge(self, reporter: Reporter) -> None:
-        """Warn where the compressed model is far worse."""
+    def judge(self, plan: Plan, reporter: Reporter) -> dict[str, Any] | None:
+        """The `held_out` of report.json, None without windows; a warning where the compressed model is much worse."""
         if not len(self._ids):
-            return
+            return None
         dense = self._perplexity(self._dense)
         with installed(self._opened, self._outside):
             compressed = self._perplexity(self._hidden)
@@ -67,10 +75,26 @@ class HeldOutCheck:
         )
         if not compressed <= LOUD_LOSS * dense:
             reporter.warn(
-                f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times "
-                f"that of the {self._before} model: this checkpoint is probably useless; ask for a smaller ratio, "
-                "another method, or an activation-aware metric"
+                f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times that of "
+                f"the {self._before} model: {self._ways_out(plan)}"
             )
+        return {"windows": len(self._ids), "perplexity": compressed, "before": dense}
+
+    def _ways_out(self, plan: Plan) -> str:
+        """What would help, by what was asked for and what is known."""
+        opened, calibration = self._opened, self._opened.calibration
+        method, ways = opened.request.method, []
+        stored, weights = sum(plan.bytes.values()), sum(site.shape[0] * site.shape[1] for site in opened.sites)
+        widest = max(site.shape[1] for site in opened.sites)
+        if calibration is not None and method.needs_statistics and calibration.ids.numel() < FEW_TOKENS * widest:
+            tokens = calibration.ids.numel()
+            ways.append(f"calibrate on more text ({tokens} tokens are few for inputs of {widest} numbers: --samples)")
+        if not method.needs_statistics and method.base is None:
+            ways.append("use a method or a metric that reads text")
+        if method.name != DEFAULT:
+            ways.append(f"leave --method out, which means {DEFAULT}")
+        ways.append(f"keep more than these {bits_per_weight(stored, weights):.2f} bits a weight (--bpw)")
+        return "; ".join(ways) + "; or train what is stored with lrcompress heal"
 
     def _perplexity(self, states: list[Tensor]) -> float:
         walker = self._opened.walker

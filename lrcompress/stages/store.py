@@ -23,8 +23,13 @@ from lrcompress.stages.profile import Artefacts, decomposition_cost
 from lrcompress.stages.workspace import write_json
 
 
-def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratch: Path, reporter: Reporter) -> None:
-    """Config and tokenizer first, then every tensor in one stream; continues where an earlier run stopped."""
+def store(
+    opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratch: Path, reporter: Reporter
+) -> dict[str, Any] | None:
+    """Config and tokenizer first, then every tensor in one stream; continues where an earlier run stopped.
+
+    What the first process finds on held-out text: see HeldOutCheck.judge.
+    """
     team = processes()
     if team.first:
         write_side_files(opened, plan, folder)
@@ -53,8 +58,7 @@ def store(opened: Opened, plan: Plan, artefacts: Artefacts, folder: Path, scratc
                 tick()
         journalled.result()
     writer.close()
-    if check is not None:
-        check.judge(reporter)
+    return None if check is None else check.judge(plan, reporter)
 
 
 def _journal(path: Path, durable: Callable[[], None], done: int) -> None:

@@ -1,5 +1,6 @@
 """The command line through real processes: exit codes, one-line errors, untouched files."""
 
+import io
 import json
 import os
 import signal
@@ -11,11 +12,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
+from lrcompress.report.summary import block_kinds, kinds_table
 from tests.commands import run_cli, start_cli
 
 QUICK = ["--samples", "2", "--seqlen", "32"]
@@ -177,7 +180,24 @@ def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     planned = run_cli("plan", llama, "--method", "eora", "--base", "rtn:3:16", "--rank", "2", "--json", "-", "--quiet")
     assert json.loads(planned.stdout)["bytes"]["targets_stored"] == report["bytes"]["targets_stored"]
     assert run_cli("inspect", out, "--spectra").returncode == 0
-    assert run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2).returncode == 0
+    files = [load_file(folder / "model.safetensors") for folder in (llama, out)]
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) / 1e6 for tensors in files]
+    times = report["held_out"]["perplexity"] / report["held_out"]["before"]
+    *_, wrote, last = done.stdout.splitlines()
+    assert wrote == f"wrote {out.name}"
+    assert last == (
+        f"{sizes[0]:.2g} → {sizes[1]:.2g} MB, perplexity × {times:.2f} on held-out calibration text; "
+        f"next: lrcompress eval {out.name} --tasks YOUR.txt"
+    )
+    measured = run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2, "--json", tmp_path / "e.json")
+    assert measured.returncode == 0, measured.stderr
+    found, kept = (json.loads((tmp_path / name).read_text()) for name in ("e.json", f"{out.name}/report.json"))
+    assert found["against"]["model"] == str(llama)
+    assert kept["evaluation"]["results"] == found["results"]
+    assert f"{found['results']['tokens:python-docs@32']['token_perplexity']:.4f}" in (out / "README.md").read_text()
+    alone = run_cli("eval", out, "--tasks", "tokens:python-docs@64", "--limit", 2, "--against", "none")
+    assert alone.returncode == 0
+    assert json.loads((out / "report.json").read_text())["evaluation"]["against"] is None
     assert run_cli("run", out / "recipe.yaml", "-o", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
@@ -572,3 +592,16 @@ def test_a_model_alone_says_what_could_be_done(llama, compressed, tmp_path):
     assert "compressed by lord" in done.stdout
     assert run_cli("compres").returncode == 2
     assert "No such command" in run_cli("nothing-of-this-name").stderr
+
+
+def test_the_table_of_coded_weights_takes_80_columns(compressed):
+    report = json.loads((compressed(method="ecsq", ratio=None, bpw=4) / "report.json").read_text())
+    for target in report["targets"]:
+        target["name"] = f"model.layers.{target['name'].split('.')[2]}.self_attn.longer_proj"
+    report["targets"][0]["bytes"] = report["targets"][0]["dense_bytes"] = 99 * 10**6  # a large model's
+    console = Console(width=80, file=io.StringIO())
+    console.print(kinds_table(report, block_kinds([target["name"] for target in report["targets"]])))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    assert "rank" not in "".join(lines)
