@@ -26,14 +26,15 @@ from lrcompress.cli.show import quiet_libraries
 from lrcompress.foreign.opening import open_dense
 from lrcompress.linalg.truncation import decompose
 from lrcompress.protocols import InputStatistics
+from lrcompress.report.progress import Reporter
 
 
-def best_seconds(work: Callable[[], object], repeats: int = 3) -> float:
+def best_seconds(work: Callable[[], object], repeats: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return min(times)
 
 
@@ -113,24 +114,33 @@ def factorise(layers: dict[str, nn.Linear], grams: dict[str, Tensor], kept: floa
     return found
 
 
-def straightforward(model: str, folder: Path, samples: int, seqlen: int, ratio: float) -> None:
+def straightforward(
+    model: str, folder: Path, samples: int, seqlen: int, ratio: float, reporter: Reporter | None = None
+) -> None:
     """SVD-LLM's steps on a whole model in memory; its dense part and the factors are saved in bfloat16."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
-    opened = open_dense(model)
-    ids = calibration_blocks([(parse_source("python-docs"), samples, seqlen)], opened.tokenizer(), 0, opened.folder).ids
-    network = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32).eval()
+    reporter = reporter or Reporter(quiet=True)
+    with reporter.timed("load"):
+        opened = open_dense(model)
+        text = [(parse_source("python-docs"), samples, seqlen)]
+        ids = calibration_blocks(text, opened.tokenizer(), 0, opened.folder).ids
+        network = AutoModelForCausalLM.from_pretrained(opened.folder, dtype=torch.float32).eval()
     layers = targets(network)
-    factors = factorise(layers, gather(network, layers, ids), 1 - ratio)
+    with reporter.timed("calibrate"):
+        grams = gather(network, layers, ids)
+    with reporter.timed("decompose"):
+        factors = factorise(layers, grams, 1 - ratio)
     rest = {
         n: t
         for n, t in network.state_dict().items()
         if n.removesuffix(".weight") not in layers and n != "lm_head.weight"
     }
-    folder.mkdir(parents=True)
-    save_file({n: t.bfloat16().contiguous() for n, t in {**rest, **factors}.items()}, folder / "model.safetensors")
+    with reporter.timed("write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.bfloat16().contiguous() for n, t in {**rest, **factors}.items()}, folder / "model.safetensors")
 
 
 def timed(command: list[str]) -> float:

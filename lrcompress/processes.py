@@ -95,6 +95,13 @@ def refuse_several(what: str) -> None:
         )
 
 
+def peer_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch's means that another process of this run is gone; gloo raises a bare RuntimeError."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
 def join(device: "torch.device") -> Processes:
     """Find the other processes, where there are any; the groups for `device` are made by accelerate."""
     global _current

@@ -140,3 +140,41 @@ def test_quality_and_bits_print_what_they_measured(llama, tmp_path, capsys, monk
         ["auto", "--bpw 4", "4.00", "10.00 (x 1.250)", "0"],
         ["dense", "", "16.00", "8.00 (x 1.000)", "0"],
     ]
+
+
+@pytest.mark.parametrize("name", ["lord", "svd-llm"])
+def test_seconds_of_the_processor_by_phase(name, llama, tmp_path):
+    scale = benchmark("scale")
+    cost = scale.run(name, llama, tmp_path / "out", 2, 64, count=False)
+    parts = [seconds for phase, seconds in cost.seconds.items() if phase != "total"]
+    assert sum(parts) == pytest.approx(cost.seconds["total"])
+    assert {"load", "calibrate", "decompose", "write"} <= cost.seconds.keys()
+    assert min(parts) >= 0
+    assert cost.block(3) == pytest.approx((cost.seconds["total"] - cost.seconds["load"]) / 3)
+
+
+def test_growth_and_hours_are_a_power_of_the_width():
+    scale = benchmark("scale")
+    blocks = {(1024, 4096): 2.0, (2048, 8192): 2.0 * 2**2.5, (4096, 14336): 2.0 * 4**2.5}
+    assert scale.exponent(blocks) == pytest.approx(2.5)
+    assert scale.exponent({(64, 128): 1.0}) is None
+    assert [float(hour) for hour in scale.hours(blocks, 2.5)] == [
+        pytest.approx(count * 2.0 * (hidden / 1024) ** 2.5 / 3600, abs=0.005)
+        for (hidden, _), count in scale.MODELS.values()
+    ]
+
+
+def test_operations_of_decompositions_are_counted():
+    scale = benchmark("scale")
+    matrix = torch.randn(8, 20, dtype=torch.float64)
+    square = matrix @ matrix.T
+    cases = [
+        (lambda: matrix @ matrix.T, 2 * 8 * 20 * 8),
+        (lambda: torch.linalg.eigh(square), 9 * 8**3),
+        (lambda: torch.linalg.cholesky_ex(square), 8**3 // 3),
+        (lambda: torch.linalg.svd(matrix, full_matrices=False), 26 * 20 * 8**2),
+    ]
+    for work, flops in cases:
+        with scale.operations() as counter:
+            work()
+        assert counter.get_total_flops() == flops

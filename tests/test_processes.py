@@ -27,12 +27,17 @@ def start(*arguments, launcher=("--standalone", "--nproc-per-node", "2")):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def run_two(*arguments):
-    """Two processes in the environment that torchrun gives them, which need not import torch; what both said."""
+def free_address():
+    """HOST:PORT where processes can meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def run_two(*arguments):
+    """Two processes in the environment that torchrun gives them, which need not import torch; what both said."""
+    address, _, port = free_address().partition(":")
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
     started = [
         start_cli(
             *arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
@@ -154,21 +159,35 @@ def _second(parent):
     return None
 
 
-@pytest.mark.slow
-def test_two_machines_find_each_other(llama, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    arguments = compress_arguments(llama, tmp_path / "two", "--method", "lord", "--ratio", 0.3)
-    launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port)]
-    machines = [start(*arguments, launcher=[*launcher, "--node-rank", str(rank)]) for rank in range(2)]
-    for machine in machines:
-        code, _, err = finished(machine)
-        assert code == 0, err
-    one = compress_tiny(
-        llama, tmp_path / "one", ratio=0.3, calibration={"source": "python-docs", "samples": 5, "seqlen": 64}
-    )
-    same_checkpoint(tmp_path / "two", one.folder)
+def test_a_machine_that_dies_ends_the_run_and_what_it_did_is_continued(llama, tmp_path):
+    """Two agents of torchrun that share nothing but the folder; one and all that it started are gone at once."""
+    import psutil
+
+    arguments = compress_arguments(llama, tmp_path / "out", "--method", "lord", "--ratio", 0.3)
+    address, _, port = free_address().partition(":")
+    where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", address, "--master-port", port, "--node-rank"]
+    machines = [start(*arguments, launcher=[*where, str(rank)]) for rank in range(2)]
+    deadline, begun = time.monotonic() + 120, tmp_path / "out.partial/scratch/artefacts"
+    while not (begun.exists() and any(begun.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    agent = psutil.Process(machines[1].pid)
+    for process in [*agent.children(recursive=True), agent]:
+        process.kill()
+    code, _, err = finished(machines[0], timeout=90)
+    finished(machines[1])
+    assert code != 0
+    said = [line for line in err.splitlines() if line.startswith("[process ")]
+    assert len(said) == 1, err
+    assert "another process of this run has ended" in said[0]
+    assert "--resume" in said[0]
+    assert not (tmp_path / "out").exists()
+    code, out, err = run_two(*arguments, "--resume")
+    assert code == 0, err
+    assert out.count("wrote ") == 1
+    code, _, err = run_two(*compress_arguments(llama, tmp_path / "whole", "--method", "lord", "--ratio", 0.3))
+    assert code == 0, err
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
 def test_jobs_are_shared_by_cost():
