@@ -9,7 +9,7 @@ from typing import Any
 from lrcompress.budget import bits_per_weight, removed
 from lrcompress.errors import InputError
 from lrcompress.model.device import fast_float32
-from lrcompress.processes import join, processes, refuse_several
+from lrcompress.processes import check_samples, join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter
@@ -31,6 +31,7 @@ from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
+from lrcompress.stages.traffic import exchanged
 from lrcompress.stages.workspace import (
     Workspace,
     write_json,
@@ -79,8 +80,7 @@ def join_processes(request: Request, reporter: Reporter) -> None:
     """Find the other processes of this run, if it has some; only the first one speaks."""
     team = join(request.device)
     samples = sum(samples for _, samples, _ in request.sources)
-    if samples < team.size:
-        raise InputError(f"{samples} calibration samples are too few for {team.size} processes: one each at least")
+    check_samples(samples, team.size)
     if not team.first:
         reporter.silence()
 
@@ -178,13 +178,22 @@ def write_checkpoint(
     processes().wait()
     report = make_report(opened, plan, folder, reporter)
     report["seconds"] = {"total": time.perf_counter() - start, **report["seconds"]}
+    if processes().size > 1:
+        report["processes"] = {"count": processes().size, "traffic_bytes": processes().traffic}
     return report | ({} if held_out is None else {"held_out": held_out}) | (more or {})
 
 
 @fast_float32()
-def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, Any]:
-    """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it."""
+def make_plan(recipe: Recipe, *, nodes: int = 1, devices: int = 1, reporter: Reporter | None = None) -> dict[str, Any]:
+    """What would be stored where, without writing a checkpoint; decomposes only where the allocator needs it.
+
+    The needs are those of one of nodes × devices processes, as torchrun would start them; several need a look at which
+    layers read the same input, and so the text.
+    """
     refuse_several("a plan")
+    for what, number in (("nodes", nodes), ("devices", devices)):
+        if number < 1:
+            raise InputError(f"--{what} {number} is no number of {what}: 1 or more")
     reporter = reporter or Reporter(quiet=True)
     if recipe.max_loss is not None:
         raise InputError(
@@ -195,14 +204,20 @@ def make_plan(recipe: Recipe, *, reporter: Reporter | None = None) -> dict[str, 
     in_words = errors_in_words(request.device, "a plan leaves nothing behind, run it again")
     with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as folder, in_words:
         scratch = Path(folder)
-        opened = open_request(request, reporter, calibrate=False)
+        together = nodes * devices
+        opened = open_request(request, reporter, calibrate=together > 1)
         find_block_types(opened, scratch, reporter)
-        needed, artefacts = needs(opened), None
+        check_samples(sum(samples for _, samples, _ in request.sources), together)
+        needed, artefacts = needs(opened, nodes, devices), None
         check_memory(opened, needed, reporter)
         if needs_artefacts(opened):
-            calibrate_model(opened, reporter)
+            if together == 1:
+                calibrate_model(opened, reporter)
             artefacts = profile_model(opened, scratch, reporter)
         plan = allocate(opened, artefacts)
+        if together > 1:
+            sent = exchanged(opened, plan, together)
+            needed = replace(needed, traffic_bytes=needed.traffic_bytes + sent)
         return {**plan_json(opened, plan), "needs": needed.as_json()}
 
 

@@ -25,6 +25,8 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self.traffic = 0
+        """Bytes of tensors that this process has given to sums and to the others."""
 
     @property
     def first(self) -> bool:
@@ -53,6 +55,7 @@ class Processes:
 
             for tensor in tensors:
                 all_reduce(tensor)
+                self.traffic += tensor.numel() * tensor.itemsize
 
     def least(self, value: int) -> int:
         """The smallest of all processes' values."""
@@ -67,6 +70,12 @@ class Processes:
         found: list[Any] = [None] * self.size
         all_gather_object(found, value)
         return found
+
+    def exchange(self, tensors: "dict[str, dict[str, Tensor]]") -> "dict[str, dict[str, Tensor]]":
+        """Everyone's tensors, by what they belong to; nothing belongs to two."""
+        if self.size > 1:
+            self.traffic += sum(t.numel() * t.itemsize for own in tensors.values() for t in own.values())
+        return {name: found for part in self.gather(tensors) for name, found in part.items()}
 
     def wait(self) -> None:
         """Until all are here."""
@@ -93,6 +102,12 @@ def refuse_several(what: str) -> None:
         raise InputError(
             f"{what} is the work of one process: run it without torchrun, which compress, run and heal know"
         )
+
+
+def check_samples(samples: int, size: int) -> None:
+    """InputError where a process of `size` would have no calibration sample."""
+    if samples < size:
+        raise InputError(f"{samples} calibration samples are too few for {size} processes: one each at least")
 
 
 def peer_lost(error: RuntimeError) -> bool:

@@ -36,6 +36,9 @@ class Site:
     head: str | None = None
     """The output head that multiplies by the weight: a row makes a token's logit. Its own name but where `lookup`."""
 
+    known_rank: int | None = None
+    """The rank that it will be stored at, where that is decided before it is decomposed."""
+
     @property
     def of_tokens(self) -> bool:
         """Whether rows are tokens of the vocabulary, of which none is compared with another."""

@@ -12,12 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.source import open_compressed
+from lrcompress.pipeline import make_plan
 from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec
-from tests.commands import run_cli, start_cli
+from lrcompress.stages.needs import Needs
+from tests.commands import run_cli, start_cli, start_code
 from tests.conftest import compress_tiny
+from tests.test_benchmarks import BENCHMARKS
+from tests.test_pipeline import recipe
 
 
 def start(*arguments, launcher=("--standalone", "--nproc-per-node", "2")):
@@ -34,17 +39,18 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def run_two(*arguments):
-    """Two processes in the environment that torchrun gives them, which need not import torch; what both said."""
+def together(count, begin):
+    """The processes that begin(environment) starts, in the environment that torchrun gives `count` of them; all done."""
     address, _, port = free_address().partition(":")
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
-    started = [
-        start_cli(
-            *arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        )
-        for rank in range(2)
-    ]
-    done = [process.wait() for process in started]
+    common = {"MASTER_ADDR": address, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    started = [begin({**common, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+    return [process.wait() for process in started]
+
+
+def run_two(*arguments):
+    """Two processes, which need not import torch; what both said."""
+    done = together(2, lambda environment: start_cli(*arguments, environment=environment))
     code = next((one.returncode for one in done if one.returncode), 0)
     return code, "".join(one.stdout for one in done), "".join(one.stderr for one in done)
 
@@ -91,6 +97,9 @@ def test_two_processes_make_what_one_does(llama, tmp_path, method, more):
     same_checkpoint(tmp_path / "one", tmp_path / "two")
     names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("one", "two")]
     assert names[0] == names[1]
+    report = json.loads((tmp_path / "two/report.json").read_text())
+    told, foretold = report["processes"]["traffic_bytes"], report["needs"]["traffic_bytes"]
+    assert told == foretold if method != "eora" else foretold < told < 1.5 * foretold
     if method == "auto":
         shards = sorted((tmp_path / "two").glob("model-*.safetensors"))
         assert len(shards) > 3
@@ -100,6 +109,61 @@ def test_two_processes_make_what_one_does(llama, tmp_path, method, more):
         assert tensors[0] == tensors[1]
         index = [(tmp_path / folder / "model.safetensors.index.json").read_text() for folder in ("one", "two")]
         assert index[0] == index[1]
+
+
+WORK = """
+import json, sys
+from contextlib import contextmanager
+
+sys.path.append(sys.argv[1])
+from scale import operations
+from lrcompress.pipeline import compress
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+
+
+class Work(Reporter):
+    @contextmanager
+    def timed(self, key):
+        with operations() as counter:
+            yield
+        self.seconds[key] = self.seconds.get(key, 0) + counter.get_total_flops()
+
+
+reporter = Work(quiet=True)
+compress(make_recipe(json.loads(sys.argv[2])), reporter=reporter)
+print(json.dumps(reporter.seconds))
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "limits"),
+    [
+        ("llama", "lord", {4: 0.4}),
+        ("qwen3_moe", "lord", {2: 0.6}),
+        pytest.param("llama", "ecsq", {2: 0.6, 4: 0.4}, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_share_the_work(make_model, tmp_path, architecture, method, limits):
+    """Counted in operations, as all would run on the same two cores here; experts are weights among the others."""
+
+    def work(count):
+        text = {"source": "python-docs", "samples": 16, "seqlen": 64}
+        recipe = {"model": str(make_model(architecture)), "method": method, "calibration": text, "ratio": 0.6}
+        recipe = json.dumps({**recipe, "output": str(tmp_path / str(count))})
+        done = together(count, lambda env: start_code(WORK, BENCHMARKS, recipe, environment=env))
+        assert not any(one.returncode for one in done), "".join(one.stderr for one in done)
+        return [json.loads(one.stdout.splitlines()[-1]) for one in done]
+
+    (alone,) = work(1)
+    assert set(alone) >= {"calibrate", "decompose", "write"}
+    for count, limit in limits.items():
+        found = work(count)
+        same_checkpoint(tmp_path / "1", tmp_path / str(count))
+        for phase in ("calibrate", "decompose"):
+            most = max(one[phase] for one in found)
+            assert most <= limit * alone[phase], (count, phase, most / alone[phase])
+        assert max(sum(one.values()) for one in found) <= (limit + 0.1) * sum(alone.values())
 
 
 def test_two_processes_search_refine_and_evaluate(llama, tmp_path):
@@ -200,13 +264,45 @@ def test_jobs_are_shared_by_cost():
 
 
 def test_what_one_process_does_is_refused_to_several(monkeypatch, llama):
-    from lrcompress.errors import InputError
-    from lrcompress.pipeline import make_plan
-    from tests.test_pipeline import recipe
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="without torchrun"):
         make_plan(recipe(llama))
+
+
+@pytest.mark.parametrize("method", ["lord", "ecsq", "eora"])
+def test_a_plan_for_several_machines(llama, method):
+    """The closed form: of every input's group counts, sum and moment; of every gradient its moment and a count."""
+    text = {"source": "python-docs", "samples": 8, "seqlen": 64}
+    asked = recipe(
+        llama,
+        calibration=text,
+        **{"method": method, **({"ratio": 0.3} if method != "eora" else {"ratio": None, "rank": 2})},
+    )
+    alone, many = (make_plan(asked, nodes=nodes, devices=devices) for nodes, devices in ((1, 1), (2, 4)))
+    assert {key: many[key] for key in many if key != "needs"} == {key: alone[key] for key in alone if key != "needs"}
+    config = json.loads((llama / "config.json").read_text())
+    hidden, mlp, blocks = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    narrow = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    down = hidden if method == "lord" else mlp  # of its outputs, where those suffice
+    numbers = 3 * (2 + hidden + hidden**2) + (2 + mlp + down**2)
+    if method == "ecsq":
+        numbers += 3 * (hidden**2 + 1) + 2 * (narrow**2 + 1) + 2 * (mlp**2 + 1)
+    own = 0 if method != "eora" else sum(target["bytes"] for target in many["targets"]) // 8
+    needs = many["needs"]
+    assert needs["traffic_bytes"] == 8 * blocks * numbers + own
+    assert (needs["nodes"], needs["devices"], alone["needs"]["traffic_bytes"]) == (2, 4, 0)
+    assert needs["seconds"] < alone["needs"]["seconds"]
+    said = str(Needs(**needs))
+    assert "in each of 8 processes (2 x 4)" in said
+    assert "over the network" in said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "match"), [(0, 1, "--nodes 0"), (1, -2, "--devices -2"), (4, 4, "too few")]
+)
+def test_plans_for_no_machine_or_too_many_are_refused(llama, nodes, devices, match):
+    with pytest.raises(InputError, match=match):
+        make_plan(recipe(llama), nodes=nodes, devices=devices)
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,11 @@ def test_finished_blocks_are_not_decomposed_again(llama, tmp_path, monkeypatch, 
     whole = compress_tiny(llama, tmp_path / "whole", **changes)
     done, real = [], propagate.decompose_block
 
-    def decompose(opened, block, statistics, reporter):
+    def decompose(opened, block, statistics, reporter, ranks):
         if block == 2 and len(done) == 2:
             raise KeyError("interrupted")
         done.append(block)
-        return real(opened, block, statistics, reporter)
+        return real(opened, block, statistics, reporter, ranks)
 
     monkeypatch.setattr(propagate, "decompose_block", decompose)
     with pytest.raises(KeyError):

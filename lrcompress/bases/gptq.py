@@ -8,10 +8,11 @@ from torch import Tensor
 from lrcompress.bases.base import BASES, GridBase
 from lrcompress.bases.rtn import group_grids
 from lrcompress.formats.quantized import Quantized
-from lrcompress.linalg.compensation import inverse_factor, sweep
+from lrcompress.linalg.compensation import gram_factor, sweep
 from lrcompress.linalg.rounding import Grid, asymmetric_grid, best_grid
 
-BLOCK = 128
+BLOCK = 64
+"""About so many columns are compensated one by one: that costs as much a column as the block is wide."""
 
 
 @BASES.register
@@ -30,17 +31,18 @@ class Gptq(GridBase):
 
     def encode(self, weight: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
         assert gram is not None
-        n = weight.shape[1]
-        if self.options.act_order:
-            order = gram.diagonal().argsort(descending=True, stable=True)
-            grids = group_grids(weight, self.bits, self.group, search=self.options.clip_search)
-        else:
-            order = torch.arange(n, device=weight.device)
-            scale, zero = weight.new_empty(2, len(weight), -(-n // self.group))
-            grids = Grid(scale, zero, self.bits)
-        rounding = _Rounding(grids, order.tolist(), self.group, self.options.act_order, self.options.clip_search)
+        (m, n), groups = weight.shape, -(-weight.shape[1] // self.group)
         block = self.group * max(1, BLOCK // self.group)
-        sweep(weight[:, order], inverse_factor(gram[order][:, order]), block, rounding)
+        if not self.options.act_order:
+            scale, zero = weight.new_empty(2, groups, m).mT
+            grids = Grid(scale, zero, self.bits)
+            rounding = _Rounding(grids, list(range(n)), self.group, False, self.options.clip_search)
+            sweep(weight, gram_factor(gram), block, rounding)
+            return Quantized.encode(rounding.codes, grids.scale, grids.zero, self.bits, None)
+        order = gram.diagonal().argsort(descending=True, stable=True)
+        grids = group_grids(weight, self.bits, self.group, search=self.options.clip_search)
+        rounding = _Rounding(grids, order.tolist(), self.group, True, self.options.clip_search)
+        sweep(weight[:, order], gram_factor(gram[order][:, order]), block, rounding)
         codes = torch.empty_like(rounding.codes)
         codes[:, order] = rounding.codes
         return Quantized.encode(codes, grids.scale, grids.zero, self.bits, None)
@@ -51,7 +53,7 @@ class _Rounding:
 
     def __init__(self, grids: Grid, order: list[int], group: int, fixed: bool, search: bool) -> None:
         self.grids, self.order, self.group, self.fixed, self.search = grids, order, group, fixed, search
-        self.codes = torch.empty(len(grids.scale), len(order), dtype=torch.float64, device=grids.scale.device)
+        self.codes = torch.empty(len(order), len(grids.scale), dtype=torch.float64, device=grids.scale.device).T
 
     def __call__(self, weight: Tensor, column: int) -> Tensor:
         grids, index = self.grids, self.order[column] // self.group

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrcompress.bases.base import BASES, SparseBase
 from lrcompress.formats.semi_sparse import top_two
 from lrcompress.kernels.rows import WIDTH
-from lrcompress.linalg.compensation import inverse_factor, sweep
+from lrcompress.linalg.compensation import gram_factor, sweep
 
 BLOCK = 128
 
@@ -24,13 +24,13 @@ class SparseGpt(SparseBase):
 
     def prune(self, weight: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
         assert gram is not None
-        factor = inverse_factor(gram)
+        factor = gram_factor(gram)
         mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
 
         def choose(updated: Tensor, column: int) -> Tensor:
             if column % WIDTH == 0:
                 quad = slice(column, min(column + WIDTH, weight.shape[1]))
-                mask[:, quad] = top_two((updated[:, quad] / factor.diagonal()[quad]).abs())
+                mask[:, quad] = top_two((updated[:, quad] * factor.diagonal()[quad]).abs())
             return updated[:, column] * mask[:, column]
 
         return sweep(weight, factor, BLOCK, choose), mask

@@ -1,5 +1,9 @@
 """lrcompress plan"""
 
+from typing import Annotated
+
+import typer
+
 from lrcompress.cli import options as o
 
 
@@ -25,6 +29,12 @@ def plan(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     memory: o.Memory = None,
+    nodes: Annotated[
+        int, typer.Option(help="Machines that torchrun would start processes on.", rich_help_panel=o.OUTPUT)
+    ] = 1,
+    devices: Annotated[
+        int, typer.Option(help="Processes on each of them, a device each.", rich_help_panel=o.OUTPUT)
+    ] = 1,
     trust_remote_code: o.Trust = False,
     json_file: o.Json = None,
     quiet: o.Quiet = False,
@@ -45,6 +55,6 @@ def plan(
 
     quiet_libraries()
     o.check_result(json_file)
-    result = make_plan(recipe, reporter=Reporter(quiet=quiet, verbose=verbose))
+    result = make_plan(recipe, nodes=nodes, devices=devices, reporter=Reporter(quiet=quiet, verbose=verbose))
     show_plan(result, quiet=quiet)
     o.write_result(json_file, result)

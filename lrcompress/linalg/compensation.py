@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.finite import all_finite
-from lrcompress.linalg.whitening import check_gram, damped
+from lrcompress.linalg.whitening import check_gram
 
 DAMPING = 0.01
 """Relative to the mean of the diagonal, as GPTQ and SparseGPT use."""
@@ -18,20 +18,22 @@ It may look ahead as far as its block reaches, not further.
 """
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """U (n, n), upper triangular, with Uᵀ U = (G + damping * mean diagonal * I)⁻¹, float64.
+def gram_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """V (n, n), upper triangular, with V Vᵀ = G + damping * mean diagonal * I, float64.
 
-    An all-zero gram counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
+    It is the inverse of GPTQ's factor of (G + ...)⁻¹, at a quarter of the cost. An all-zero gram counts as the
+    identity; damping grows tenfold while rounding leaves the sum indefinite.
     """
     check_gram(gram, "the inputs")
     if not bool((gram.diagonal() > 0).any()):
         gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    mean = gram.diagonal().double().mean()
     while damping <= 1:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping))
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and all_finite(upper):
-            return upper
+        reversed_ = gram.flip(0, 1).double()
+        reversed_.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not int(failed) and all_finite(lower):
+            return lower.flip(0, 1)
         damping *= 10
     raise ArithmeticError("the Gram of the inputs is not positive semidefinite")
 
@@ -39,21 +41,25 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
 def sweep(weight: Tensor, factor: Tensor, block: int, choose: Choose) -> Tensor:
     """The chosen columns (m, n) of weight (m, n), float64, errors carried to the columns on their right.
 
-    factor is U of `inverse_factor`. Within `block` columns updates are made one by one, beyond it at once
-    (GPTQ, arXiv 2210.17323): the result does not depend on `block` where `choose` does not look further.
+    factor is V of `gram_factor`. The columns F that are left get the errors E of those chosen, A, so that the output
+    changes least, F + E V_AF V_FF⁻¹ (GPTQ, arXiv 2210.17323): within `block` columns one by one, beyond it at once,
+    when a block is reached. The result does not depend on `block` where `choose` does not look further.
     """
-    weight = weight.double().clone()
-    chosen = torch.empty_like(weight)
+    rest = weight.double().T.clone(memory_format=torch.contiguous_format).T  # columns are what is worked on
+    chosen = torch.empty_like(rest)
     n = weight.shape[1]
     for start in range(0, n, block):
         end = min(start + block, n)
-        errors = weight.new_empty(len(weight), end - start)
+        own = factor[start:end, start:end]
+        inverse = torch.linalg.solve_triangular(own, torch.eye(end - start).to(own), upper=True)
+        if start:  # columns that were chosen hold what they lost
+            rest[:, start:end] += rest[:, :start] @ (factor[:start, start:end] @ inverse)
         for column in range(start, end):
-            chosen[:, column] = choose(weight[:, :end], column)
-            error = (weight[:, column] - chosen[:, column]) / factor[column, column]
-            weight[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ factor[start:end, end:]
+            place = column - start
+            chosen[:, column] = choose(rest[:, :end], column)
+            error = (rest[:, column] - chosen[:, column]) / inverse[place, place]
+            rest[:, column + 1 : end].addr_(error, inverse[place, place + 1 :], alpha=-1)
+        rest[:, start:end] = weight[:, start:end] - chosen[:, start:end]
     if not all_finite(chosen):
         raise ArithmeticError("compensating the columns overflowed: the Gram of the inputs is too badly conditioned")
     return chosen

@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 from lrcompress.finite import all_finite
-from lrcompress.linalg.whitening import symmetric_root_and_inverse, upper_root
+from lrcompress.grams import energy, quadratic
+from lrcompress.linalg.whitening import symmetric_root_and_inverse
 
 OVERSAMPLING, POWER_STEPS = 8, 2
 
-WELL_APART = 1e-9
-"""Squared singular values above this fraction of the largest have vectors that rounding leaves orthogonal to 1e-7."""
+SWEEPS, SEED = 5, 0
+"""Of `leading`; each is one more power of the squared singular values."""
 
-ORTHOGONAL = 1e-7
-"""Products of two unit vectors that count as orthogonal."""
+FEW = 8
+"""A rank below this part of a weight's is looked for by `leading`."""
+
+WELL_CONDITIONED = 1e-4
+"""Smallest number on the diagonal of Cholesky's factor of Aᵀ A, over the largest, that leaves A T⁻¹ orthonormal."""
+
+FAITHFUL = 1e-3
+"""Largest error of a unit vector that float32 may make: its square is what it costs, and bfloat16 rounds by 4e-3."""
 
 
 @dataclass
@@ -47,61 +54,97 @@ def decompose(
     *,
     output_moment: Tensor | None = None,
 ) -> Spectrum:
-    """Best approximations of W (m, n) under ‖Bᐟ² (W - W') Gᐟ²‖_F, for every rank at once, in float64.
+    """Best approximations of W (m, n) under ‖Bᐟ² (W - W') Gᐟ²‖_F, for every rank at once.
 
     input_gram G (n, n) is the second moment of the inputs (identity if None), output_gram B (m, m) that of the
     output gradients (identity if None; damp it first where it may be singular). With P the leading left singular
     vectors of Bᐟ² W Gᐟ², the rank-r optimum is B⁻ᐟ² P_r P_rᵀ Bᐟ² W: the input side is never inverted, so a
     singular G does no harm. One-sided this is the output PCA of AFM and LoRD (arXiv 2309.14021) and equals
     SVD-LLM's whitened SVD; two-sided it is KFAC-SVD. Where m <= n, output_moment W G Wᵀ (m, m) serves instead of G.
+
+    Eigenproblems and what they are made from are float64; without an output_gram the products of a float32 W with
+    singular vectors stay float32 where that is FAITHFUL.
     """
-    weight = weight.double()
     if not all_finite(weight):
         raise ArithmeticError("the weight has non-finite entries")
     if output_gram is None:
-        scaled, unscale = weight, None
+        scaled, unscale = weight if weight.dtype == torch.float32 else weight.double(), None
     else:
         root, unscale = symmetric_root_and_inverse(output_gram)
-        scaled = root @ weight
-    if output_moment is None:
-        basis, energies = _left_singular(scaled, input_gram)
+        scaled = root @ weight.double()
+    if len(weight) > weight.shape[1]:
+        left, right, energies = _tall(scaled, input_gram)
     else:
-        moment = output_moment.double()
-        basis, energies = _leading(moment if output_gram is None else root @ moment @ root)
-    right = basis.T @ scaled
-    left = basis if unscale is None else unscale @ basis
-    return Spectrum(left, right, energies)
+        if output_moment is None:
+            moment = quadratic(scaled.double(), None if input_gram is None else input_gram.double())
+        else:
+            moment = output_moment.double()
+            moment = moment if output_gram is None else root @ moment @ root
+        left, energies = _leading(moment)
+        left = left.to(scaled.dtype)
+        right = left.T @ scaled
+    return Spectrum(left if unscale is None else unscale @ left, right, energies)
 
 
-def _left_singular(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (m, k) of matrix @ gram^½ and squared singular values (k,), descending."""
-    m, n = matrix.shape
-    if m <= n:
-        return _leading(matrix @ (matrix if gram is None else matrix @ gram.double()).T)
-    whitened = matrix if gram is None else matrix @ upper_root(gram).T
-    values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-    values = values.flip(0).clamp_min(0)
-    images = whitened @ vectors.flip(1)
-    return _orthonormal(images, values), values
+def leading(weight: Tensor, rank: int, input_gram: Tensor | None = None, output_gram: Tensor | None = None) -> Spectrum:
+    """The first `rank` components of `decompose`, nearly, float64, by subspace iteration (arXiv 0909.4061).
 
-
-def _orthonormal(images: Tensor, values: Tensor) -> Tensor:
-    """Left singular vectors (m, k) from the `images` of the right ones, each a singular value long, in their place.
-
-    Where those are nearly zero their images are not orthogonal any more: QR of what is left of the last ones beside the
-    others makes them so, or of all of them where that is nothing but rounding; both keep the leading spans.
+    rank + OVERSAMPLING directions, begun at random, are multiplied SWEEPS times by W G Wᵀ, which is never formed.
+    Energies that were not looked for are the mean of what is left of the whole, so that their sum is the error.
     """
-    well = int((values > WELL_APART * values[0]).sum())
-    if 2 * well < len(values):
-        return torch.linalg.qr(images).Q
-    basis, rest = images[:, :well].div_(values[:well].sqrt()), images[:, well:]
-    if not rest.numel():
-        return images
-    for _ in range(2):
-        rest.copy_(torch.linalg.qr(rest - basis @ (basis.T @ rest)).Q)
-    if float((basis.T @ rest).abs().max()) > ORTHOGONAL:
-        return torch.linalg.qr(images).Q
-    return images
+    exact, unscale = _finite(weight), None
+    if output_gram is not None:
+        root, unscale = symmetric_root_and_inverse(output_gram)
+        exact = root @ exact
+    m, n = exact.shape
+    width = min(rank + OVERSAMPLING, m, n)
+    generator = torch.Generator().manual_seed(SEED)
+    basis = torch.randn(m, width, dtype=torch.float64, generator=generator).to(exact.device)
+    for _ in range(SWEEPS):
+        rows = exact.T @ torch.linalg.qr(basis).Q
+        basis = exact @ (rows if input_gram is None else input_gram.double() @ rows)
+    basis = torch.linalg.qr(basis).Q
+    core = basis.T @ exact
+    vectors, energies = _leading(quadratic(core, None if input_gram is None else input_gram.double()))
+    found, count = energies[:rank], min(m, n)
+    # Of large sums float32 knows seven digits, which is enough for what a report says is left.
+    whole = energy(exact.float(), input_gram)
+    rest = ((whole - found.sum()) / max(count - rank, 1)).clamp_min(0).expand(count - len(found))
+    left = basis @ vectors[:, :rank]
+    return Spectrum(left if unscale is None else unscale @ left, vectors[:, :rank].T @ core, torch.cat([found, rest]))
+
+
+def singular_values(weight: Tensor) -> Tensor:
+    """(k,) float64 of W (m, n), k = min(m, n), descending, those below 1e-8 of the largest not exactly.
+
+    From the eigenvalues of the smaller Gram: a bidiagonal reduction takes ten times as long.
+    """
+    weight = weight.double()
+    values = torch.linalg.eigvalsh(quadratic(weight if weight.shape[0] <= weight.shape[1] else weight.T))
+    return values.flip(0).clamp_min(0).sqrt()
+
+
+def _tall(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors U (m, n) of A G^½, A (m, n) tall, Uᵀ A (n, n), and squared singular values (n,) float64.
+
+    With A = Q T, T triangular, A G Aᵀ is Q (T G Tᵀ) Qᵀ: an eigenproblem of n, whose vectors V give U = Q V and
+    Uᵀ A = Vᵀ T. T is Cholesky's factor of Aᵀ A and Q = A T⁻¹, or both are Householder's where A is nearly singular; no
+    root of G is needed.
+    """
+    exact = matrix.double()
+    factor, failed = torch.linalg.cholesky_ex(quadratic(exact.T), upper=True)
+    sizes, basis = factor.diagonal(), None
+    if int(failed) or bool(sizes.min() < WELL_CONDITIONED * sizes.max()):
+        basis, factor = torch.linalg.qr(exact)
+    vectors, energies = _leading(quadratic(factor, None if gram is None else gram.double()))
+    right = (vectors.T @ factor).to(matrix.dtype)
+    if basis is not None:
+        return (basis @ vectors).to(matrix.dtype), right, energies
+    turned = torch.linalg.solve_triangular(factor, vectors, upper=True)
+    # What float32's rounding of ‖A‖ ‖z‖ makes of an image A z of length 1.
+    error = torch.finfo(torch.float32).eps * float(factor.norm() * turned.norm(dim=0).max())
+    single = matrix.dtype == torch.float32 and error <= FAITHFUL
+    return matrix @ turned.float() if single else (exact @ turned).to(matrix.dtype), right, energies
 
 
 def _leading(covariance: Tensor) -> tuple[Tensor, Tensor]:

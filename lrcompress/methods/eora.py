@@ -9,6 +9,7 @@ from lrcompress.bases import Base, BaseOptions, Existing, parse_base
 from lrcompress.errors import InputError
 from lrcompress.formats import DENSE, restored, spec_bytes, stored_tensors
 from lrcompress.formats.sum import Sum, part, rounded_factors
+from lrcompress.grams import energy
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
 from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
@@ -88,21 +89,22 @@ class Eora(SpectralMethod):
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:
         if self._base.spec(site.shape, site.name).format == DENSE:
             return {"energies": torch.zeros(min(site.shape), dtype=torch.float64), "size": torch.zeros(())}
-        weight = weight.double()
         gram = None if statistics is None else statistics.gram()
         base = self._base.compress(weight, gram if self._base.needs_gram else None, site.name)
-        error = weight - base.dense
-        artefact = super().decompose(site, error, statistics)
-        metric, outputs = None, self.output_gram(statistics)
-        if statistics is not None and self.metric != "plain":
-            metric = statistics.gram(centred=self.centres(site))
-        scale = self.output_scale(statistics)
+        error = weight.double() - base.dense
+        outputs, scale = self.output_gram(statistics), self.output_scale(statistics)
+        metric = None if self.metric == "plain" else gram
+        if metric is not None and statistics is not None and self.centres(site):
+            metric = statistics.gram(centred=True)
+        spectrum = self._spectrum(site, error, metric, outputs)
+        artefact = self._artefact(site, spectrum, error, statistics)
         if self.options.factor_bits < 16:
-            spectrum = Spectrum(artefact["left"], artefact["right"], artefact["energies"])
-            artefact["tail"] = scale * coded_errors(spectrum, error, metric, self.options.factor_bits, outputs)
+            tail = scale * coded_errors(spectrum, error, metric, self.options.factor_bits, outputs)
+            artefact["tail"] = torch.cat([tail, tail[-1:].expand(min(site.shape) + 1 - len(tail))])
         if self.centres(site) and statistics is not None:
             artefact["mean"] = statistics.mean()
-        artefact["size"] = scale * _inner(weight, weight, metric, outputs).clamp_min(0)
+        whole = energy(weight.float(), metric) if outputs is None else _inner(weight, weight, metric, outputs)
+        artefact["size"] = scale * whole.clamp_min(0)
         return artefact | {f"base.{key}": tensor for key, tensor in base.tensors.items()}
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
@@ -161,6 +163,7 @@ def coded_errors(
 
 
 def _inner(left: Tensor, right: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> Tensor:
-    """tr(B left G rightᵀ) of two matrices (m, n), the identity where there is no gram."""
+    """tr(B left G rightᵀ) of two matrices (m, n), float64, the identity where there is no gram."""
+    left, right = left.double(), right.double()
     left = left if gram is None else left @ gram
     return ((left if output_gram is None else output_gram @ left) * right).sum()

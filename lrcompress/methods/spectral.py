@@ -12,7 +12,7 @@ from torch import Tensor
 from lrcompress.formats import DENSE, FORMATS, spec_bytes
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.pivoted import Pivoted
-from lrcompress.linalg.truncation import Spectrum, decompose, retruncate, tail_energies
+from lrcompress.linalg.truncation import FEW, OVERSAMPLING, Spectrum, decompose, leading, retruncate, tail_energies
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
 from lrcompress.methods.joining import encode_joined, joined, with_mean
@@ -85,8 +85,15 @@ class SpectralMethod(Method):
             moment = statistics.output_moment(weight, centred=self.centres(site))
             spectrum = decompose(weight, None, outputs, output_moment=moment)
         else:
-            spectrum = decompose(weight, self._input_gram(site, statistics), outputs)
-        return self._artefact(site, spectrum, weight.double(), statistics)
+            spectrum = self._spectrum(site, weight, self._input_gram(site, statistics), outputs)
+        return self._artefact(site, spectrum, weight, statistics)
+
+    def _spectrum(self, site: Site, weight: Tensor, gram: Tensor | None, outputs: Tensor | None) -> Spectrum:
+        """Of all ranks, or up to the one that is known, where that is small."""
+        rank = site.known_rank
+        if rank is None or self.joins(site) or FEW * (rank + OVERSAMPLING) > min(site.shape):
+            return decompose(weight, gram, outputs)
+        return leading(weight, rank, gram, outputs)
 
     def decompose_product(
         self, site: Site, left: Tensor, right: Tensor, statistics: InputStatistics | None
@@ -111,8 +118,8 @@ class SpectralMethod(Method):
             mean = statistics.mean()
             if self.joins(site):
                 artefact["mean"] = mean
-            artefact["mean_output"] = weight @ mean
-            artefact["mean_latent"] = spectrum.right @ mean
+            artefact["mean_output"] = weight.double() @ mean
+            artefact["mean_latent"] = spectrum.right.double() @ mean
         return artefact
 
     def outputs_suffice(self, site: Site) -> bool:

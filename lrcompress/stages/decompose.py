@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.errors import InputError, NumericalError
+from lrcompress.linalg.truncation import singular_values
 from lrcompress.linalg.whitening import aimed, check_gram
 from lrcompress.methods import Method
 from lrcompress.model.device import decomposition_device
@@ -38,7 +39,7 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
         artefact["errors"] = share * method.errors(artefact, curve)
         artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)
         if allocator.needs_spectrum:
-            artefact["spectrum"] = torch.linalg.svdvals(weight.double())
+            artefact["spectrum"] = singular_values(weight)
         if opened.request.sequential and statistics is not None and statistics.gradients is not None:
             artefact["gradients"] = statistics.gradients.float()
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

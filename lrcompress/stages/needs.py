@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -14,14 +15,15 @@ from lrcompress.budget import parse_size
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.errors import ResourceError
 from lrcompress.linalg.by_row import GROUPS
-from lrcompress.processes import processes
+from lrcompress.processes import Processes, processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.side_by_side import is_small, workers_for
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import double_bytes
+from lrcompress.stages.profile import decomposition_cost, double_bytes
 from lrcompress.stages.sensitivity import SAMPLES
+from lrcompress.stages.traffic import compared, moment, traffic_need
 
 EIGENPROBLEM = 20.0
 """Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
@@ -37,11 +39,15 @@ ROUNDING_UP = 10**7
 
 @dataclass(frozen=True)
 class Needs:
-    """memory_bytes: peak of resident host memory; disk_bytes: scratch files and output at most; seconds: rough."""
+    """Of one of nodes × devices processes: memory_bytes, peak of resident memory; seconds, rough; traffic_bytes, of the
+    tensors that it gives to sums and to the others. disk_bytes: scratch files and output of all, at most."""
 
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    nodes: int = 1
+    devices: int = 1
+    traffic_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The `needs` of plan.json and report.json."""
@@ -50,12 +56,23 @@ class Needs:
     def __str__(self) -> str:
         size = f"about {self.memory_bytes / 1e6:.0f} MB of memory and up to {self.disk_bytes / 1e6:.0f} MB of disk"
         minutes = self.seconds / 60
+        if self.nodes * self.devices > 1:
+            size = (
+                f"about {self.memory_bytes / 1e6:.0f} MB of memory in each of {self.nodes * self.devices} processes "
+                f"({self.nodes} x {self.devices}), up to {self.disk_bytes / 1e6:.0f} MB of disk, "
+                f"{self.traffic_bytes / 1e6:.0f} MB from each over the network"
+            )
         return f"{size}, roughly {self.seconds:.0f} s" if minutes < 3 else f"{size}, roughly {minutes:.0f} min"
 
 
-def needs(opened: Opened) -> Needs:
-    """What the opened request will need."""
-    return Needs(memory_need(opened), disk_need(opened), seconds_need(opened))
+def needs(opened: Opened, nodes: int = 1, devices: int | None = None) -> Needs:
+    """What the opened request will need of one of nodes × devices processes, of those of this run where not given."""
+    devices = devices or processes().size
+    size = nodes * devices
+    return Needs(
+        memory_need(opened), disk_need(opened, size), seconds_need(opened, size), nodes, devices,
+        traffic_need(opened) if size > 1 else 0,
+    )  # fmt: skip
 
 
 def check_memory(opened: Opened, needed: Needs, reporter: Reporter) -> None:
@@ -104,12 +121,12 @@ def _whole_model(opened: Opened) -> int:
     return found
 
 
-def disk_need(opened: Opened) -> int:
+def disk_need(opened: Opened, size: int = 1) -> int:
     """Bytes of scratch files and output together, an upper bound."""
     method = opened.request.method
     factors = sum(4 * _kept_numbers(opened, site) for site in opened.sites)
     if opened.request.sequential:  # a second set of decompositions, and the gradients that they need
-        factors += factors + sum(4 * _compared(opened, s) ** 2 for s in opened.sites)
+        factors += factors + sum(4 * compared(opened, s) ** 2 for s in opened.sites)
     if method.base is not None:
         factors += sum(4 * s.shape[0] * s.shape[1] for s in opened.sites)
     if method.keeps_gram:
@@ -122,7 +139,7 @@ def disk_need(opened: Opened) -> int:
     # A backward pass keeps the hidden states of every block until it has been there.
     files = len(opened.blocks) + 4 if method.needs_gradients else 4
     hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
-    encoded = opened.dense_checkpoint_bytes if processes().size > 1 else 0  # weights, for the other processes
+    encoded = opened.dense_checkpoint_bytes if size > 1 else 0  # weights, for the other processes
     return factors + output + hidden + encoded + _cuts(opened) + ROUNDING_UP
 
 
@@ -148,19 +165,38 @@ def _embeddings(opened: Opened) -> Tensor:
     return weight
 
 
-def seconds_need(opened: Opened) -> float:
-    """Rough: multiply-adds over the rates of a product here. Nothing that waits for a disk is counted."""
-    method, tokens = opened.request.method, _tokens(opened)
+def seconds_need(opened: Opened, size: int = 1) -> float:
+    """Rough: multiply-adds over the rates of a product here. Nothing that waits for a disk or a network is counted.
+
+    Of `size` processes on as many devices it is that of the one with most to do: of the samples, and of the weights of
+    every block.
+    """
+    method, tokens = opened.request.method, _tokens(opened) * _largest_share(opened, size)
     passes = 1 + 3 * method.needs_gradients + 2 * opened.request.sequential + 1  # the last one is reading and writing
     single = tokens * passes * sum(s.shape[0] * s.shape[1] for s in opened.sites)
-    single += tokens * sum(_moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
-    single += tokens * sum(_compared(opened, s) ** 2 for s in opened.sites)
-    double = sum(_decomposing(opened, site) for site in opened.sites)
-    coding = 0.0 if method.errors_are_exact else sum(_coding(site) for site in opened.sites)
+    single += tokens * sum(moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
+    single += tokens * sum(compared(opened, s) ** 2 for s in opened.sites)
+    blocks = [opened.sites_of(block) for block in range(len(opened.blocks) + 2)]
+    double = sum(_most(sites, size, lambda site: _decomposing(opened, site)) for sites in blocks)
+    coding = 0.0 if method.errors_are_exact else _most(opened.sites, size, _coding)
     if method.rounds:
-        coding = sum(ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape[s.of_tokens :]) for s in opened.sites)
+        coding = _most(
+            opened.sites, size, lambda s: ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape[s.of_tokens :])
+        )
     device = opened.walker.device
     return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
+
+
+def _most(sites: Sequence[Site], size: int, work: Callable[[Site], float]) -> float:
+    """The work of the process that has most of it, where `size` share the sites by their cost."""
+    costs = [decomposition_cost(site) for site in sites]
+    return max(sum(work(sites[place]) for place in Processes(rank, size).own(costs)) for rank in range(size))
+
+
+def _largest_share(opened: Opened, size: int) -> float:
+    """The part of all samples that the first process has."""
+    samples = sum(samples for _, samples, _ in opened.request.sources)
+    return len(Processes(0, size).samples(samples)) / samples if samples else 1.0
 
 
 def _decomposing(opened: Opened, site: Site) -> float:
@@ -168,8 +204,8 @@ def _decomposing(opened: Opened, site: Site) -> float:
     (m, n), k = site.shape, min(site.shape)
     times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
     if opened.request.method.rounds:  # two Cholesky factors and an inverse of each
-        return times * (_compared(opened, site) ** 3 + n**3)
-    eigenproblems = k**3 + _compared(opened, site) ** 3
+        return times * (compared(opened, site) ** 3 + n**3)
+    eigenproblems = k**3 + compared(opened, site) ** 3
     moment = 0 if site.by_outputs else m * n * n
     return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
 
@@ -204,19 +240,9 @@ def _block_weights(opened: Opened, block: int) -> int:
 def _statistics(opened: Opened, block: int) -> int:
     """Bytes of the moments that are gathered at once in a block."""
     method, sites = opened.request.method, opened.sites_of(block)
-    inputs = sum(8 * _moment(s) for s in sites if s.group == s.name) if method.needs_statistics else 0
-    outputs = sum(8 * max(_compared(opened, s) ** 2, s.shape[0]) for s in sites)
+    inputs = sum(8 * moment(s) for s in sites if s.group == s.name) if method.needs_statistics else 0
+    outputs = sum(8 * max(compared(opened, s) ** 2, s.shape[0]) for s in sites)
     return inputs + (outputs if method.needs_gradients else 0)
-
-
-def _compared(opened: Opened, site: Site) -> int:
-    """Outputs whose gradients are compared with one another: none of tokens."""
-    return 0 if site.of_tokens or not opened.request.method.needs_gradient_gram else site.shape[0]
-
-
-def _moment(site: Site) -> int:
-    """Numbers of the second moment that is gathered for a site."""
-    return site.shape[0 if site.by_outputs else 1] ** 2
 
 
 def _decomposition(opened: Opened, block: int) -> int:
@@ -227,8 +253,8 @@ def _decomposition(opened: Opened, block: int) -> int:
 
     def work(site: Site) -> int:
         (m, n), k = site.shape, min(site.shape)
-        numbers = 2 * _moment(site) + 4 * k * k + 4 * m * n
-        numbers += 7 * _compared(opened, site) ** 2
+        numbers = 2 * moment(site) + 4 * k * k + 4 * m * n
+        numbers += 7 * compared(opened, site) ** 2
         numbers += 4 * n * n if method.base is not None else 0
         return 8 * numbers
 

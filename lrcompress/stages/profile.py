@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -249,10 +250,19 @@ class HiddenWalk:
         return HiddenStates(path, (samples, *self._sample), self._opened.walker.dtype)
 
 
-def decompose_block(opened: Opened, block: int, statistics: dict[str, InputStatistics], reporter: Reporter) -> Found:
-    """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal."""
+def decompose_block(
+    opened: Opened,
+    block: int,
+    statistics: dict[str, InputStatistics],
+    reporter: Reporter,
+    ranks: Mapping[str, int] | None = None,
+) -> Found:
+    """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal.
+
+    ranks: of the sites by name, where they are decided already.
+    """
     found: Found = {}
-    sites = opened.sites_of(block)
+    sites = [site if ranks is None else replace(site, known_rank=ranks[site.name]) for site in opened.sites_of(block)]
     if statistics and opened.experts:
         statistics = complete(sites, statistics, opened.experts, _tokens(opened))
     if statistics and opened.request.method.needs_gradients:

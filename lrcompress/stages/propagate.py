@@ -26,7 +26,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     toward_dense every weight aims at what the dense model gives for the same text.
     """
     artefacts, lengths = Artefacts(scratch / "sequential"), Lengths(opened, plan)
-    blocks = len(opened.blocks)
+    blocks, ranks = len(opened.blocks), {name: spec.rank for name, spec in plan.specs.items()}
     paired = opened.request.method.options.toward_dense > 0
     dense = HiddenWalk(opened, scratch / "hidden", calibrate=paired)
     own = HiddenWalk(opened, scratch / "hidden", "compressed", hold_out=False)
@@ -54,7 +54,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                         dense.step(block, module, [], lambda: None)
                     beside = dense.calibration(block) if paired else None
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
-                found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter)
+                found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter, ranks)
                 encoded = lengths.encode(found, block)
                 with reporter.timed("calibrate"):
                     _run_compressed(opened, plan, block, module, encoded, own, tick)
@@ -65,7 +65,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     outside = opened.sites_of(blocks)
     if outside and not artefacts.done(blocks):
         inputs = collect_outside(opened.walker, own.ids, own.calibration(blocks), outside, own.weights)
-        found = decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter)
+        found = decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter, ranks)
         artefacts.save(blocks, _kept(found, lengths.encode(found, blocks)))
     elif outside:
         lengths.recall(artefacts, blocks)
@@ -114,7 +114,7 @@ def _run_compressed(
 ) -> None:
     """The calibration samples through the block as it will be stored; `encoded` are this process's sites."""
     walker = opened.walker
-    tensors = {name: stored for part in processes().gather(encoded) for name, stored in part.items()}
+    tensors = processes().exchange(encoded)
     before = walk.calibration(block)
     blame = ", compressed,", "ask for less compression, or propagation=one_pass"
 

@@ -6,7 +6,7 @@ import torch
 from lrcompress.bases import BASES, BaseOptions, parse_base
 from lrcompress.errors import InputError
 from lrcompress.formats import build, stored_tensors
-from lrcompress.linalg.compensation import inverse_factor, sweep
+from lrcompress.linalg.compensation import gram_factor, sweep
 from lrcompress.linalg.rounding import asymmetric_grid
 
 ALL = ["rtn:2:16", "rtn:3:16", "rtn:4:64", "rtn:8:7", "gptq:2:7", "gptq:3:16", "gptq:4:300",
@@ -254,7 +254,7 @@ def test_wanda_keeps_the_best_of_every_four_by_the_diagonal():
 
 def test_a_sweep_does_not_depend_on_its_block():
     matrix, metric = weight((6, 50)), gram(50)
-    factor = inverse_factor(metric)
+    factor = gram_factor(metric)
     results = [sweep(matrix, factor, block, lambda w, c: (w[:, c] * 40).round() / 40) for block in (1, 7, 50, 64)]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-9)
@@ -262,4 +262,4 @@ def test_a_sweep_does_not_depend_on_its_block():
 
 def test_an_indefinite_gram_is_an_arithmetic_error():
     with pytest.raises(ArithmeticError, match="not positive semidefinite"):
-        inverse_factor(torch.diag(torch.tensor([1.0, -50.0, 1.0], dtype=torch.float64)))
+        gram_factor(torch.diag(torch.tensor([1.0, -50.0, 1.0], dtype=torch.float64)))

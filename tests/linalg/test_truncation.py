@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompress.linalg.truncation import decompose, product_energy, randomised, retruncate
+from lrcompress.linalg.truncation import decompose, leading, product_energy, randomised, retruncate, singular_values
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -184,3 +184,55 @@ def test_weak_directions_of_a_tall_weight_stay_orthonormal_and_nested(weak, size
     for rank in (1, 20, 63):
         found, best = (truncated(spectrum, rank) - weight).norm(), values[rank:].norm()
         assert best * (1 - 1e-9) - 1e-11 <= found <= best * 1.1 + 1e-11
+
+
+@pytest.mark.parametrize("shape", [(900, 120), (120, 300), (150, 150)])
+@pytest.mark.parametrize("width", [1.0, 1e-3])
+def test_a_float32_weight_loses_no_more_than_its_rounding(shape, width):
+    """Products with singular vectors are float32 then: of a well conditioned weight and, in float64 again, another."""
+    scales = torch.logspace(0, float(torch.tensor(width).log10()), min(shape), dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(random(1, *shape), full_matrices=False)
+    weight, second = ((u * scales) @ vt).float(), gram(2, shape[1], 4 * shape[1])
+    ours, exact = decompose(weight, second), decompose(weight.double(), second)
+    assert ours.left.dtype == torch.float32
+    torch.testing.assert_close(ours.energies, exact.energies, rtol=1e-6, atol=1e-14)
+    for rank in (5, 60, 100):
+        best = error(weight.double() - truncated(exact, rank), second)
+        lost = error(weight.double() - truncated(ours, rank).double(), second)
+        assert lost <= best * 1.001 + 1e-11 * float(exact.energies.sum())
+
+
+def test_a_float32_weight_of_deficient_rank_has_orthonormal_factors():
+    weight, second = (random(1, 400, 20) @ random(2, 20, 80)).float(), gram(3, 80, 300)
+    spectrum = decompose(weight, second)
+    torch.testing.assert_close(spectrum.left.T @ spectrum.left, torch.eye(80), rtol=0, atol=1e-3)
+    torch.testing.assert_close(truncated(spectrum, 20), weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(90, 400), (400, 90)])
+@pytest.mark.parametrize("outputs", [None, 3])
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_leading_components_alone_are_nearly_the_best(shape, outputs, flat):
+    weight = random(1, *shape)
+    inputs = gram(2, shape[1], 1000) if not flat else None
+    metric = None if outputs is None else gram(outputs, shape[0], 1000) + 0.1 * torch.eye(shape[0])
+    best, found = decompose(weight, inputs, metric), leading(weight, 6, inputs, metric)
+    assert found.left.shape == (shape[0], 6)
+    assert found.right.shape == (6, shape[1])
+    assert found.energies.shape == best.energies.shape
+    assert best.errors()[6] <= found.errors()[6] * (1 + 1e-6)
+    assert found.errors()[6] <= best.errors()[6] * (1.02 if flat else 1.001)
+    torch.testing.assert_close(found.energies.sum(), best.energies.sum(), rtol=1e-5, atol=0)
+    left, right = (
+        torch.eye(n, dtype=torch.float64) if g is None else g for n, g in zip(shape, (metric, inputs), strict=True)
+    )
+    lost = weight - found.left @ found.right
+    assert float((left @ lost @ right * lost).sum()) == pytest.approx(float(found.errors()[6]), rel=1e-4)
+
+
+@shapes
+def test_singular_values_from_the_smaller_gram(shape):
+    weight = random(4, *shape)
+    torch.testing.assert_close(
+        singular_values(weight.float()), torch.linalg.svdvals(weight.float().double()), rtol=1e-9, atol=1e-9
+    )
