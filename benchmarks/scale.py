@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --folder /tmp/scale                            # hidden 2048, MLP 8192, every method
     python benchmarks/scale.py --folder /tmp/scale --sizes 1024x4096 2048x8192 4096x14336 --runs lord svd-llm
+    python benchmarks/scale.py --folder /tmp/scale --calibration --samples 4 --seqlen 2048
     python benchmarks/scale.py --folder /tmp/scale --sizes 64x128 --samples 2 --seqlen 64      # does it run?
 
 Random Llamas in bfloat16 (benchmarks/memory.py), one block deep unless asked otherwise. Every run is a process of its own, and its
@@ -18,6 +19,7 @@ import math
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,9 @@ from lrcompress.model.device import fast_float32
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
+from lrcompress.stages.opening import open_request
+from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.request import check_request
 
 BESIDE = "svd-llm"
 RUNS: dict[str, dict[str, Any]] = {
@@ -131,6 +136,24 @@ def apart(name: str, model: Path, samples: int, seqlen: int, *, count: bool = Fa
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def calibrating(name: str, model: Path, samples: int, seqlen: int) -> tuple[float, float]:
+    """Seconds of the processor that samples take through the first block, from file to file: alone, and with all that
+    calibration gathers there."""
+    calibration = {"source": "python-docs", "samples": samples, "seqlen": seqlen}
+    recipe = make_recipe({**RUNS[name], "model": str(model), "calibration": calibration})
+    found = []
+    with tempfile.TemporaryDirectory() as folder, fast_float32():
+        opened = open_request(check_request(recipe), Reporter(quiet=True))
+        walk = HiddenWalk(opened, Path(folder) / "hidden", hold_out=False)
+        walk.start(0)
+        for sites in ([], opened.sites_of(0)):
+            with opened.walker.block(0) as module:
+                start = time.process_time()
+                walk.step(0, module, sites, lambda: None)
+                found.append(time.process_time() - start)
+    return found[0], found[1]
+
+
 def product_rates(size: int = 1024) -> dict[torch.dtype, float]:
     """GFLOP/s of torch.matmul here, as the methods call it, over seconds of the processor."""
     found = {}
@@ -207,6 +230,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument(
+        "--calibration", action="store_true", help="only what gathering adds to the first size's forward pass"
+    )
     parser.add_argument("--one", nargs=3, metavar=("RUN", "MODEL", "OUTPUT"), help=argparse.SUPPRESS)
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -217,6 +243,17 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}, {given.samples} x {given.seqlen}"
     )
+    if given.calibration:
+        size = given.sizes[0]
+        model = generate(given.folder / f"{size[0]}x{size[1]}-{given.blocks}", *size, given.blocks, given.vocabulary)
+        for name in given.runs:
+            if name != BESIDE:
+                alone, gathered = calibrating(name, model, given.samples, given.seqlen)
+                print(
+                    f"{name}: forward {alone:.1f} s, with statistics {gathered:.1f} s: {gathered / alone:.2f} times",
+                    flush=True,
+                )
+        return
     table(given.folder, given.runs, given.sizes, given.blocks, given.vocabulary, [given.samples, given.seqlen])
 
 

@@ -50,10 +50,9 @@ def _panels(n: int) -> Iterator[tuple[int, int]]:
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """`upper` (n, n) itself, with what its upper triangle has below the diagonal, too."""
-    for start in range(0, len(upper), NARROWEST):
-        stop = min(start + NARROWEST, len(upper))
-        corner = upper[start:stop, start:stop]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    """`upper` (n, n) itself, what is below the diagonal made the mirror of what is above."""
+    for begin, end in _panels(len(upper)):
+        own = upper[begin:end, begin:end]
+        own.copy_(own.triu() + own.triu(1).T)
+        upper[end:, begin:end] = upper[begin:end, end:].T
     return upper

@@ -178,3 +178,9 @@ def test_operations_of_decompositions_are_counted():
         with scale.operations() as counter:
             work()
         assert counter.get_total_flops() == flops
+
+
+def test_what_gathering_adds_to_the_forward_pass(llama):
+    alone, gathered = benchmark("scale").calibrating("lord", llama, 4, 64)
+    assert 0 < alone
+    assert 0 < gathered

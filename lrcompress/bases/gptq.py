@@ -53,7 +53,7 @@ class _Rounding:
 
     def __init__(self, grids: Grid, order: list[int], group: int, fixed: bool, search: bool) -> None:
         self.grids, self.order, self.group, self.fixed, self.search = grids, order, group, fixed, search
-        self.codes = torch.empty(len(order), len(grids.scale), dtype=torch.float64, device=grids.scale.device).T
+        self.codes = torch.empty(len(order), len(grids.scale), dtype=torch.uint8, device=grids.scale.device).T
 
     def __call__(self, weight: Tensor, column: int) -> Tensor:
         grids, index = self.grids, self.order[column] // self.group
@@ -62,5 +62,6 @@ class _Rounding:
             grid = (best_grid if self.search else asymmetric_grid)(values, grids.bits)
             grids.scale[:, index], grids.zero[:, index] = grid.scale[:, 0], grid.zero[:, 0]
         grid = Grid(grids.scale[:, index], grids.zero[:, index], grids.bits)
-        self.codes[:, column] = grid.codes(weight[:, column])
-        return grid.numbers(self.codes[:, column])
+        codes = grid.codes(weight[:, column])
+        self.codes[:, column] = codes
+        return grid.numbers(codes)

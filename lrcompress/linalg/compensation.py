@@ -32,6 +32,7 @@ def gram_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         reversed_ = gram.flip(0, 1).double()
         reversed_.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(reversed_)
+        del reversed_
         if not int(failed) and all_finite(lower):
             return lower.flip(0, 1)
         damping *= 10
