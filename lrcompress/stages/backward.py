@@ -10,9 +10,10 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
+from lrcompress.stages.decompose import UNREACHED, decompose_block
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import UNREACHED, Artefacts, HiddenWalk, decompose_block
+from lrcompress.stages.profile import Artefacts, HiddenWalk
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of, keep_heads, kept_heads
 
 NAMED = 12

@@ -1,19 +1,72 @@
-"""One weight's decomposition, with what allocation needs beside it."""
+"""The decompositions of a block's weights, with what allocation needs beside them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lrcompress.calibration.collect import token_weights
+from lrcompress.calibration.routing import complete
+from lrcompress.calibration.unreached import with_shares
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.linalg.truncation import singular_values
 from lrcompress.linalg.whitening import aimed, check_gram
 from lrcompress.methods import Method
-from lrcompress.model.device import decomposition_device
+from lrcompress.model.device import decomposition_device, release_freed
+from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
+from lrcompress.report.progress import Reporter
+from lrcompress.side_by_side import AT_ONCE, side_by_side
 from lrcompress.stages.opened import Opened
 
 AIM_DAMPING = 0.01
 """Of the Gram that a weight's aim at the dense model is solved with, relative to its mean eigenvalue."""
+
+UNREACHED = "unreached"
+"""An artefact has this tensor where the loss has no gradient at the layer."""
+
+Found = dict[str, dict[str, Tensor]]
+"""The artefacts of a block: site name to tensors."""
+
+
+def decompose_block(
+    opened: Opened,
+    block: int,
+    statistics: dict[str, InputStatistics],
+    reporter: Reporter,
+    ranks: Mapping[str, int] | None = None,
+) -> Found:
+    """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal.
+
+    ranks: of the sites by name, where they are decided already.
+    """
+    found: Found = {}
+    sites = [site if ranks is None else replace(site, known_rank=ranks[site.name]) for site in opened.sites_of(block)]
+    if statistics and opened.experts:
+        statistics = complete(sites, statistics, opened.experts, _tokens(opened))
+    if statistics and opened.request.method.needs_gradients:
+        statistics = with_shares(sites, statistics, lambda site: weight_of(opened, site))
+    mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
+
+    def decomposed(site: Site) -> tuple[dict[str, Tensor], float]:
+        start = time.perf_counter()
+        own = statistics.get(site.name, statistics.get(site.group))
+        artefact = decompose_site(opened, site, own)
+        if own is not None and not own.reached:
+            artefact[UNREACHED] = torch.ones(())
+        if double_bytes(site) > AT_ONCE:
+            release_freed()
+        return artefact, time.perf_counter() - start
+
+    with reporter.timed("decompose"):
+        results = side_by_side(decomposed, mine, double_bytes, opened.walker.device)
+    for site, (artefact, seconds) in zip(mine, results, strict=True):
+        found[site.name] = artefact
+        reporter.detail(f"{site.name} {site.shape}: decomposed in {seconds:.2f} s")
+    return found
 
 
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
@@ -73,3 +126,21 @@ def _check_finite(statistics: InputStatistics) -> None:
         check_gram(statistics.lookups.gradients, "its lookups' gradients")
     if statistics.drift is not None:
         check_gram(statistics.drift, "its inputs and the dense model's")
+
+
+def double_bytes(site: Site) -> int:
+    """Bytes of a weight in float64."""
+    return site.shape[0] * site.shape[1] * torch.float64.itemsize
+
+
+def decomposition_cost(site: Site) -> float:
+    """About the multiplications that a weight's decomposition and encoding take."""
+    return float(min(site.shape) * max(site.shape) ** 2)
+
+
+def _tokens(opened: Opened) -> float:
+    """How many tokens the statistics of a block count."""
+    assert opened.calibration is not None
+    samples, length = opened.calibration.ids.shape
+    weights = token_weights(length, opened.request.method.options.sink_share)
+    return samples * (length if weights is None else float(weights.sum()))

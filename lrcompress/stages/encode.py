@@ -16,8 +16,9 @@ from lrcompress.model.device import decomposition_device
 from lrcompress.protocols import Site, Spec
 from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.decompose import double_bytes
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import STORED, Artefacts, double_bytes
+from lrcompress.stages.profile import STORED, Artefacts
 
 LENGTH = "length"
 """The parameter of a spec that encoding finds."""

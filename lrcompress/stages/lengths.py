@@ -14,9 +14,10 @@ from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.decompose import Found, double_bytes
 from lrcompress.stages.encode import LENGTH, STREAMS, as_encoded, encode_site
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import STORED, Artefacts, Found, double_bytes
+from lrcompress.stages.profile import STORED, Artefacts
 
 LARGEST_SHIFT = 0.25
 """Bits a weight by which the step may move from the plan's, but for the last weights."""

@@ -20,8 +20,8 @@ from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.side_by_side import is_small, workers_for
+from lrcompress.stages.decompose import decomposition_cost, double_bytes
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import decomposition_cost, double_bytes
 from lrcompress.stages.sensitivity import SAMPLES
 from lrcompress.stages.traffic import compared, moment, traffic_need
 

@@ -1,9 +1,7 @@
 """Walking the dense model: statistics and an untruncated decomposition per weight, kept in scratch files."""
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,16 +9,12 @@ from torch import Tensor, nn
 
 from lrcompress.calibration.collect import collect_outside, token_weights, walk_block
 from lrcompress.calibration.hidden import HiddenStates
-from lrcompress.calibration.routing import complete
-from lrcompress.calibration.unreached import with_shares
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
-from lrcompress.model.device import release_freed
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
-from lrcompress.side_by_side import AT_ONCE, side_by_side
-from lrcompress.stages.decompose import decompose_site, weight_of
+from lrcompress.stages.decompose import Found, decompose_block
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of
@@ -30,13 +24,6 @@ SUMMARY = ("errors", "total", "spectrum")
 
 STORED = "stored."
 """Prefix of an artefact's tensors that are encoded already, as sequential propagation leaves them."""
-
-
-UNREACHED = "unreached"
-"""An artefact has this tensor where the loss has no gradient at the layer."""
-
-Found = dict[str, dict[str, Tensor]]
-"""The artefacts of a block: site name to tensors."""
 
 
 class Artefacts:
@@ -248,58 +235,3 @@ class HiddenWalk:
 
     def _file(self, path: Path, samples: int) -> HiddenStates:
         return HiddenStates(path, (samples, *self._sample), self._opened.walker.dtype)
-
-
-def decompose_block(
-    opened: Opened,
-    block: int,
-    statistics: dict[str, InputStatistics],
-    reporter: Reporter,
-    ranks: Mapping[str, int] | None = None,
-) -> Found:
-    """The artefacts of a loaded block's sites; statistics come per site, or per group where those are equal.
-
-    ranks: of the sites by name, where they are decided already.
-    """
-    found: Found = {}
-    sites = [site if ranks is None else replace(site, known_rank=ranks[site.name]) for site in opened.sites_of(block)]
-    if statistics and opened.experts:
-        statistics = complete(sites, statistics, opened.experts, _tokens(opened))
-    if statistics and opened.request.method.needs_gradients:
-        statistics = with_shares(sites, statistics, lambda site: weight_of(opened, site))
-    mine = [sites[place] for place in processes().own([decomposition_cost(site) for site in sites])]
-
-    def decomposed(site: Site) -> tuple[dict[str, Tensor], float]:
-        start = time.perf_counter()
-        own = statistics.get(site.name, statistics.get(site.group))
-        artefact = decompose_site(opened, site, own)
-        if own is not None and not own.reached:
-            artefact[UNREACHED] = torch.ones(())
-        if double_bytes(site) > AT_ONCE:
-            release_freed()
-        return artefact, time.perf_counter() - start
-
-    with reporter.timed("decompose"):
-        results = side_by_side(decomposed, mine, double_bytes, opened.walker.device)
-    for site, (artefact, seconds) in zip(mine, results, strict=True):
-        found[site.name] = artefact
-        reporter.detail(f"{site.name} {site.shape}: decomposed in {seconds:.2f} s")
-    return found
-
-
-def double_bytes(site: Site) -> int:
-    """Bytes of a weight in float64."""
-    return site.shape[0] * site.shape[1] * torch.float64.itemsize
-
-
-def decomposition_cost(site: Site) -> float:
-    """About the multiplications that a weight's decomposition and encoding take."""
-    return float(min(site.shape) * max(site.shape) ** 2)
-
-
-def _tokens(opened: Opened) -> float:
-    """How many tokens the statistics of a block count."""
-    assert opened.calibration is not None
-    samples, length = opened.calibration.ids.shape
-    weights = token_weights(length, opened.request.method.options.sink_share)
-    return samples * (length if weights is None else float(weights.sum()))

@@ -13,10 +13,11 @@ from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.decompose import Found, decompose_block, decomposition_cost
 from lrcompress.stages.held_out import installed
 from lrcompress.stages.lengths import Lengths
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, Found, HiddenWalk, decompose_block, decomposition_cost
+from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, HiddenWalk
 
 
 def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path, reporter: Reporter) -> Artefacts:

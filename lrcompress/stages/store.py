@@ -15,11 +15,12 @@ from lrcompress.formats import DENSE
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.decompose import decomposition_cost
 from lrcompress.stages.encode import Encoder
 from lrcompress.stages.held_out import HeldOutCheck
 from lrcompress.stages.layout import Layout, stand_ins_of
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import Artefacts, decomposition_cost
+from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import write_json
 
 
