@@ -215,7 +215,13 @@ def test_points_against_the_dense_model(llama, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out/sweep.csv").open()))
     assert [bool(row[f"{TEXT}:kl"]) for row in rows] == [False, True]
     tables = {table.title: table for table in sweep_tables(result)}
-    assert [title.split()[1].strip(",") for title in tables] == ["token_perplexity", "kl", "top1"]
+    assert [title.split()[1].strip(",") for title in tables] == [
+        "token_perplexity",
+        "kl",
+        "kl_median",
+        "kl_p90",
+        "top1",
+    ]
     cell = next(iter(next(iter(tables.values())).columns[1].cells))
     word = "significant" if alone["against"]["tests"][TEXT]["token_perplexity"]["significant"] else "not significant"
     assert cell.endswith(f", {word})")

@@ -40,16 +40,18 @@ class KeptScores:
         """None where there is no entry, or a broken one."""
         value = recall(self._key)
         count, scored = self._shape[0], self._shape[1] - 1
-        if not isinstance(value, list) or len(value) != 4:
+        lengths = [count] * 4 + [2]
+        if not isinstance(value, list) or len(value) != len(lengths):
             return None
-        if not all(isinstance(v, list) and len(v) == count and all(isinstance(x, float) for x in v) for v in value):
-            return None
+        for part, length in zip(value, lengths, strict=True):
+            if not isinstance(part, list) or len(part) != length or not all(isinstance(x, float) for x in part):
+                return None
         return Losses(scored, value[0]), Losses(scored, value[1]), Divergence(*value[2:])
 
     def write(self, label: str, found: tuple[Losses, Losses, Divergence]) -> None:
         """Keep the values of every block."""
         ours, theirs, apart = found
-        note(self._key, label, [ours.blocks, theirs.blocks, apart.kl, apart.top1])
+        note(self._key, label, [ours.blocks, theirs.blocks, apart.kl, apart.top1, apart.spread])
 
 
 class KeptTask:

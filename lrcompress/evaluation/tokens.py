@@ -17,7 +17,7 @@ ROWS = 128
 METRICS = ("token_perplexity", "token_perplexity_stderr", "tokens", "blocks")
 """Of a `tokens:` task; errors where there are two blocks or more."""
 
-METRICS_OF_TWO = ("kl", "kl_stderr", "top1", "top1_stderr")
+METRICS_OF_TWO = ("kl", "kl_stderr", "kl_median", "kl_p90", "top1", "top1_stderr")
 """Beside them where another model of the same tokens is there."""
 
 
@@ -40,10 +40,14 @@ class Losses:
 
 @dataclass
 class Divergence:
-    """Per block: mean KL(reference || model) in nats a token, and the fraction of equal most likely tokens."""
+    """Per block: mean KL(reference || model) in nats a token, and the fraction of equal most likely tokens.
+
+    spread: the median and the 90th percentile of that KL over the tokens of all blocks: a mean may be a few tokens'.
+    """
 
     kl: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Means over blocks, which are equally long, with their standard errors where there are two or more."""
@@ -52,6 +56,8 @@ class Divergence:
             found[name] = math.fsum(values) / len(values)
             if len(values) > 1:
                 found[f"{name}_stderr"] = standard_error(values)
+            if name == "kl":
+                found |= dict(zip(("kl_median", "kl_p90"), self.spread, strict=True))
         return found
 
 
@@ -83,6 +89,7 @@ def score_both(
 ) -> tuple[Losses, Losses, Divergence]:
     """As `score`, of both; one block's logits of each are in memory at a time."""
     ours, theirs, apart = Losses(blocks.shape[1] - 1), Losses(blocks.shape[1] - 1), Divergence()
+    tokens: list[Tensor] = []
     for block in blocks:
         mine, other = _logits(model, block), _logits(reference, block)
         ours.blocks.append(_loss(mine, block))
@@ -92,11 +99,15 @@ def score_both(
         for p, q in zip(other.split(ROWS), mine.split(ROWS), strict=True):
             log_p = p.to(where, torch.float64).log_softmax(-1)
             log_q = q.to(where, torch.float64).log_softmax(-1)
-            kl += float(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            each = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            tokens.append(each.cpu())
+            kl += float(each.sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
         apart.kl.append(kl / len(mine))
         apart.top1.append(same / len(mine))
         tick()
+    ordered = torch.cat(tokens).sort().values
+    apart.spread = [float(ordered[math.ceil(share * len(ordered)) - 1]) for share in (0.5, 0.9)]
     return ours, theirs, apart
 
 

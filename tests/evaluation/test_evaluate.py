@@ -212,6 +212,10 @@ def test_divergence_equals_a_sum_over_the_vocabulary(llama, smaller, text_file):
         same += [int(a.argmax()) == int(b.argmax()) for a, b in zip(p, q, strict=True)]
     assert len(kl) == found["results"][key]["tokens"] == 4 * 159
     assert found["results"][key]["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-5)
+    for name, share in (("kl_median", 0.5), ("kl_p90", 0.9)):
+        limit = found["results"][key][name]
+        assert sum(value <= limit * (1 + 1e-4) for value in kl) >= share * len(kl)
+        assert sum(value >= limit * (1 - 1e-4) for value in kl) > (1 - share) * len(kl)
     assert found["results"][key]["top1"] == pytest.approx(sum(same) / len(same))
     assert 0 < found["results"][key]["top1"] < 1
     for name, values in (("kl", kl), ("top1", same)):

@@ -120,7 +120,7 @@ def check_tables(found):
     table = evaluation_table(found)
     metrics = [("times", "acc"), ("times", "acc_norm"), ("tokens:a.txt@64", "token_perplexity")]
     columns = {str(column.header): list(column.cells) for column in table.columns}
-    assert columns["metric"] == ["acc", "acc_norm", "token_perplexity", "kl", "top1"]
+    assert columns["metric"] == ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "top1"]
     error = found["results"]["times"]["acc_stderr"]
     assert columns["value"][0].endswith(f"±{error:.4f}")
     for cell, (name, metric) in zip(columns["paired test"], metrics, strict=False):
@@ -128,11 +128,11 @@ def check_tables(found):
         words = ", significant" if test["significant"] else ", not significant"
         assert cell.removeprefix("[dim]").removesuffix("[/]").startswith("p ")
         assert cell.removesuffix("[/]").endswith(words)
-    assert all(" ±" in columns["value"][i] for i in (2, 3, 4))
+    assert all(" ±" in columns["value"][i] for i in (2, 3, 6))
     assert columns["paired test"][3] == ""
     for cell, metric in zip(columns["paired test"], ("acc", "acc_norm"), strict=False):
         assert cell.startswith("[dim]") is not found["against"]["tests"]["times"][metric]["significant"]
     rows = metric_rows(found)
-    assert [("significant |" in row) for row in rows] == [False, False, True, True, True, False, False]
-    assert len(rows) == 2 + 5
+    assert [("significant |" in row) for row in rows] == [False, False, True, True, True] + 4 * [False]
+    assert len(rows) == 2 + 7
     assert all(row.count("|") == 6 for row in rows)
