@@ -22,7 +22,7 @@ from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report import summary
 from lrcompress.report.progress import Reporter
 from lrcompress.run import run_recipe
-from lrcompress.stages import needs, profile
+from lrcompress.stages import decompose, needs, profile
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.request import check_request
@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_at_any_phase_is_resumed_from(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(profile, "decompose_site"), (HiddenStates, "read"), (ShardedWriter, "write")]
+    ("owner", "name"), [(decompose, "decompose_site"), (HiddenStates, "read"), (ShardedWriter, "write")]
 )
 def test_memory_that_runs_out_is_a_resource_error_and_resumed_from(llama, tmp_path, monkeypatch, owner, name):
     made = recipe(llama, tmp_path / "out", "lord")
@@ -125,7 +125,7 @@ def test_memory_that_runs_out_is_a_resource_error_and_resumed_from(llama, tmp_pa
 
 
 def test_an_error_that_is_nobodys_fault_of_input_is_not_disguised(llama, tmp_path, monkeypatch):
-    failing(monkeypatch, profile, "decompose_site", 1, RuntimeError("a mistake of ours"))
+    failing(monkeypatch, decompose, "decompose_site", 1, RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         compress(recipe(llama, tmp_path / "out", "lord"))
 
@@ -433,8 +433,7 @@ def test_needs_count_what_is_loaded_whole_and_what_only_some_runs_write(llama, t
     states = 2 * (1 + len(layers)) * 64 * 32 * 4
     assert needs.disk_need(sensitive) - needs.disk_need(plain) == states
     alone = needs.disk_need(plain)
-    monkeypatch.setattr(needs, "processes", lambda: Processes(0, 2))
-    assert needs.disk_need(plain) - alone == plain.dense_checkpoint_bytes
+    assert needs.disk_need(plain, 2) - alone == plain.dense_checkpoint_bytes
 
 
 def exploding(*arguments, **options):
