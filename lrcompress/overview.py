@@ -1,27 +1,85 @@
-"""What could be done with a model: its size, its weights by kind, and what a compression would take and give."""
+"""What could be done with a model: its size, its weights by kind, and what every size would take and give."""
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 
-from lrcompress.recipe import make_recipe
+from lrcompress.bases import Base, parse_base
+from lrcompress.budget import bits_per_weight
+from lrcompress.checkpoint.cache import statistics_folder
+from lrcompress.errors import InputError
+from lrcompress.evaluation.in_use import InUse, planned_in_use
+from lrcompress.formats import spec_bytes
+from lrcompress.formats.coded import Coded
+from lrcompress.methods.ecsq import relative_error_of, weight_of
+from lrcompress.model.device import fast_float32
+from lrcompress.pipeline import profile_model
+from lrcompress.recipe import HOW_MUCH, Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
-from lrcompress.stages.needs import Needs, needs
-from lrcompress.stages.opening import open_request
+from lrcompress.stages.allocate import allocate, summaries
+from lrcompress.stages.calibrate import calibrate_model
+from lrcompress.stages.in_words import errors_in_words
+from lrcompress.stages.kept import KeptStatistics
+from lrcompress.stages.needs import Needs, check_memory, needs
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.opening import open_parts
+from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.request import check_request
 
-BITS = (8, 4, 3, 2)
+BITS = (8.0, 6.0, 4.0, 3.0, 2.5, 2.0)
+PLAIN = ("rtn:8:64", "rtn:4:64", "rtn:3:64", "rtn:2:64")
+"""What everybody could do without a text: every weight to the nearest number of its group's grid."""
+TYPICAL = 2**24
+"""Numbers of a weight that decoding is measured on, at most."""
+
+Unit = Literal["nats", "relative"]
+Predict = Literal["no", "kept", "yes"]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Plain rounding: bytes of the checkpoint; loss as of a Choice."""
+
+    base: str
+    bits: float
+    bytes: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A size: bits for each of the compressed weights, bytes of the checkpoint, at most.
+
+    loss: predicted, in the overview's unit, None where nothing is known of the text. memory: bytes that the loaded
+    model holds; speed of its decoding, times dense's, measured here; None where that was not asked for. plain: the
+    plain rounding that is nearest in bytes.
+    """
+
+    bits: float
+    bytes: int
+    plain: Plain
+    loss: float | None = None
+    memory: int | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True)
 class Overview:
     """bytes: of the model as it would be written; numbers: weights that are compressed, by kind.
 
-    other: bytes of all else; free: bytes of memory that are there now.
+    other: bytes of all else; free: bytes of memory that are there now; least: the fewest bits a weight that can be had;
+    unit: of the losses: nats a token that the loss on the calibration text would rise by, or the root of the squared
+    error, as a part of the weights' size, where the metric knows nothing of the loss.
     """
 
     model: str
+    method: str
+    metric: str
     dtype: str
     blocks: int
     bytes: int
@@ -29,21 +87,130 @@ class Overview:
     other: int
     needs: Needs
     free: int
+    least: float
+    choices: list[Choice]
+    unit: Unit | None = None
 
-    def size(self, bits: float) -> int:
-        """Bytes of the checkpoint at so many bits for each of the compressed weights."""
-        return round(self.other + sum(self.numbers.values()) * bits / 8)
+    def as_json(self) -> dict[str, Any]:
+        """The result of a plan for which no amount was asked."""
+        return {"schema": 1, **asdict(self)}
 
 
-def overview(model: str, *, reporter: Reporter | None = None) -> Overview:
-    """What MODEL is, without reading its weights or a text."""
-    asked = {"model": model, "method": "auto", "bpw": min(BITS)}
-    opened = open_request(check_request(make_recipe(asked)), reporter or Reporter(quiet=True), calibrate=False)
+@fast_float32()
+def overview(
+    recipe: Recipe, *, predict: Predict = "no", in_use: bool = False, reporter: Reporter | None = None
+) -> Overview:
+    """What the recipe's model could become, whatever amount the recipe asks for.
+
+    Losses are predicted as `predict` says: `kept` where the method reads no text, or where a named cache keeps the
+    statistics of the recipe's; where they are not, no weights are read. `in_use`: memory and speed are measured.
+    """
+    request, reporter = check_request(recipe), reporter or Reporter(quiet=True)
+    method = request.method
+    if not method.sizes_are_estimates:
+        raise InputError(f"method {method.name} has no table of sizes, auto and ecsq have: {HOW_MUCH}")
+    in_words = errors_in_words(request.device, "a plan leaves nothing behind, run it again")
+    with tempfile.TemporaryDirectory(prefix="lrcompress-plan-") as scratch, in_words:
+        opened = open_parts(request, reporter)
+        predicted = predict == "yes" or (predict == "kept" and not method.needs_statistics)
+        if predicted or (predict == "kept" and statistics_folder() is not None):
+            calibrate_model(opened, reporter)
+            predicted = predicted or KeptStatistics(opened).complete()
+        needed, artefacts = needs(opened), None
+        if predicted:
+            check_memory(opened, needed, reporter)
+            artefacts = profile_model(opened, Path(scratch), reporter)
+        return _overview(opened, artefacts, needed, _in_use(opened) if in_use else {}, reporter)
+
+
+def _overview(
+    opened: Opened, artefacts: Artefacts | None, needed: Needs, used: dict[float, InUse], reporter: Reporter
+) -> Overview:
     numbers: dict[str, int] = {}
     for site in opened.sites:
         kind = block_and_kind(site.name)[1]
         numbers[kind] = numbers.get(kind, 0) + site.shape[0] * site.shape[1]
+    total, size = sum(numbers.values()), opened.dtype.itemsize
     whole = opened.dense_checkpoint_bytes
-    other = whole - sum(numbers.values()) * opened.dtype.itemsize
+    other = whole - sum(site.dense_bytes(size) for site in opened.sites)
+    curves = [choice.asked for choice in opened.costs()]
+    least, most = (bits_per_weight(sum(int(c.bytes[end]) for c in curves), total) for end in (0, -1))
+    plain = _plain(opened, artefacts, other, reporter)
+    choices = []
+    for bits in (bits for bits in BITS if least <= bits < most):
+        stored = int(other + total * bits / 8)
+        choice = Choice(bits, stored, min(plain, key=lambda rounding: abs(rounding.bytes - stored)))
+        if artefacts is not None:
+            choice = replace(choice, loss=_loss(opened, _errors(opened, artefacts, bits), artefacts))
+        if bits in used:
+            choice = replace(choice, memory=int(other + total * used[bits].bits / 8), speed=used[bits].speed)
+        choices.append(choice)
     dtype, free = str(opened.dtype).removeprefix("torch."), psutil.virtual_memory().available
-    return Overview(model, dtype, len(opened.blocks), whole, numbers, other, needs(opened), free)
+    unit: Unit | None = None if artefacts is None else "nats" if opened.request.method.needs_gradients else "relative"
+    return Overview(
+        opened.request.recipe.model, opened.request.method.name, opened.request.method.metric, dtype,
+        len(opened.blocks), whole, numbers, other, needed, free, least, choices, unit,
+    )  # fmt: skip
+
+
+def _errors(opened: Opened, artefacts: Artefacts, bits: float) -> float:
+    """Squared errors of all weights together, as they are expected at so many bits."""
+    recipe = opened.request.recipe.model_copy(update={"bpw": bits, "ratio": None, "size": None})
+    plan = allocate(replace(opened, request=replace(opened.request, recipe=recipe)), artefacts)
+    known = summaries(opened, artefacts)
+    return sum(float(known[name]["errors"][level]) for name, level in plan.levels.items())
+
+
+def _loss(opened: Opened, errors: float, artefacts: Artefacts) -> float:
+    """In the overview's unit. With gradients g of a token's loss and inputs x, its second-order rise is half of
+    tr(E[g gᵀ] Δ E[x xᵀ] Δᵀ), summed over the weights, which is what their squared errors are (arXiv 1503.05671)."""
+    if opened.request.method.needs_gradients:
+        return errors / 2
+    sizes = sum(float(summary["total"]) for summary in summaries(opened, artefacts).values())
+    return float((errors / sizes) ** 0.5) if sizes > 0 else 0.0
+
+
+def _plain(opened: Opened, artefacts: Artefacts | None, other: int, reporter: Reporter) -> list[Plain]:
+    """Every plain rounding, with its loss where the weights have been decomposed.
+
+    None where the first token counts more than the others: its inputs may be huge and matter little, which feedback
+    makes nothing of and plain rounding errs in.
+    """
+    bases, total = [parse_base(text) for text in PLAIN], sum(site.shape[0] * site.shape[1] for site in opened.sites)
+    found = []
+    for base in bases:
+        stored = sum(spec_bytes(base.spec(site.shape), opened.dtype.itemsize) for site in opened.sites)
+        found.append(Plain(base.text, bits_per_weight(stored, total), other + stored))
+    method = opened.request.method
+    if artefacts is None or (method.needs_statistics and method.options.sink_share):
+        return found
+    losses = (_loss(opened, errors, artefacts) for errors in _rounded(opened, artefacts, bases, reporter))
+    return [replace(plain, loss=loss) for plain, loss in zip(found, losses, strict=True)]
+
+
+def _rounded(opened: Opened, artefacts: Artefacts, bases: Sequence[Base], reporter: Reporter) -> list[float]:
+    """Squared errors of all weights together, rounded as each of the bases does."""
+    errors = [0.0] * len(bases)
+    with reporter.phase("plain rounding", len(opened.sites)) as tick:
+        for site in opened.sites:
+            artefact = artefacts.load(site)
+            weight = weight_of(artefact)
+            for place, base in enumerate(bases):
+                rounded = base.compress(weight, None).dense
+                errors[place] += float(artefact["total"]) * relative_error_of(artefact, rounded)
+            tick()
+    return errors
+
+
+def _in_use(opened: Opened) -> dict[float, InUse]:
+    """By bits, what the largest weight costs in use."""
+    rows, columns = max((site.shape for site in opened.sites if not site.lookup), key=lambda shape: shape[0] * shape[1])
+    shape = [max(1, min(rows, TYPICAL // columns)), columns]
+    dtype = str(opened.dtype).removeprefix("torch.")
+    found = {}
+    for bits in BITS:
+        target = {"format": Coded.name, "shape": shape, "bytes": round(shape[0] * shape[1] * bits / 8)}
+        used = planned_in_use({"targets": [target], "dtype": dtype})
+        if used is not None:
+            found[bits] = used
+    return found

@@ -8,8 +8,10 @@ import typer
 def about(model: Annotated[str, typer.Argument(help="A model, or a compressed checkpoint.")]) -> None:
     """Say in a few lines what could be done with a model."""
     from lrcompress.cli.show import console, quiet_libraries
+    from lrcompress.cli.show_plan import show_model
     from lrcompress.foreign.opening import check_model
-    from lrcompress.overview import BITS, overview
+    from lrcompress.overview import overview
+    from lrcompress.recipe import make_recipe
     from lrcompress.report.summary import bits_stored, load_report
 
     quiet_libraries()
@@ -21,16 +23,4 @@ def about(model: Annotated[str, typer.Argument(help="A model, or a compressed ch
         out.print(f"measure it: lrcompress eval {model} --tasks YOUR.txt")
         out.print(f"look into it: lrcompress inspect {model}")
         return
-    found = overview(model)
-    kinds = ", ".join(f"{kind} {count / 1e6:.4g}" for kind, count in found.numbers.items())
-    total = sum(found.numbers.values()) / 1e6
-    sizes = ", ".join(f"{found.size(bits) / 1e6:.3g} MB at {bits}" for bits in BITS)
-    fits = "fits" if found.bytes < found.free else "does not fit"
-    out.print(
-        f"{model}: {found.bytes / 1e6:.4g} MB in {found.dtype}, {found.blocks} blocks; it {fits} in the "
-        f"{found.free / 1e9:.3g} GB of memory that are free"
-    )
-    out.print(f"{total:.4g} million weights can be compressed: {kinds}; everything else is {found.other / 1e6:.3g} MB")
-    out.print(f"as a checkpoint: {sizes} bits a weight")
-    out.print(f"compressing needs {found.needs} (32 samples of 1024 tokens)")
-    out.print(f"begin: lrcompress compress {model} --bpw 4 --calibration YOUR.txt")
+    show_model(overview(make_recipe({"model": model, "method": "auto", "bpw": 4})))

@@ -102,7 +102,8 @@ def compress(
         trust_remote_code=trust_remote_code,
         memory=memory,
     )  # fmt: skip
-    from lrcompress.cli.show import quiet_libraries, show_plan, show_report
+    from lrcompress.cli.show import quiet_libraries, show_report
+    from lrcompress.cli.show_plan import show_plan
     from lrcompress.gguf_file import compress_to_file, wants_file
     from lrcompress.pipeline import compress as run_compress
     from lrcompress.pipeline import make_plan

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lrcompress.errors import InputError, ResourceError
-from lrcompress.recipe import Recipe, make_recipe, split_assignment
+from lrcompress.recipe import HOW_MUCH, Recipe, make_recipe, split_assignment
 
 MODEL = "How"
 DATA = "Calibration"
@@ -185,6 +185,8 @@ def recipe_from_flags(
         raise InputError("--set name=...: the method is chosen with --method")
     specs = share_samples(calibration or ["python-docs"], samples, seqlen)
     data = {key: value for key, value in rest.items() if value is not None}
+    if not data.keys() & {"ratio", "bpw", "size", "max_loss", "rank", "type"}:
+        raise InputError(f"{HOW_MUCH}; lrcompress plan {model} shows what each size would give")
     calibrations = [spec.model_dump() for spec in specs]
     return make_recipe(
         {"model": model, "method": {"name": method, **options}, "calibration": calibrations, **data},

@@ -15,7 +15,6 @@ from rich.table import Table
 from lrcompress.report.inspection import removed_by_block, sparkline
 from lrcompress.report.summary import (
     answer,
-    bits_stored,
     block_kinds,
     caution,
     change,
@@ -23,7 +22,6 @@ from lrcompress.report.summary import (
     measurements,
     removed_in_words,
 )
-from lrcompress.stages.needs import Needs
 
 
 def quiet_libraries() -> None:
@@ -59,29 +57,6 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=120, soft_wrap=True)
 
 
-def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
-    """The planned table."""
-    if quiet:
-        return
-    from lrcompress.evaluation.in_use import planned_in_use
-
-    out = console()
-    out.print(kinds_table(plan, block_kinds([t["name"] for t in plan["targets"]])))
-    ratio, size = plan["ratio"], plan["bytes"]
-    out.print(
-        f"would remove {ratio['planned']:.2%} of the targets' bytes ({size['targets_dense'] / 1e6:.1f} to "
-        f"{size['targets_stored'] / 1e6:.1f} MB, {bits_stored(plan):.2f} bits a weight), "
-        f"{ratio['whole_model']:.2%} of the whole model, "
-        f"checkpoint {size['checkpoint'] / 1e6:.2f} MB"
-    )
-    if in_use := planned_in_use(plan):
-        out.print(str(in_use))
-    out.print(f"needs {Needs(**plan['needs'])}")
-    if said := answer(plan, plan["asked"]):
-        out.print(said)
-    _show_joined(plan, out)
-
-
 def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     """The final table and where the checkpoint lies."""
     if quiet:
@@ -98,7 +73,7 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     )
     if said := answer(report, report["recipe"]):
         out.print(said)
-    _show_joined(report, out)
+    show_joined(report, out)
     if in_use := stored_in_use(report, folder):
         out.print(str(in_use))
     calibration = report["calibration"]
@@ -125,7 +100,8 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.0f}" if size >= 10**7 else f"{size / 1e6:.2g}"
 
 
-def _show_joined(report: dict[str, Any], out: Console) -> None:
+def show_joined(report: dict[str, Any], out: Console) -> None:
+    """How many weights share a factor, and what that gained."""
     joined = report.get("joined", [])
     if joined:
         apart, together = (sum(j[f"squared_error_{key}"] for j in joined) for key in ("apart", "together"))

@@ -16,7 +16,7 @@ from lrcompress.linalg.triangular import energy_between
 from lrcompress.linalg.two_sided import expected_sizes, in_steps, offsets, round_two_sided, unit_factor
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
-from lrcompress.methods.tokens import decompose_tokens, round_tokens, token_parts
+from lrcompress.methods.tokens import decompose_tokens, energy_by_row, round_tokens, token_parts
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 BITS = [*(0.05 * k for k in range(1, 40)), *(2 + k / 16 for k in range(168))]
@@ -157,8 +157,28 @@ class Ecsq(Method):
         return Coded.encode(codes.to(torch.int32), scales, bias)
 
 
+def weight_of(artefact: dict[str, Tensor]) -> Tensor:
+    """(out, in) float32: the weight that was decomposed."""
+    found = artefact["target"] * artefact["row"][:, None] * artefact["column"]
+    found = _unsorted(found.T, artefact["by_column"]).T
+    return found if "group" in artefact else _unsorted(found, artefact["by_row"])
+
+
+def relative_error_of(artefact: dict[str, Tensor], weight: Tensor) -> float:
+    """Squared error in the metric, over the squared size, of a `weight` (out, in) in the decomposed one's place."""
+    error = (weight.double() - weight_of(artefact))[:, artefact["by_column"]]
+    if "group" not in artefact:
+        error = error[artefact["by_row"]]
+    error = (error / artefact["row"][:, None] / artefact["column"]).float()
+    if "group" in artefact:
+        energy = energy_by_row(error, artefact["right"], artefact["group"])
+    else:
+        energy = float(energy_between(artefact["left"], error, artefact["right"]))
+    return energy / float(artefact["size"]) if artefact["size"] > 0 else 0.0
+
+
 def _unsorted(values: Tensor, order: Tensor) -> Tensor:
-    """Of values (n,) in the `order` (n,) of places, those in the places' own order."""
+    """Of values (n, ...) in the `order` (n,) of places, those in the places' own order."""
     found = torch.empty_like(values)
     found[order] = values
     return found

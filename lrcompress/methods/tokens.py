@@ -68,8 +68,7 @@ def decompose_tokens(weight: Tensor, parts: list[tuple[Tensor, Tensor]], damping
     scales = Scales.nearest(*balanced_scales(metric))
     right = torch.stack([in_steps(factor, scales.columns) for factor in metric.factor])
     target = weight[:, metric.by_column].float() / scales.rows[:, None] / scales.columns
-    carried = (target[rows] @ right[group] for group, rows in _rows(metric.group))
-    total = sum(float(part.square_().sum(dtype=torch.float64)) for part in carried)
+    total = energy_by_row(target, right, metric.group)
     return {
         "target": target,
         "right": right,
@@ -80,6 +79,12 @@ def decompose_tokens(weight: Tensor, parts: list[tuple[Tensor, Tensor]], damping
         "rates": rates_by_row(target, right, metric.group),
         "size": torch.tensor(total, dtype=torch.float64),
     }
+
+
+def energy_by_row(target: Tensor, right: Tensor, group: Tensor) -> float:
+    """Sum over the rows v of target (m, n) of |target[v] right[group[v]]|², of right (groups, n, n)."""
+    carried = (target[rows] @ right[index] for index, rows in _rows(group))
+    return sum(float(part.square_().sum(dtype=torch.float64)) for part in carried)
 
 
 def round_tokens(artefact: dict[str, Tensor], step: float) -> Tensor:

@@ -2,10 +2,11 @@
 
 from lrcompress.recipe.checked import make_recipe, validated
 from lrcompress.recipe.files import dump_recipe, load_recipe, load_sweep, shipped_recipes, split_assignment
-from lrcompress.recipe.schema import CalibrationSpec, EvaluateSpec, Recipe
+from lrcompress.recipe.schema import HOW_MUCH, CalibrationSpec, EvaluateSpec, Recipe
 from lrcompress.recipe.sweep import Sweep, SweepMethod
 
 __all__ = [
+    "HOW_MUCH",
     "CalibrationSpec",
     "EvaluateSpec",
     "Recipe",

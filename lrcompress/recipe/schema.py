@@ -53,6 +53,13 @@ Fraction = Annotated[
 """What is removed of a whole."""
 
 
+HOW_MUCH = (
+    "say how small: --bpw 3 (bits a weight), --size 60MB (the checkpoint), --ratio 0.8 (what is removed), "
+    "--max-loss 2% (of perplexity) or, for eora, --rank 16"
+)
+"""What a command line without an amount is answered."""
+
+
 class Strict(pydantic.BaseModel):
     """Keys that are not known are refused."""
 
@@ -158,8 +165,8 @@ class Recipe(Strict):
         given = [f"{key} {value}" for key, value in asked.items() if value is not None]
         if not given:
             raise ValueError(
-                "key 'ratio' is missing: say which fraction of the bytes to remove, or give bpw, size or max_loss "
-                "(eora: or a rank)"
+                "it is not said how small: give bpw (such as bpw: 3), size (60MB), ratio (0.8), max_loss (2%) or, for "
+                "eora, rank (16)"
             )
         if len(given) > 1:
             both = "were both" if len(given) == 2 else "were all"

@@ -40,13 +40,9 @@ class KeptStatistics:
         self._device, key = opened.walker.device, statistics_key(opened)
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         self._folder = kept / digest
-        with contextlib.suppress(OSError, ResourceError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            samples, seqlen = key["tokens"]
-            gradients = "" if key["gradients"] is None else ", with gradients"
-            name = Path(opened.request.recipe.model).name
-            if processes().first:
-                write_json(self._folder / LABEL, {"label": f"{name}, {samples} x {seqlen} tokens{gradients}"})
+        samples, seqlen = key["tokens"]
+        gradients = "" if key["gradients"] is None else ", with gradients"
+        self._label = f"{Path(opened.request.recipe.model).name}, {samples} x {seqlen} tokens{gradients}"
 
     def complete(self) -> bool:
         """Whether every block's statistics are there."""
@@ -91,6 +87,9 @@ class KeptStatistics:
                     if found.lookups.gradients is not None:
                         tensors[site.name + LOOKUP_GRADIENTS] = found.lookups.gradients
         with contextlib.suppress(OSError, ResourceError):
+            if not (self._folder / LABEL).exists():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_json(self._folder / LABEL, {"label": self._label})
             write_tensors(self._path(self._folder, block), tensors)
 
     @staticmethod

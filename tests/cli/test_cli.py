@@ -134,7 +134,7 @@ def test_compress_plan_inspect_eval(llama, tmp_path):
         ("at most", ["MODEL", "--method", "lord", "--ratio", "0.9999"]),
         ("used", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "used"]),
         ("file.txt", ["MODEL", "--method", "lord", "--ratio", "0.2", "-o", "file.txt"]),
-        ("'ratio' is missing", ["MODEL", "--method", "lord"]),
+        ("say how small: --bpw 3", ["MODEL", "--method", "lord"]),
         ("--rank 3", ["MODEL", "--method", "lord", "--rank", "3"]),
         ("--base", ["MODEL", "--method", "welore", "--ratio", "0.2", "--base", "rtn:4:64"]),
         ("both", ["MODEL", "--method", "eora", "--ratio", "0.2", "--rank", "3"]),
