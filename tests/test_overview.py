@@ -22,7 +22,7 @@ from tests.commands import run_cli
 from tests.conftest import compress_tiny
 from tests.test_pipeline import recipe
 
-WIDE = {"method": {"name": "auto", "sink_share": 0.0}, "ratio": None, "bpw": 4.0}
+WIDE = {"method": "auto", "ratio": None, "bpw": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_error_of_another_matrix_of_tokens_is_that_of_its_rows():
 
 def test_a_predicted_loss_is_about_the_divergence_that_rounding_makes(llama, tokenizer):
     """To second order the loss, expected under the model's own predictions, rises by the divergence from them."""
-    method = {"name": "auto", "labels": "sampled", "damping": 0.0, "gradient_damping": 0.0, "sink_share": 0.0}
+    method = {"name": "auto", "labels": "sampled", "damping": 0.0, "gradient_damping": 0.0}
     rounded = overview(recipe(llama, **{**WIDE, "method": method}), predict="yes").choices[0].plain
     assert rounded.base == "rtn:8:64"
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

@@ -1,17 +1,20 @@
 """Entropy-coded weights through the whole way: sizes that are held, files that load, resume, processes of one step."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.errors import InputError
 from lrcompress.formats.coded import Coded
 from lrcompress.kernels.native import library
 from lrcompress.pipeline import compress, make_plan
+from tests.architectures import VOCABULARY
 from tests.conftest import compress_tiny
 from tests.test_pipeline import recipe
 
@@ -94,6 +97,48 @@ def test_an_interrupted_run_ends_with_the_same_bytes(llama, tmp_path, monkeypatc
     compress(recipe(llama, output=str(tmp_path / "out"), **changes), resume=True)
     for path in whole.folder.glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("bits", [0.4, 1.0])
+def test_few_bits_are_kept_to_where_feedback_carries_much(tokenizer, tmp_path, bits):
+    """Fewer tokens than inputs: even the coarsest step makes codes, and only zeros are as short as was planned."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    report = compress_tiny(tmp_path / "model", tmp_path / "out", method="auto", ratio=None, bpw=bits).report
+    assert 0.8 * bits < report["ratio"]["bpw"] <= bits
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    sizes = {t["name"]: t["bytes"] for t in report["targets"]}
+    for name, size in sizes.items():
+        assert size == sum(t.numel() * t.itemsize for key, t in tensors.items() if key.rpartition(".")[0] == name)
+
+
+def test_where_streams_are_longer_than_planned_the_amount_to_ask_for_is_said(llama, tmp_path, monkeypatch):
+    from lrcompress.stages import lengths
+
+    real = lengths.as_encoded
+
+    def longer(spec, stored):
+        found = real(spec, stored)
+        return replace(found, parameters={**found.parameters, "length": 2000})
+
+    monkeypatch.setattr(lengths, "as_encoded", longer)
+    with pytest.raises(InputError, match="more than planned: ask for at least") as caught:
+        compress_tiny(llama, tmp_path / "out", method="auto", ratio=None, bpw=4.0)
+    weights = load_file(llama / "model.safetensors")
+    shapes = [w.shape for name, w in weights.items() if name.startswith("model.layers") and w.dim() == 2]
+    stored = sum(Coded.beside(tuple(shape)) + 2000 for shape in shapes)
+    numbers = sum(shape.numel() for shape in shapes)
+    bits = float(re.search(r"([0-9.]+) bits a weight", str(caught.value)).group(1))
+    assert bits - 0.01 < 8 * stored / numbers <= bits
+    ratio = float(re.search(r"at most ([0-9.]+)$", str(caught.value)).group(1))
+    assert ratio <= 1 - stored / (4 * numbers) < ratio + 1e-4
+    kilobytes = int(re.search(r"for (\d+)KB", str(caught.value)).group(1))
+    assert 1000 * kilobytes >= stored + sum(4 * w.numel() for w in weights.values()) - 4 * numbers
+    assert not (tmp_path / "out").exists()
 
 
 def test_bits_that_cannot_be_reached_and_joins_are_refused(llama, tmp_path):

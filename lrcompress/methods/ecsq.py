@@ -124,10 +124,15 @@ class Ecsq(Method):
         return math.ceil(bits * shape[0] * shape[1] / 8) + _overhead(shape)
 
     def errors(self, artefact: dict[str, Tensor], curve: Curve) -> Tensor:
-        """Expected ones: the squared error of the step that makes as many bits."""
+        """Expected ones: the squared error of the step that makes as many bits; of fewer than any does, that of zeros.
+
+        Where feedback carries much, the coarsest step still makes codes.
+        """
         bits, _, errors = artefact["rates"]
-        found = torch.tensor([_interpolated(BITS[level], bits, errors.log2()) for level in curve.ranks[:-1].tolist()])
-        return torch.cat([torch.exp2(found.double()).cummin(0).values, torch.zeros(1, dtype=torch.float64)])
+        asked = torch.tensor([BITS[level] for level in curve.ranks[:-1].tolist()], dtype=torch.float64)
+        steps = torch.tensor([_interpolated(each, bits, errors.log2()) for each in asked.tolist()]).double().exp2()
+        found = torch.where(asked < float(bits[-1]), float(artefact["size"]), steps)
+        return torch.cat([found.cummin(0).values, torch.zeros(1, dtype=torch.float64)])
 
     def total(self, artefact: dict[str, Tensor]) -> float:
         return float(artefact["size"])
@@ -138,14 +143,19 @@ class Ecsq(Method):
         return Spec(name, site.shape, site.bias, False, site.conv1d, parameters)
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
-        """The stream is about as long as the spec says, not exactly: the step is that of the length."""
+        """The stream is about as long as the spec says, not exactly: the step is that of the length.
+
+        A length that is far too short for any step makes zeros.
+        """
         target = artefact["target"]
         bits, steps, _ = artefact["rates"]
         wanted = 8 * (spec.parameters["length"] - _overhead(spec.shape)) / target.numel()
         step = 2.0 ** _interpolated(wanted, bits, steps)
+        if wanted < float(bits[-1]) / 2:
+            target = torch.zeros_like(target)
         if "group" in artefact:
             scales = Scales(artefact["row"] * step, _unsorted(artefact["column"], artefact["by_column"]))
-            codes = round_tokens(artefact, step)
+            codes = round_tokens({**artefact, "target": target}, step)
             return Table.encode(codes, scales) if spec.format == Table.name else Coded.encode(codes, scales, bias)
         scaled = target / step
         factors, cut = (artefact["left"], artefact["right"]), offsets(expected_sizes(scaled))
@@ -164,17 +174,23 @@ def weight_of(artefact: dict[str, Tensor]) -> Tensor:
     return found if "group" in artefact else _unsorted(found, artefact["by_row"])
 
 
-def relative_error_of(artefact: dict[str, Tensor], weight: Tensor) -> float:
-    """Squared error in the metric, over the squared size, of a `weight` (out, in) in the decomposed one's place."""
-    error = (weight.double() - weight_of(artefact))[:, artefact["by_column"]]
-    if "group" not in artefact:
-        error = error[artefact["by_row"]]
-    error = (error / artefact["row"][:, None] / artefact["column"]).float()
+def relative_error_of(artefact: dict[str, Tensor], weight: Tensor, inputs: Tensor | None = None) -> float:
+    """Squared error in the metric, over the squared size, of a `weight` (out, in) in the decomposed one's place.
+
+    inputs (in, in): a second moment in the place of the metric's own; of tokens there is none.
+    """
+    error = weight.double() - weight_of(artefact)
+    if artefact["size"] <= 0:
+        return 0.0
     if "group" in artefact:
-        energy = energy_by_row(error, artefact["right"], artefact["group"])
-    else:
-        energy = float(energy_between(artefact["left"], error, artefact["right"]))
-    return energy / float(artefact["size"]) if artefact["size"] > 0 else 0.0
+        error = (error[:, artefact["by_column"]] / artefact["row"][:, None] / artefact["column"]).float()
+        return energy_by_row(error, artefact["right"], artefact["group"]) / float(artefact["size"])
+    error = error[artefact["by_row"]] / artefact["row"][:, None]
+    if inputs is None:
+        error = (error[:, artefact["by_column"]] / artefact["column"]).float()
+        return float(energy_between(artefact["left"], error, artefact["right"]) / artefact["size"])
+    carried = artefact["left"].T @ error.float()
+    return float(((carried @ inputs.float()) * carried).sum(dtype=torch.float64) / artefact["size"])
 
 
 def _unsorted(values: Tensor, order: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lrcompress.allocators.base import largest_ratio
+from lrcompress.budget import bits_per_weight
 from lrcompress.errors import NumericalError
 from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.processes import processes
@@ -14,6 +16,7 @@ from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
+from lrcompress.stages.amount import other_bytes
 from lrcompress.stages.decompose import Found, double_bytes
 from lrcompress.stages.encode import LENGTH, STREAMS, as_encoded, encode_site
 from lrcompress.stages.opened import Opened
@@ -65,10 +68,22 @@ class Lengths:
             if not low < shift < high:
                 shift = (low + high) / 2
         if best is None:
-            raise NumericalError(f"the coded weights take {-spare} bytes more than planned: ask for a little more")
+            raise NumericalError(self._too_little())
         for name, spec in best[2].items():
             self._note(name, spec)
         return best[1]
+
+    def _too_little(self) -> str:
+        """What to ask for where the weights, as they were encoded last, take more than there is."""
+        opened, stored = self._opened, sum(self._plan.bytes.values())
+        over = sum(self._found.values()) - self._budget
+        bits = math.ceil(100 * bits_per_weight(stored, sum(s.shape[0] * s.shape[1] for s in opened.sites))) / 100
+        size = math.ceil((other_bytes(opened) + stored) / 1000)
+        ratio = largest_ratio(stored, sum(self._plan.dense_bytes.values()))
+        return (
+            f"the coded weights take {over} bytes more than planned: ask for at least {bits:.2f} bits a weight "
+            f"(--bpw), for {size}KB (--size) or for a ratio of at most {ratio:.4f}"
+        )
 
     def recall(self, artefacts: Artefacts, block: int) -> None:
         """Tell the plan the sizes of a block that an earlier run encoded."""
