@@ -20,8 +20,12 @@ from lrcompress.report.summary import (
     change,
     kinds_table,
     measurements,
+    narrow_table,
     removed_in_words,
 )
+
+METRIC = 17
+"""Columns of a metric's name, of a task's with line breaks."""
 
 
 def quiet_libraries() -> None:
@@ -128,17 +132,26 @@ def _show_expectations(judged: list[dict[str, Any]], *, quiet: bool) -> None:
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """A row per task and metric, with standard errors; against another model whether it differs is no accident."""
-    table = Table(title=result["model"])
+    """A row per metric under its task's, with standard errors; against another model whether it differs is no accident.
+
+    In 80 columns: a task's name is folded, and cells have one space between them.
+    """
     against = result["against"]
-    for column in ("task", "metric", "value", *(["against", "change", "paired test"] if against else [])):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    table = narrow_table(result["model"])
+    table.caption = f"against {against['model']}" if against else None
+    table.add_column("task, metric", max_width=METRIC, overflow="fold")
+    for column in ["value", *(["against", "change", "differs"] if against else [])]:
+        table.add_column(column, justify="right")
+    task = None
     for row in measurements(result):
-        cells = [row.task, row.metric, row.shown]
+        if row.task != task:
+            task = row.task
+            table.add_row(task)
+        cells = [f" {row.metric}", row.shown]
         if against:
             cells += [row.other_shown or "-", "-" if row.other is None else change(row.metric, row.value, row.other)]
             dim = row.test is not None and not row.test["significant"]
-            cells.append(f"[dim]{row.test_shown}[/]" if dim else row.test_shown)
+            cells.append(f"[dim]{row.differs}[/]" if dim else row.differs)
         table.add_row(*cells)
     return table
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
 from lrcompress.budget import FEW_TARGETS, bits_per_weight
@@ -43,12 +44,14 @@ def peak_rss_bytes() -> int:
 
 
 def kinds_table(report: dict[str, Any], kinds: dict[str, str]) -> Table:
-    """Per kind of weight: how many, formats, rank, bytes, error; kinds maps a target's name to its kind."""
-    table = Table(title=f"{report['model']} · {report['method']}")
-    columns = ["weight", "count", "format", "rank", "of", "MB", "bpw", "removed", "error"]
-    shown = [name for name in columns if name not in RANKS or any(target["rank"] for target in report["targets"])]
+    """Per kind of weight: how many, formats, rank of the full one, bytes, error; kinds: a target's name to its kind."""
+    ranks = any(target["rank"] for target in report["targets"])
+    title = f"{report['model']} · {report['method']}"
+    table = narrow_table(title) if ranks else Table(title=title)
+    shown = [name for name in COLUMNS if ranks or name != "rank"]
     for column in shown:
-        table.add_column(column, justify="left" if column in ("weight", "format") else "right")
+        justify: Literal["left", "right"] = "left" if column in ("weight", "format") else "right"
+        table.add_column(column, justify=justify, max_width=FOLDED.get(column), overflow="fold")
     groups: dict[str, list[dict[str, Any]]] = {}
     for target in report["targets"]:
         groups.setdefault(kinds[target["name"]], []).append(target)
@@ -59,13 +62,21 @@ def kinds_table(report: dict[str, Any], kinds: dict[str, str]) -> Table:
     return table
 
 
-RANKS = ("rank", "of")
-"""Columns that are left out where nothing has a rank, so that 80 columns are enough."""
+COLUMNS = ("weight", "count", "format", "rank", "MB", "bpw", "removed", "error")
+"""Ranks are left out where nothing has one."""
+FOLDED = {"format": 12, "rank": 9}
+"""Columns of what is folded, so that 80 are enough for a table."""
+
+
+def narrow_table(title: str) -> Table:
+    """A table of many columns, with one space between them and no lines."""
+    return Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
 
 
 def _row(targets: Sequence[dict[str, Any]], shown: Sequence[str]) -> list[str]:
     formats = [t["format"] for t in targets]
-    mix = " ".join(f"{formats.count(f)} {f}" for f in sorted(set(formats))) if len(set(formats)) > 1 else formats[0]
+    kinds = sorted(set(formats))
+    mix = [f"{formats.count(f)} {f}" for f in kinds] if len(kinds) > 1 else kinds
     ranks = [t["rank"] for t in targets]
     full = [min(t["shape"]) for t in targets]
     stored, dense = sum(t["bytes"] for t in targets), sum(t["dense_bytes"] for t in targets)
@@ -73,9 +84,8 @@ def _row(targets: Sequence[dict[str, Any]], shown: Sequence[str]) -> list[str]:
     error = f"{sum(errors) / len(errors):.3f}" if errors else "-"
     cells = {
         "count": str(len(targets)),
-        "format": mix,
-        "rank": span(ranks) if any(ranks) else "-",
-        "of": span(full) if any(ranks) else "-",
+        "format": "\n".join(f if len(f) <= FOLDED["format"] else f.replace("_", "_\n") for f in mix),
+        "rank": f"{span(ranks)} of {span(full)}" if any(ranks) else "-",
         "MB": f"{stored / 1e6:.2f}",
         "bpw": f"{bits_per_weight(stored, sum(t['shape'][0] * t['shape'][1] for t in targets)):.2f}",
         "removed": f"{1 - stored / dense:.1%}",
@@ -216,9 +226,20 @@ class Measurement:
         """The p-value, and what it says; empty where there is no test."""
         if self.test is None:
             return ""
+        return f"{self._p_value}, {'significant' if self.test['significant'] else 'not significant'}"
+
+    @property
+    def differs(self) -> str:
+        """Whether the models differ by more than chance, and the p-value, in few letters; empty without a test."""
+        if self.test is None:
+            return ""
+        return f"{'yes' if self.test['significant'] else 'no'}, {self._p_value}"
+
+    @property
+    def _p_value(self) -> str:
+        assert self.test is not None
         value = self.test["p_value"]
-        shown = f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
-        return f"{shown}, {'significant' if self.test['significant'] else 'not significant'}"
+        return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
 
 
 def measurements(evaluation: dict[str, Any]) -> Iterator[Measurement]:

@@ -605,3 +605,19 @@ def test_the_table_of_coded_weights_takes_80_columns(compressed):
     assert max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
     assert "rank" not in "".join(lines)
+
+
+def test_a_table_with_ranks_takes_80_columns_and_loses_nothing(compressed):
+    report = json.loads((compressed(method="lord") / "report.json").read_text())
+    for place, target in enumerate(report["targets"]):
+        target["name"] = f"model.layers.{target['name'].split('.')[2]}.self_attn.q_proj"
+        target["format"] = ("dense", "low_rank", "sparse_dictionary")[place % 3]
+        target["shape"], target["rank"], target["dense_bytes"] = [14336, 4096 - place % 2], 100 + place, 2 * 10**7
+    console = Console(width=120, file=io.StringIO(), soft_wrap=True)
+    console.print(kinds_table(report, block_kinds([target["name"] for target in report["targets"]])))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "".join("".join(lines).split())
+    last = 99 + len(report["targets"])
+    for part in (f"100-{last}", "4095-4096", "low_rank", "dictionary", "self_attn.q_proj", "removed", "error", "bpw"):
+        assert part in text.replace("sparse_", ""), part

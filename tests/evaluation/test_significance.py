@@ -1,5 +1,6 @@
 """Paired tests and standard errors against sums by hand and lm-eval's own samples."""
 
+import io
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from rich.console import Console
 from scipy.stats import ttest_rel
 from transformers import AutoTokenizer
 
@@ -120,19 +122,45 @@ def check_tables(found):
     table = evaluation_table(found)
     metrics = [("times", "acc"), ("times", "acc_norm"), ("tokens:a.txt@64", "token_perplexity")]
     columns = {str(column.header): list(column.cells) for column in table.columns}
-    assert columns["metric"] == ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "top1"]
+    names = ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "top1"]
+    assert columns["task, metric"] == [
+        "times", *(f" {name}" for name in names[:2]), "tokens:a.txt@64", *(f" {name}" for name in names[2:])
+    ]  # fmt: skip
+    rows = {name.strip(): place for place, name in enumerate(columns["task, metric"])}
     error = found["results"]["times"]["acc_stderr"]
-    assert columns["value"][0].endswith(f"±{error:.4f}")
-    for cell, (name, metric) in zip(columns["paired test"], metrics, strict=False):
-        test = found["against"]["tests"][name][metric]
-        words = ", significant" if test["significant"] else ", not significant"
-        assert cell.removeprefix("[dim]").removesuffix("[/]").startswith("p ")
-        assert cell.removesuffix("[/]").endswith(words)
-    assert all(" ±" in columns["value"][i] for i in (2, 3, 6))
-    assert columns["paired test"][3] == ""
-    for cell, metric in zip(columns["paired test"], ("acc", "acc_norm"), strict=False):
-        assert cell.startswith("[dim]") is not found["against"]["tests"]["times"][metric]["significant"]
+    assert columns["value"][1].endswith(f"±{error:.4f}")
+    for name, metric in metrics:
+        cell, test = columns["differs"][rows[metric]], found["against"]["tests"][name][metric]
+        assert cell.removeprefix("[dim]").startswith("yes, p " if test["significant"] else "no, p ")
+        assert cell.startswith("[dim]") is not test["significant"]
+    assert all(" ±" in columns["value"][rows[name]] for name in ("token_perplexity", "kl", "top1"))
+    assert columns["differs"][rows["kl"]] == ""
     rows = metric_rows(found)
     assert [("significant |" in row) for row in rows] == [False, False, True, True, True] + 4 * [False]
     assert len(rows) == 2 + 7
     assert all(row.count("|") == 6 for row in rows)
+
+
+def test_the_table_takes_80_columns_and_loses_nothing():
+    task, other = "tokens:a-text-of-a-long-name.txt@1024", "multiple_choice_task"
+    ours = {"token_perplexity": 234.5678, "token_perplexity_stderr": 10.5123, "kl": 0.5, "kl_stderr": 0.001}
+    found = {
+        "model": "org/name-auto-3", "results": {task: ours, other: {"acc": 0.25}},
+        "against": {
+            "model": "org/name", "results": {task: {**ours, "token_perplexity": 25.5}, other: {"acc": 0.5}},
+            "tests": {task: {"token_perplexity": {"p_value": 1e-9, "significant": True}},
+                      other: {"acc": {"p_value": 0.213, "significant": False}}},
+        },
+    }  # fmt: skip
+    for width in (80, 120):
+        console = Console(width=width, file=io.StringIO(), soft_wrap=width > 80)
+        console.print(evaluation_table(found))
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= 80
+        names = "".join(line[:17].strip() for line in text.splitlines())
+        for part in (task, "token_perplexity", other):
+            assert part in names
+        for part in ("234.5678 ±10.5123", "25.5000 ±10.5123", "x9.199", "yes, p < 0.0001", "no, p = 0.21", "-0.2500"):
+            assert part in text
+        assert "org/name" in text
+        assert "…" not in text
