@@ -9,7 +9,12 @@ from lrcompress.cli import options as o
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint that compress wrote.", show_default=False)],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint that compress wrote; --to dense: also a .gguf file, or demo.", show_default=False
+        ),
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -38,7 +43,7 @@ def export(
     json_file: o.Json = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a compressed checkpoint in the shape that other tools read."""
+    """Write a compressed checkpoint in the shape that other tools read; or a .gguf file as a dense folder."""
     from lrcompress.cli.show import quiet_libraries, show_export
     from lrcompress.errors import InputError, nearest
     from lrcompress.export.compressed_tensors import export_compressed_tensors

@@ -264,7 +264,8 @@ def show_export(result: dict[str, Any], *, quiet: bool) -> None:
     if quiet:
         return
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in result["bytes"].items())
-    console().print(f"exported {result['layers']} layers to {result['to']}: {sizes}")
+    what = f"exported {result['layers']} layers" if result["layers"] else f"converted {result['checkpoint']}"
+    console().print(f"{what} to {result['to']}: {sizes}")
     for note in result.get("notes", []):
         console().print(note)
     console().print(f"wrote {result['output']}")

@@ -1,4 +1,4 @@
-"""A compressed checkpoint as an ordinary dense one, which needs no lrcompress to load."""
+"""A compressed checkpoint, or a GGUF file, as an ordinary dense checkpoint, which needs no lrcompress to load."""
 
 import copy
 from pathlib import Path
@@ -12,8 +12,9 @@ from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.checkpoint.saved_as import SavedAs
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.errors import InputError
-from lrcompress.export.source import Source, exported_report, open_compressed
+from lrcompress.export.source import Source, exported_report, open_compressed, open_file
 from lrcompress.finite import all_finite
+from lrcompress.foreign.opening import is_gguf
 from lrcompress.model.device import resolve_dtype
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
 from lrcompress.model.skeleton import empty_model
@@ -35,11 +36,12 @@ def export_dense(
 ) -> dict[str, Any]:
     """Write `output` with every stored format multiplied out in float32, one weight in memory at a time.
 
-    Tensors of the dense rest are kept bit for bit, in `dtype` where it is not `auto`.
+    Tensors of the dense rest are kept bit for bit, in `dtype` where it is not `auto`. A GGUF file becomes a folder of
+    bfloat16, as compress writes it, unless another `dtype` is asked for.
     """
-    reporter, limit = reporter or Reporter(quiet=True), parse_size(shard_size)
-    wanted = None if dtype == "auto" else resolve_dtype(dtype, torch.float32)
-    source = open_compressed(checkpoint)
+    reporter, limit, file = reporter or Reporter(quiet=True), parse_size(shard_size), is_gguf(checkpoint)
+    wanted = None if dtype == "auto" and not file else resolve_dtype(dtype, torch.bfloat16)
+    source = open_file(checkpoint) if file else open_compressed(checkpoint)
     model = model_with_experts(source, trust_remote_code=trust_remote_code)
     switches, zeros = bias_switches(source, trust_remote_code=trust_remote_code)
     with new_folder([source.folder], output, overwrite=overwrite) as folder:
@@ -234,13 +236,19 @@ def _shapes(config: object, switches: list[str], trust_remote_code: bool) -> dic
 def card(source: Source) -> str:
     """README.md of the dense checkpoint."""
     auto = (source.report or {}).get("loads_with", "AutoModelForCausalLM")
+    made = (
+        f"Compressed by lrcompress ({source.manifest.method}) and multiplied out again: it computes what the "
+        "compressed model\ncomputes, up to rounding, is as large as the model before compression, and loads without "
+        "lrcompress."
+        if source.manifest.modules
+        else "Converted from GGUF by lrcompress: every tensor dequantised. It loads without lrcompress."
+    )
     return f"""---
 library_name: transformers
 ---
 # {source.label} as a dense checkpoint
 
-Compressed by lrcompress ({source.manifest.method}) and multiplied out again: it computes what the compressed model
-computes, up to rounding, is as large as the model before compression, and loads without lrcompress.
+{made}
 
 ```python
 from transformers import {auto}

@@ -46,15 +46,21 @@ def open_compressed(checkpoint: str) -> Source:
     """CHECKPOINT, its manifest checked against its tensors; InputError where they differ or it is none of ours."""
     refusal = f"{checkpoint} is not compressed by lrcompress: there is nothing to export; name what compress wrote"
     if is_gguf(checkpoint):
-        raise InputError(refusal)
+        raise InputError(f"{refusal}, or make a folder of the file with --to dense")
     folder = open_model(checkpoint).folder
     config = read_config_file(folder)
     manifest = read_manifest(folder)
     if manifest is None or not manifest.modules:
-        raise InputError(refusal)
+        raise InputError(f"{refusal} (transformers and PEFT load a dense folder as it is)")
     source = Source(checkpoint, folder, config, manifest, CheckpointReader(folder), load_report(folder))
     check_stored(manifest, source.reader)
     return source
+
+
+def open_file(checkpoint: str) -> Source:
+    """A GGUF file, or `demo`, as it was converted: a Source of which nothing is compressed."""
+    folder = open_model(checkpoint).folder
+    return Source(checkpoint, folder, read_config_file(folder), Manifest("gguf", {}), CheckpointReader(folder), None)
 
 
 def exported_report(

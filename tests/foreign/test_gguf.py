@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3MoeConfig
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from lrcompress.checkpoint.cache import conversion_folder
 from lrcompress.errors import InputError
+from lrcompress.export.dense import export_dense
+from lrcompress.export.peft import export_peft
 from lrcompress.foreign.opening import open_dense
 from tests.checkpoint.test_loading import load
 from tests.foreign.gguf_files import KEYS, SIZES, interleaved, random_model, tensors_of, unchanged, write_file
@@ -87,3 +91,28 @@ def test_what_an_older_version_converted_is_not_found(write):
     before = conversion_folder([path], 2)
     path.write_bytes(path.read_bytes() + b"x")
     assert conversion_folder([path], 2) != before
+
+
+def test_a_file_becomes_a_folder_that_transformers_and_peft_load(write, tmp_path):
+    path, model = write(True)
+    found = export_dense(str(path), tmp_path / "out", dtype="float32")
+    assert found["layers"] == 0
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        folder = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert folder.dtype == torch.float32
+        torch.testing.assert_close(folder(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        adapted = get_peft_model(folder, LoraConfig(r=2, target_modules="all-linear"))
+        torch.testing.assert_close(adapted(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    half = export_dense(str(path), tmp_path / "half")
+    assert half["dtype"] == "bfloat16"
+    stored, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "out"))
+    assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert stored.keys() == whole.keys()
+    assert "Converted from GGUF" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(InputError, match="make a folder of the file with --to dense"):
+        export_peft(str(path), tmp_path / "no")
+    with pytest.raises(InputError, match="load a dense folder as it is"):
+        export_dense(str(tmp_path / "out"), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
