@@ -25,7 +25,7 @@ from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import HOW_MUCH, Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
-from lrcompress.stages.allocate import allocate, summaries
+from lrcompress.stages.allocate import summaries
 from lrcompress.stages.calibrate import calibrate_model
 from lrcompress.stages.in_words import errors_in_words
 from lrcompress.stages.kept import KeptStatistics
@@ -33,6 +33,7 @@ from lrcompress.stages.needs import Needs, check_memory, needs
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_parts
 from lrcompress.stages.profile import Artefacts
+from lrcompress.stages.rate_curve import Unit, loss_of, losses, reach, unit_of
 from lrcompress.stages.request import check_request
 
 BITS = (8.0, 6.0, 4.0, 3.0, 2.5, 2.0)
@@ -43,7 +44,6 @@ READ = 4
 TYPICAL = 2**24
 """Numbers of a weight that decoding is measured on, at most."""
 
-Unit = Literal["nats", "relative"]
 Predict = Literal["no", "kept", "yes"]
 
 
@@ -79,8 +79,7 @@ class Overview:
     """bytes: of the model as it would be written; numbers: weights that are compressed, by kind.
 
     other: bytes of all else; free: bytes of memory that are there now; least: the fewest bits a weight that can be had;
-    unit: of the losses: nats a token that the loss on the calibration text would rise by, or the root of the squared
-    error, as a part of the weights' size, where the metric knows nothing of the loss.
+    unit: of the losses, None where there are none.
     """
 
     model: str
@@ -139,41 +138,24 @@ def _overview(
     total, size = sum(numbers.values()), opened.dtype.itemsize
     whole = opened.dense_checkpoint_bytes
     other = whole - sum(site.dense_bytes(size) for site in opened.sites)
-    curves = [choice.asked for choice in opened.costs()]
-    least, most = (bits_per_weight(sum(int(c.bytes[end]) for c in curves), total) for end in (0, -1))
+    least, most = reach(opened)
+    every = [bits for bits in BITS if least <= bits < most]
+    known = None if artefacts is None else summaries(opened, artefacts)
+    lost = [None] * len(every) if known is None else losses(opened, known, every)
     plain = _plain(opened, artefacts, other, reporter)
     choices = []
-    for bits in (bits for bits in BITS if least <= bits < most):
+    for bits, loss in zip(every, lost, strict=True):
         stored = int(other + total * bits / 8)
-        choice = Choice(bits, stored, min(plain, key=lambda rounding: abs(rounding.bytes - stored)))
-        if artefacts is not None:
-            choice = replace(choice, loss=_loss(opened, _errors(opened, artefacts, bits), artefacts))
+        choice = Choice(bits, stored, min(plain, key=lambda rounding: abs(rounding.bytes - stored)), loss)
         if bits in used:
             choice = replace(choice, memory=int(other + total * used[bits].bits / 8), speed=used[bits].speed)
         choices.append(choice)
     dtype, free = str(opened.dtype).removeprefix("torch."), psutil.virtual_memory().available
-    unit: Unit | None = None if artefacts is None else "nats" if opened.request.method.needs_gradients else "relative"
+    unit = None if artefacts is None else unit_of(opened)
     return Overview(
         opened.request.recipe.model, opened.request.method.name, opened.request.method.metric, dtype,
         len(opened.blocks), whole, numbers, other, needed, free, least, choices, unit,
     )  # fmt: skip
-
-
-def _errors(opened: Opened, artefacts: Artefacts, bits: float) -> float:
-    """Squared errors of all weights together, as they are expected at so many bits."""
-    recipe = opened.request.recipe.model_copy(update={"bpw": bits, "ratio": None, "size": None})
-    plan = allocate(replace(opened, request=replace(opened.request, recipe=recipe)), artefacts)
-    known = summaries(opened, artefacts)
-    return sum(float(known[name]["errors"][level]) for name, level in plan.levels.items())
-
-
-def _loss(opened: Opened, errors: float, artefacts: Artefacts) -> float:
-    """In the overview's unit. With gradients g of a token's loss and inputs x, its second-order rise is half of
-    tr(E[g gᵀ] Δ E[x xᵀ] Δᵀ), summed over the weights, which is what their squared errors are (arXiv 1503.05671)."""
-    if opened.request.method.needs_gradients:
-        return errors / 2
-    sizes = sum(float(summary["total"]) for summary in summaries(opened, artefacts).values())
-    return float((errors / sizes) ** 0.5) if sizes > 0 else 0.0
 
 
 def _plain(opened: Opened, artefacts: Artefacts | None, other: int, reporter: Reporter) -> list[Plain]:
@@ -185,8 +167,9 @@ def _plain(opened: Opened, artefacts: Artefacts | None, other: int, reporter: Re
         found.append(Plain(base.text, bits_per_weight(stored, total), other + stored))
     if artefacts is None:
         return found
-    losses = (_loss(opened, errors, artefacts) for errors in _rounded(opened, artefacts, bases, reporter))
-    return [replace(plain, loss=loss) for plain, loss in zip(found, losses, strict=True)]
+    known = summaries(opened, artefacts)
+    lost = (loss_of(opened, errors, known) for errors in _rounded(opened, artefacts, bases, reporter))
+    return [replace(plain, loss=loss) for plain, loss in zip(found, lost, strict=True)]
 
 
 def _rounded(opened: Opened, artefacts: Artefacts, bases: Sequence[Base], reporter: Reporter) -> list[float]:

@@ -27,6 +27,7 @@ from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
+from lrcompress.stages.rate_curve import rate_curve
 from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
@@ -101,6 +102,8 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     find_block_types(opened, scratch, reporter)
     artefacts = profile_model(opened, scratch, reporter)
     more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(request)}
+    if artefacts is not None and request.method.sizes_are_estimates:
+        more["rates"] = rate_curve(opened, artefacts)
     if request.recipe.max_loss is not None:
 
         def write(candidate: Opened, folder: Path, own: Path, quiet: Reporter) -> dict[str, Any]:

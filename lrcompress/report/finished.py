@@ -1,7 +1,7 @@
 """report.json of a finished checkpoint, checked: what lies in a folder may be damaged, or come from anyone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -36,6 +36,7 @@ class Ratio(pydantic.BaseModel):
     whole_model: pydantic.FiniteFloat
     of: Measure = "bytes"
     counted: pydantic.FiniteFloat | None = None
+    bpw: pydantic.PositiveFloat | None = None
 
 
 class Search(pydantic.BaseModel):
@@ -46,6 +47,13 @@ class Search(pydantic.BaseModel):
     loss: pydantic.FiniteFloat
     ratio: pydantic.FiniteFloat
     candidates: list[dict[str, Any]]
+
+
+class Rates(pydantic.BaseModel):
+    """Bits a weight and the loss that was predicted there, fewest bits first."""
+
+    unit: Literal["nats", "relative"]
+    points: list[tuple[pydantic.PositiveFloat, pydantic.FiniteFloat]]
 
 
 class Sizes(pydantic.BaseModel):
@@ -126,6 +134,7 @@ class Finished(pydantic.BaseModel):
     evaluation: Evaluation | None = None
     exported_from: str | None = None
     search: Search | None = None
+    rates: Rates | None = None
 
     @property
     def answer(self) -> str | None:

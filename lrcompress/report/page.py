@@ -11,10 +11,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lrcompress.budget import bits_per_weight
 from lrcompress.errors import InputError
+from lrcompress.formats import DENSE
 from lrcompress.recipe import dump_recipe, make_recipe
 from lrcompress.report.finished import Evaluation, Finished, Target
-from lrcompress.report.pictures import bar, spectrum_plot
+from lrcompress.report.pictures import bar, rate_plot, spectrum_plot
 from lrcompress.report.spectra import Spectrum
 from lrcompress.report.summary import block_and_kind, caution, change, measurements
 
@@ -59,7 +61,7 @@ def make_page(
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     phases = _phases(report.seconds)
-    environment.filters |= {"megabytes": megabytes, "percent": percent, "breakable": breakable}
+    environment.filters |= {"megabytes": megabytes, "percent": percent, "breakable": breakable, "written": written}
     return environment.get_template("report.html").render(
         report=report,
         caution=caution(
@@ -68,6 +70,7 @@ def make_page(
         size_bars=_size_bars(report),
         heat_maps=heat_maps(report.targets),
         plots=None if spectra is None else spectrum_plots(report.targets, spectra, marked=report.base is None),
+        rates=_rates(report),
         any_cut=any(spectrum.cut for spectrum in (spectra or {}).values()),
         worst=_worst(report.targets),
         metrics=None if report.evaluation is None else metric_rows(report.evaluation),
@@ -90,24 +93,39 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.2%}"
 
 
+def written(text: str) -> str:
+    """What a model wrote; what would leave an empty box is said in words."""
+    if text.strip():
+        return text
+    lines = text.count("\n")
+    return f"(nothing but {lines} line breaks and {len(text) - lines} spaces)" if text else "(nothing)"
+
+
 def breakable(name: str) -> Markup:
     """A dotted name that may be wrapped after its dots and underscores."""
     return Markup("{}").format(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def heat_maps(targets: Sequence[Target]) -> list[HeatMap]:
-    """Bytes removed, and the relative error where any is known."""
+    """Bytes removed, the relative error where any is known, bits a weight where they are not numbers of ranks."""
     removed = _heat_map(
         targets, "Bytes removed", "percent of the dense weight's bytes",
         lambda group: 100 * (1 - sum(t.bytes for t in group) / sum(t.dense_bytes for t in group)), "{:.0f}",
     )  # fmt: skip
-    if all(t.relative_error is None for t in targets):
-        return [removed]
-    errors = _heat_map(
-        targets, "Relative error", "in the method's metric: 0 is exact, 1 is as wrong as a zero weight",
-        lambda group: max((t.relative_error for t in group if t.relative_error is not None), default=None), "{:.2f}",
-    )  # fmt: skip
-    return [removed, errors]
+    found = [removed]
+    if any(t.relative_error is not None for t in targets):
+        found.append(_heat_map(
+            targets, "Relative error", "in the method's metric: 0 is exact, 1 is as wrong as a zero weight",
+            lambda group: max((t.relative_error for t in group if t.relative_error is not None), default=None),
+            "{:.2f}",
+        ))  # fmt: skip
+    if any(t.rank == 0 and t.format != DENSE for t in targets):
+        found.append(_heat_map(
+            targets, "Bits a weight", "stored for every number of the weight, everything that counts included",
+            lambda group: bits_per_weight(sum(t.bytes for t in group), sum(t.shape[0] * t.shape[1] for t in group)),
+            "{:.2f}",
+        ))  # fmt: skip
+    return found
 
 
 def _heat_map(targets: Sequence[Target], title: str, note: str, value: Any, style: str) -> HeatMap:
@@ -136,10 +154,8 @@ def _heat_map(targets: Sequence[Target], title: str, note: str, value: Any, styl
 def describe(target: Target) -> str:
     """How a weight is stored, in a few words."""
     error = "" if target.relative_error is None else f", error {target.relative_error:.3f}"
-    return (
-        f"{target.format}, rank {target.rank} of {min(target.shape)}, "
-        f"{megabytes(target.dense_bytes)} to {megabytes(target.bytes)}{error}"
-    )
+    rank = f", rank {target.rank} of {min(target.shape)}" if target.rank else ""
+    return f"{target.format}{rank}, {megabytes(target.dense_bytes)} to {megabytes(target.bytes)}{error}"
 
 
 def spectrum_plots(
@@ -155,6 +171,13 @@ def spectrum_plots(
             title += f": {target.rank} of {full} kept"
         kinds.setdefault(kind, []).append((title, spectrum if marked else Spectrum(spectrum.points, None)))
     return [(kind, spectrum_plot(lines, f"Singular values of {kind}")) for kind, lines in kinds.items()]
+
+
+def _rates(report: Finished) -> Markup | None:
+    """The predicted loss by bits, with a ring at what is stored; None where fewer than two points are known."""
+    if report.rates is None or len(points := [(x, y) for x, y in report.rates.points if y > 0]) < 2:
+        return None
+    return rate_plot(points, report.ratio.bpw, "Predicted loss by bits")
 
 
 def metric_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:

@@ -1,6 +1,8 @@
 """From a ratio to a level for every weight: the plan."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,7 +80,7 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     known = {} if artefacts is None else summaries(opened, artefacts)
     kept = artefacts.sensitivities if artefacts is not None and opened.request.allocator.needs_sensitivity else None
     scales = kept or {}
-    plan = _allocated(opened, known, scales, [])
+    plan = allocated(opened, known, scales)
     if artefacts is None or not any(opened.request.method.joins(site) for site in opened.sites):
         return plan
     errors = {name: float(summary["errors"][plan.levels[name]]) for name, summary in known.items()}
@@ -88,12 +90,16 @@ def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     for join in joins:
         for name, own in join.errors.items():
             known[name] = {**known[name], "errors": own}
-    return _allocated(opened, known, scales, joins)
+    return allocated(opened, known, scales, joins)
 
 
-def _allocated(
-    opened: Opened, known: dict[str, dict[str, Tensor]], scales: dict[str, float], joins: list[Join]
+def allocated(
+    opened: Opened,
+    known: dict[str, dict[str, Tensor]],
+    scales: Mapping[str, float] = MappingProxyType({}),
+    joins: Sequence[Join] = (),
 ) -> Plan:
+    """A plan of the `known` summaries, their errors scaled by site, with these joins and no others."""
     request, size = opened.request, opened.dtype.itemsize
     choices = opened.costs([join.names for join in joins])
     curves = [choice.stored for choice in choices]
@@ -110,7 +116,7 @@ def _allocated(
     levels = {choice.stored.name: int(choice.levels[asked[choice.stored.name]]) for choice in choices}
     # Filled group by group, kept in the order of the sites.
     plan = Plan({site.name: Spec(DENSE, site.shape) for site in opened.sites}, {}, {}, {})
-    plan.joins = joins
+    plan.joins = list(joins)
     plan.removed = removed(sum(int(c.bytes[asked[c.name]]) for c in priced), sum(c.dense_bytes for c in priced))
     for choice, curve in zip(choices, curves, strict=True):
         sites = choice.sites

@@ -254,7 +254,7 @@ def test_dense_exports_and_sparse_formats_have_no_cut(measured):
     page = make_page(report.model_copy(update={"targets": grown}), measured, spectra=uncut)
     assert "so no cut is marked" in page
     assert "A ring marks" not in page
-    removed, _ = heat_maps(grown)
+    removed, *_ = heat_maps(grown)
     assert "strongest" not in removed.note
     assert {cell.strength for _, cells in removed.rows for cell in cells if cell} == {0.0}
 
@@ -385,3 +385,31 @@ def test_the_dense_side_is_the_recipes_model_where_it_lies_here(measured, llama,
     assert "left out" in quiet.warnings[0]
     with pytest.raises(InputError):
         side_by_side(str(measured), str(tmp_path), str(llama), ["A"], reporter=quiet)
+
+
+def test_a_page_of_coded_weights_has_their_bits_and_their_rate_curve(compressed):
+    folder = compressed(method="auto", ratio=None, bpw=4.0)
+    report = read_finished("x", folder)
+    removed, error, bits = heat_maps(report.targets)
+    assert [removed.title, error.title, bits.title] == ["Bytes removed", "Relative error", "Bits a weight"]
+    raw = {t["name"]: t for t in json.loads((folder / "report.json").read_text())["targets"]}
+    for block, cells in bits.rows:
+        for kind, cell in zip(bits.kinds, cells, strict=True):
+            entry = raw[f"model.layers.{block}.{kind}"]
+            assert cell.text == f"{8 * entry['bytes'] / (entry['shape'][0] * entry['shape'][1]):.2f}"
+            assert "rank" not in cell.title
+    points = dict(report.rates.points)
+    assert report.rates.unit == "nats"
+    assert all(loss > later for loss, later in itertools.pairwise(points[bits] for bits in sorted(points)))
+    parsed = Parsed(make_page(report, folder))
+    assert "Predicted loss by bits" in parsed.values("svg", "aria-label")
+    assert f"stored: {report.ratio.bpw:.2f} bits" in parsed.text
+    without = report.model_copy(update={"rates": None})
+    assert "Predicted loss by bits" not in Parsed(make_page(without, folder)).values("svg", "aria-label")
+
+
+def test_an_answer_of_white_space_is_said_in_words(measured):
+    samples = Samples(["a", "b", "c"], ["\n\n \n", "", " word\n"], ["\n", "x", "y"], "dense")
+    parsed = Parsed(make_page(report_of(measured), measured, samples=samples))
+    for text in ("(nothing but 3 line breaks and 1 spaces)", "(nothing)", " word\n", "(nothing but 1 line breaks"):
+        assert text in parsed.text
