@@ -62,8 +62,8 @@ def show_choices(found: Overview, *, quiet: bool) -> None:
         out.print(f"fewer than {found.least:.2f} bits a weight cannot be had here")
     if found.unit == "nats":
         out.print(
-            "loss: predicted rise of the loss on the calibration text, in nats a token: 0.01 is 1 % of\n"
-            "perplexity. Above 0.1 it says little more than which is worse"
+            "loss: predicted rise of the loss on the calibration text, in nats a token, within\n"
+            "a factor of about two: 0.01 is 1 % of perplexity"
         )
     elif found.unit == "relative":
         out.print(
