@@ -220,6 +220,7 @@ def test_points_against_the_dense_model(llama, tmp_path):
         "kl",
         "kl_median",
         "kl_p90",
+        "kl_floor",
         "top1",
     ]
     cell = next(iter(next(iter(tables.values())).columns[1].cells))

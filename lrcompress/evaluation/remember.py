@@ -40,7 +40,7 @@ class KeptScores:
         """None where there is no entry, or a broken one."""
         value = recall(self._key)
         count, scored = self._shape[0], self._shape[1] - 1
-        lengths = [count] * 4 + [2]
+        lengths = [count] * 4 + [2, 1]
         if not isinstance(value, list) or len(value) != len(lengths):
             return None
         for part, length in zip(value, lengths, strict=True):
@@ -51,7 +51,7 @@ class KeptScores:
     def write(self, label: str, found: tuple[Losses, Losses, Divergence]) -> None:
         """Keep the values of every block."""
         ours, theirs, apart = found
-        note(self._key, label, [ours.blocks, theirs.blocks, apart.kl, apart.top1, apart.spread])
+        note(self._key, label, [ours.blocks, theirs.blocks, apart.kl, apart.top1, apart.spread, apart.floor])
 
 
 class KeptTask:

@@ -1,7 +1,7 @@
 """Token losses of one model, or of two on the same blocks with how far their predictions lie apart."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ ROWS = 128
 METRICS = ("token_perplexity", "token_perplexity_stderr", "tokens", "blocks")
 """Of a `tokens:` task; errors where there are two blocks or more."""
 
-METRICS_OF_TWO = ("kl", "kl_stderr", "kl_median", "kl_p90", "top1", "top1_stderr")
+METRICS_OF_TWO = ("kl", "kl_stderr", "kl_median", "kl_p90", "kl_floor", "top1", "top1_stderr")
 """Beside them where another model of the same tokens is there."""
 
 
@@ -43,11 +43,14 @@ class Divergence:
     """Per block: mean KL(reference || model) in nats a token, and the fraction of equal most likely tokens.
 
     spread: the median and the 90th percentile of that KL over the tokens of all blocks: a mean may be a few tokens'.
+    floor: KL(reference || itself) in nats a token, on the first half of the first block, computed with and without the
+    other half: what rounding in the computation makes alone.
     """
 
     kl: list[float] = field(default_factory=list)
     top1: list[float] = field(default_factory=list)
     spread: list[float] = field(default_factory=list)
+    floor: list[float] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Means over blocks, which are equally long, with their standard errors where there are two or more."""
@@ -57,7 +60,7 @@ class Divergence:
             if len(values) > 1:
                 found[f"{name}_stderr"] = standard_error(values)
             if name == "kl":
-                found |= dict(zip(("kl_median", "kl_p90"), self.spread, strict=True))
+                found |= dict(zip(("kl_median", "kl_p90", "kl_floor"), [*self.spread, *self.floor], strict=True))
         return found
 
 
@@ -94,12 +97,12 @@ def score_both(
         mine, other = _logits(model, block), _logits(reference, block)
         ours.blocks.append(_loss(mine, block))
         theirs.blocks.append(_loss(other, block))
-        where = decomposition_device(mine.device)
+        if not apart.floor:
+            again = _logits(reference, block[: max(2, len(block) // 2)])
+            apart.floor = [float(torch.cat([_kl(*rows) for rows in _pairs(other[: len(again)], again)]).mean())]
         kl = same = 0.0
-        for p, q in zip(other.split(ROWS), mine.split(ROWS), strict=True):
-            log_p = p.to(where, torch.float64).log_softmax(-1)
-            log_q = q.to(where, torch.float64).log_softmax(-1)
-            each = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        for p, q in _pairs(other, mine):
+            each = _kl(p, q)
             tokens.append(each.cpu())
             kl += float(each.sum())
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
@@ -109,6 +112,18 @@ def score_both(
     ordered = torch.cat(tokens).sort().values
     apart.spread = [float(ordered[math.ceil(share * len(ordered)) - 1]) for share in (0.5, 0.9)]
     return ours, theirs, apart
+
+
+def _pairs(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """ROWS rows of each of the logits (length, vocabulary) at a time."""
+    return zip(p.split(ROWS), q.split(ROWS), strict=True)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """(rows,) float64 KL(p || q) of logits (rows, vocabulary), in nats."""
+    where = decomposition_device(q.device)
+    log_p, log_q = (logits.to(where, torch.float64).log_softmax(-1) for logits in (p, q))
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def _logits(model: Any, block: Tensor) -> Tensor:

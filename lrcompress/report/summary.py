@@ -271,7 +271,8 @@ def _error_name(metric: str) -> str:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ±{error:.4f}"
+    shown = f"{value:.4f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.1e}"
+    return shown if error is None else f"{shown} ±{error:.4f}"
 
 
 def load_report(folder: Path) -> dict[str, Any] | None:

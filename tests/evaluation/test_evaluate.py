@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lrcompress.evaluation import compare
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.generation import NEW_TOKENS, continuations
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
+from lrcompress.evaluation.tokens import score_both
 from lrcompress.recipe import EvaluateSpec
 from tests.commands import run_cli
 from tests.conftest import compress_tiny
@@ -216,6 +218,7 @@ def test_divergence_equals_a_sum_over_the_vocabulary(llama, smaller, text_file):
         limit = found["results"][key][name]
         assert sum(value <= limit * (1 + 1e-4) for value in kl) >= share * len(kl)
         assert sum(value >= limit * (1 - 1e-4) for value in kl) > (1 - share) * len(kl)
+    assert 0 <= found["results"][key]["kl_floor"] < 1e-9  # float32
     assert found["results"][key]["top1"] == pytest.approx(sum(same) / len(same))
     assert 0 < found["results"][key]["top1"] < 1
     for name, values in (("kl", kl), ("top1", same)):
@@ -332,3 +335,24 @@ def test_a_token_that_the_model_does_not_know_is_bad_input(larger_tokenizer, tmp
 def test_a_prompt_with_a_token_that_the_model_does_not_know_is_bad_input(larger_tokenizer):
     with pytest.raises(InputError, match=r"makes token 32\d, the model knows 320"):
         continuations(str(larger_tokenizer), ["assert"])
+
+
+class Rounded(torch.nn.Module):
+    """Token 0 is likelier by 0.1 nats a token that is read, as if it were rounding that depends on the length."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(5))
+
+    def forward(self, input_ids, use_cache):
+        logits = self.bias.repeat(1, input_ids.shape[1], 1)
+        logits[..., 0] = 0.1 * input_ids.shape[1]
+        return SimpleNamespace(logits=logits)
+
+
+def test_the_floor_is_the_divergence_of_the_reference_from_itself():
+    blocks = torch.zeros(3, 8, dtype=torch.long)
+    _, _, apart = score_both(Rounded(), Rounded(), blocks, lambda: None)
+    p, q = (torch.tensor([0.1 * length, 0, 0, 0, 0], dtype=torch.float64).softmax(0) for length in (8, 4))
+    assert apart.metrics()["kl_floor"] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-6)
+    assert apart.metrics()["kl"] == 0

@@ -122,7 +122,7 @@ def check_tables(found):
     table = evaluation_table(found)
     metrics = [("times", "acc"), ("times", "acc_norm"), ("tokens:a.txt@64", "token_perplexity")]
     columns = {str(column.header): list(column.cells) for column in table.columns}
-    names = ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "top1"]
+    names = ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "kl_floor", "top1"]
     assert columns["task, metric"] == [
         "times", *(f" {name}" for name in names[:2]), "tokens:a.txt@64", *(f" {name}" for name in names[2:])
     ]  # fmt: skip
@@ -136,8 +136,8 @@ def check_tables(found):
     assert all(" ±" in columns["value"][rows[name]] for name in ("token_perplexity", "kl", "top1"))
     assert columns["differs"][rows["kl"]] == ""
     rows = metric_rows(found)
-    assert [("significant |" in row) for row in rows] == [False, False, True, True, True] + 4 * [False]
-    assert len(rows) == 2 + 7
+    assert [("significant |" in row) for row in rows] == [False, False, True, True, True] + 5 * [False]
+    assert len(rows) == 2 + 8
     assert all(row.count("|") == 6 for row in rows)
 
 
