@@ -175,7 +175,7 @@ def test_what_cannot_be_counted_is_refused(llama):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "'ratio' is missing"),
+        ({}, "it is not said how small: give bpw"),
         ({"ratio": 0.2, "size": "1MB"}, "ratio 0.2 and size 1MB were both asked"),
         ({"size": "1MB", "max_loss": "2%"}, "size 1MB and max_loss 0.02 were both asked"),
         ({"size": "1MB", "ratio_of": "flops"}, "ratio_of flops says what a ratio counts"),

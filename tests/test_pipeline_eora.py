@@ -105,7 +105,7 @@ def test_marginal_error_serves_the_other_methods(llama, tmp_path):
         ({"method": "lord", "ratio": None, "rank": 3}, "method lord takes no --rank 3"),
         ({"method": "welore", "base": "rtn:4:64"}, "method welore takes no --base"),
         ({"method": "eora", "rank": 3}, "both asked"),
-        ({"method": "eora", "ratio": None}, "'ratio' is missing"),
+        ({"method": "eora", "ratio": None}, "it is not said how small: give bpw"),
         ({"method": "eora", "ratio": None, "rank": -1}, "rank"),
         ({"method": "eora", "ratio": None, "rank": 2, "allocator": "uniform"}, "nothing to decide"),
         ({"method": "eora", "base": "rtn:6:64"}, "rtn:BITS:GROUP"),
