@@ -111,7 +111,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
             finish_checkpoint(candidate, written, folder)
             return written
 
-        found = search(opened, scratch, reporter, write)
+        found = search(opened, artefacts, scratch, reporter, write)
         more["search"] = found
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
     report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, more)

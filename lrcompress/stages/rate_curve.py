@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lrcompress.budget import bits_per_weight
-from lrcompress.stages.allocate import Plan, allocated, summaries
+from lrcompress.stages.allocate import allocated, summaries
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts
 
@@ -46,15 +46,20 @@ def reach(opened: Opened) -> tuple[float, float]:
     return least, most
 
 
+def squared_errors(opened: Opened, known: Known) -> float:
+    """Of all weights together, in the method's metric, as the request's amount leaves them; `known`: the summaries."""
+    plan = allocated(opened, known)
+    return sum(float(known[name]["errors"][level]) for name, level in plan.levels.items())
+
+
 def losses(opened: Opened, known: Known, every: Sequence[float]) -> list[float]:
     """Predicted, at each of so many bits a weight."""
     found = []
     for bits in every:
         amount = {"bpw": bits, "ratio": None, "size": None, "max_loss": None}
         recipe = opened.request.recipe.model_copy(update=amount)
-        plan: Plan = allocated(replace(opened, request=replace(opened.request, recipe=recipe)), known)
-        errors = sum(float(known[name]["errors"][level]) for name, level in plan.levels.items())
-        found.append(loss_of(opened, errors, known))
+        asked = replace(opened, request=replace(opened.request, recipe=recipe))
+        found.append(loss_of(opened, squared_errors(asked, known), known))
     return found
 
 

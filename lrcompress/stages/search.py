@@ -1,10 +1,11 @@
-"""The largest ratio that a loss allows: bisection over checkpoints that are written, loaded again and measured."""
+"""The largest ratio that a loss allows, found by checkpoints that are written, loaded again and measured."""
 
 import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter
+from lrcompress.stages.allocate import summaries
+from lrcompress.stages.next_ratio import Predicted, Tried, next_ratio
 from lrcompress.stages.opened import Opened
-from lrcompress.stages.profile import HiddenWalk
+from lrcompress.stages.profile import Artefacts, HiddenWalk
+from lrcompress.stages.rate_curve import squared_errors
 from lrcompress.stages.workspace import write_json
 
-TOLERANCE, MOST = 0.005, 8
-"""The search ends where the ratio is known so well, or after so many candidates."""
+TOLERANCE, USED, MOST = 0.02, 0.9, 8
+"""The search ends where the next candidate could be smaller by such a part only, where a candidate uses so much of the
+loss that is allowed, or after so many candidates."""
 
 WINDOWS = 8
 """Held-out windows of every source that a candidate is measured on, at most."""
@@ -33,7 +38,9 @@ Write = Callable[[Opened, Path, Path, Reporter], dict[str, Any]]
 """Writes the checkpoint of an opened request into a folder, with scratch files in another; returns its report."""
 
 
-def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> dict[str, Any]:
+def search(
+    opened: Opened, artefacts: Artefacts | None, scratch: Path, reporter: Reporter, write: Write
+) -> dict[str, Any]:
     """The `search` of report.json; its `ratio` is that of the smallest candidate within `max_loss`.
 
     Candidates are remembered as they are measured, and not measured again. Several processes write each of them
@@ -54,17 +61,21 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
         f"searching ratios up to {largest:.4f} for a perplexity of at most {(1 + limit) * dense:.4g} "
         f"on {len(blocks)} held-out windows, dense {dense:.4g}"
     )
+    predicted = _predicted(opened, artefacts)
+    nats = 0.5 if opened.request.method.needs_gradients else None  # of a squared error: see rate_curve.loss_of
     low, high, tried = 0.0, largest, list[dict[str, Any]]()
-    while not tried or (high - low > TOLERANCE and len(tried) < MOST):
-        ratio = round((low + high) / 2, 6)
+    while not tried or not _finished(tried, low, high, limit):
+        measured = [Tried(t["ratio"], None if t["loss"] is None else math.log1p(t["loss"])) for t in tried]
+        ratio = round(next_ratio(measured, low, high, math.log1p(limit), predicted, nats), 6)
         if len(tried) == len(known["candidates"]):
+            ratio = team.gather(ratio)[0]
             known["candidates"].append(_measure(opened, ratio, scratch, blocks, dense, write))
             _remember(journal, known)
         found = known["candidates"][len(tried)]
         tried.append(found)
         size = "" if found["bytes"] is None else f"{found['bytes'] / 1e6:.2f} MB, "
         reporter.say(f"  ratio {found['ratio']:.4f}: {size}perplexity {_loss_text(found)}")
-        low, high = (ratio, high) if _within(found, limit) else (low, ratio)
+        low, high = (found["ratio"], high) if _within(found, limit) else (low, found["ratio"])
     allowed = [found for found in tried if _within(found, limit)]
     if not allowed:
         mildest = min(tried, key=lambda found: float("inf") if found["loss"] is None else found["loss"])
@@ -81,6 +92,20 @@ def search(opened: Opened, scratch: Path, reporter: Reporter, write: Write) -> d
         **chosen,
         "candidates": tried,
     }
+
+
+def _finished(tried: Sequence[dict[str, Any]], low: float, high: float, limit: float) -> bool:
+    """Whether another candidate would gain next to nothing, or there were enough."""
+    used = any(_within(found, limit) and found["loss"] >= USED * limit for found in tried)
+    return used or high - low <= TOLERANCE * (1 - high) or len(tried) >= MOST
+
+
+def _predicted(opened: Opened, artefacts: Artefacts | None) -> Predicted | None:
+    """The squared errors of all weights together, by ratio; None where nothing was decomposed."""
+    if artefacts is None:
+        return None
+    known = summaries(opened, artefacts)
+    return lambda ratio: squared_errors(replace(opened, request=replace(opened.request, searched=ratio)), known)
 
 
 def reachable(opened: Opened) -> float:
