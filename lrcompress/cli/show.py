@@ -192,24 +192,23 @@ def _bound(bound: dict[str, Any], side: str) -> str:
 def _bench_table(result: dict[str, Any]) -> Table:
     both = result["against"] is not None
     settings = result["settings"]
-    table = Table(
-        title=f"{result['model']}" + (f" against {result['against']}" if both else ""),
-        caption=f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads, "
-        f"{'compiled, ' if settings['compile'] else ''}median of {settings['repeats']}",
+    table = narrow_table(f"{result['model']}" + (f" against {result['against']}" if both else ""))
+    table.caption = (
+        f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads, "
+        f"{'compiled, ' if settings['compile'] else ''}median of {settings['repeats']}"
     )
-    pair = ["dense tokens/s", "compressed tokens/s", "speedup", "bound"] if both else ["tokens/s"]
-    first = ["dense first token", "first token"] if both else ["first token"]
-    for column in ("phase", "batch", "context", *pair, "spread", *first):
+    pair = ["dense\ntokens/s", "tokens/s", "speedup", "bound"] if both else ["tokens/s"]
+    for column in ("phase", "batch", "context", *pair, "spread", "first token,\nms"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in result["rows"]:
         keys = ["dense", "compressed"] if both else ["compressed"]
         speeds = [f"{row[f'{key}_tokens_per_s']:.1f}" for key in keys]
         gains = [_times(row["speedup"]), _times(row["bound"])] if both else []
         waits = [row[f"{key}_first_token_seconds"] for key in keys]
+        first = "/".join(f"{1000 * wait:.0f}" for wait in waits if wait is not None)
         table.add_row(
-            row["phase"], str(row["batch"]), str(row["context"]), *speeds, *gains, f"{row['spread']:.1%}",
-            *("" if wait is None else f"{1000 * wait:.0f} ms" for wait in waits),
-        )  # fmt: skip
+            row["phase"], str(row["batch"]), str(row["context"]), *speeds, *gains, f"{row['spread']:.1%}", first
+        )
     return table
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lrcompress.cli.show import _bench_table
 from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
 from lrcompress.report.summary import block_kinds, kinds_table
@@ -621,3 +622,27 @@ def test_a_table_with_ranks_takes_80_columns_and_loses_nothing(compressed):
     last = 99 + len(report["targets"])
     for part in (f"100-{last}", "4095-4096", "low_rank", "dictionary", "self_attn.q_proj", "removed", "error", "bpw"):
         assert part in text.replace("sparse_", ""), part
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_table_of_speeds_takes_80_columns_and_loses_nothing(both):
+    """Of figures as long as a small model's and a slow one's."""
+    row = {
+        "phase": "prefill", "batch": 8, "context": 32768, "speedup": 12.34, "bound": 13.57, "spread": 1.235678,
+        "dense_tokens_per_s": 123456.7, "compressed_tokens_per_s": 234567.8,
+        "dense_first_token_seconds": 12.345, "compressed_first_token_seconds": 9.876,
+    }  # fmt: skip
+    if not both:
+        row |= {"dense_tokens_per_s": None, "dense_first_token_seconds": None, "speedup": None, "bound": None}
+    settings = {"device": "cpu", "dtype": "torch.bfloat16", "threads": 128, "compile": True, "repeats": 5}
+    result = {"model": "a/model", "against": "b/model" if both else None, "rows": [row], "settings": settings}
+    console = Console(width=80, file=io.StringIO())
+    console.print(_bench_table(result))
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    expected = ["prefill", "32768", "234567.8", "123.6%", "9876"] + (
+        ["123456.7", "12.34x", "13.57x", "12345/9876"] if both else []
+    )
+    for text in expected:
+        assert text in printed
