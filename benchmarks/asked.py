@@ -10,7 +10,8 @@ import torch
 from layers import processor
 from torch import Tensor
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.evaluation.loading import LoadedModel
 from lrcompress.evaluation.tasks import parse_tasks, task_blocks
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.cli.show import quiet_libraries
 from lrcompress.foreign.opening import open_dense
 from lrcompress.linalg.truncation import decompose

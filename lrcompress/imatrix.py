@@ -49,9 +49,7 @@ def calibrate_imatrix(recipe: Recipe, output: Path, *, reporter: Reporter | None
                         found[tensors[site.name]] = Importance(squares[None], rows.float().cpu())
                 walk.drop(block - 1)
         assert opened.calibration is not None
-        write_imatrix(
-            scratch / output.name, found, [s.source for s in recipe.calibration], opened.calibration.ids.shape[1]
-        )
+        write_imatrix(scratch / output.name, found, [s.source for s in recipe.calibration], opened.calibration.length)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(f".{output.name}.partial")
         partial.write_bytes((scratch / output.name).read_bytes())

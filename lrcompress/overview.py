@@ -20,6 +20,7 @@ from lrcompress.formats import spec_bytes
 from lrcompress.formats.coded import Coded
 from lrcompress.methods.ecsq import relative_error_of, weight_of
 from lrcompress.model.device import fast_float32
+from lrcompress.model.samples import Sample
 from lrcompress.pipeline import profile_model
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.recipe import HOW_MUCH, Recipe
@@ -195,19 +196,21 @@ def _read(opened: Opened) -> Iterator[tuple[list[Site], dict[str, Tensor]]]:
     lose fifty times what it does. None of a method without statistics, nor outside of the blocks.
     """
     method, walker, blocks = opened.request.method, opened.walker, len(opened.blocks)
-    counted: list[Tensor] = []
+    counted: list[Sample] = []
     if opened.calibration is not None and method.needs_statistics:
-        counted = list(opened.calibration.ids[:READ])
+        counted = opened.calibration.samples[:READ]
     with torch.no_grad():
         states = [walker.embed(sample) for sample in counted]
-        weights = torch.ones(len(counted[0]) if states else 1)
+        weights = torch.ones(max((len(sample) for sample in counted), default=1))
         weights[0] = 0.0
         for block in range(blocks):
             sites = opened.sites_of(block)
             inputs: dict[str, InputStatistics] = {}
             if states:
                 with walker.block(block) as module, InputCollector(walker.model, sites, weights) as collector:
-                    states = [walker.run(block, module, state) for state in states]
+                    for place, sample in enumerate(counted):
+                        collector.weigh(len(sample))
+                        states[place] = walker.run(block, module, states[place], sample)
                 inputs = collector.summed(walker.device)
             yield sites, {name: part.gram(centred=method.metric == "centred") for name, part in inputs.items()}
     yield opened.sites_of(blocks) + opened.embeddings, {}

@@ -126,10 +126,14 @@ def check_judges(opened: Opened) -> None:
     recipe, calibration = opened.request.recipe, opened.calibration
     if recipe.max_loss is not None:
         reachable(opened)
-    if calibration is None or not len(calibration.held_out):
+    if calibration is None or not calibration.unseen:
         for asked, use in ((recipe.max_loss, "measure a loss on"), (recipe.refine, "judge a refinement by")):
             if asked is not None:
                 raise InputError(f"the calibration text has no held-out window to {use}: use more text")
+    if calibration is not None and any(sample.look is not None for sample in calibration.samples + calibration.unseen):
+        for asked, option in ((recipe.max_loss, "--max-loss"), (recipe.refine, "--refine")):
+            if asked is not None:
+                raise InputError(f"{option} reads text alone, the calibration data has images: leave it out, or them")
 
 
 def refine_checkpoint(

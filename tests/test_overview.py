@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress.bases import parse_base
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.cache import entries
 from lrcompress.cli.show_plan import show_choices
 from lrcompress.errors import InputError

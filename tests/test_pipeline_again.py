@@ -79,7 +79,8 @@ def _first_gram(folder, centred):
     from transformers import AutoTokenizer
 
     from lrcompress.calibration.collect import token_weights
-    from lrcompress.calibration.corpus import calibration_blocks, parse_source
+    from lrcompress.calibration.corpus import parse_source
+    from lrcompress.calibration.drawing import calibration_blocks
 
     ids = calibration_blocks(
         [(parse_source("python-docs"), 4, 64)], AutoTokenizer.from_pretrained(folder), 0, folder

@@ -84,7 +84,7 @@ def layer_inputs(folder, names):
 
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(keep(name))
-    from lrcompress.calibration.corpus import calibration_blocks
+    from lrcompress.calibration.drawing import calibration_blocks
     from lrcompress.checkpoint.folder import load_tokenizer
     from lrcompress.stages.request import split_samples
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.errors import InputError
 from lrcompress.model.blocks import BlockWalker

@@ -83,7 +83,7 @@ def input_grams(adapter: Adapter, inputs: Inputs, reporter: Reporter) -> Iterato
                     yield site.name, statistics[site.group].gram().cpu()
         outside = opened.sites_of(blocks)
         if outside:
-            statistics = collect_outside(opened.walker, walk.ids, walk.calibration(blocks), outside, walk.weights)
+            statistics = collect_outside(opened.walker, walk.samples, walk.calibration(blocks), outside, walk.weights)
             for site in outside:
                 yield site.name, statistics[site.group].gram().cpu()
 

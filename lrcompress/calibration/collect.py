@@ -11,6 +11,7 @@ from lrcompress.calibration.routing import Routes
 from lrcompress.errors import NumericalError
 from lrcompress.finite import all_finite
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.model.samples import Sample, sample_of
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
@@ -28,6 +29,15 @@ def token_weights(length: int, sink_share: float) -> Tensor | None:
     return weights
 
 
+def shortened(weights: Tensor | None, length: int) -> Tensor | None:
+    """The `weights` of a block's tokens for a shorter sample: its first token's share of the whole is the same."""
+    if weights is None or len(weights) == length:
+        return weights
+    found = weights[:length].clone()
+    found[0] = max(1.0, float(weights[0]) * (length - 1) / (len(weights) - 1))
+    return found
+
+
 class InputCollector:
     """Context manager: while open, every call of a site's layer adds its input rows, once per group, or its outputs.
 
@@ -37,9 +47,13 @@ class InputCollector:
     def __init__(self, model: nn.Module, sites: Sequence[Site], weights: Tensor | None) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self.dense: dict[str, Recorded] = {}
-        self._model, self._sites, self._weights = model, sites, weights
+        self._model, self._sites, self._weights, self._whole = model, sites, weights, weights
         self._routes = Routes(model, [site.name for site in sites])
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def weigh(self, length: int) -> None:
+        """From now on samples have so many tokens, which may be fewer than there are weights."""
+        self._weights = shortened(self._whole, length)
 
     def __enter__(self) -> "InputCollector":
         self._routes.listen()
@@ -178,6 +192,7 @@ def walk_block(
     """
     with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(before)):
+            collector.weigh(before.length(sample))
             run_sample(walker, index, module, before, after, sample)
             tick()
     return collector.summed(walker.device)
@@ -193,7 +208,8 @@ def run_sample(
     blame: tuple[str, str] = ("", "the checkpoint is damaged or overflows in this dtype"),
 ) -> None:
     """One sample through block `index`, from file to file; `blame` says what block and why if it is not finite."""
-    hidden = walker.run(index, module, before.read(sample).to(walker.device, walker.dtype))
+    state = before.read(sample).to(walker.device, walker.dtype)
+    hidden = walker.run(index, module, state, before.sample(sample))
     if not all_finite(hidden):
         what, cure = blame
         raise NumericalError(
@@ -217,19 +233,26 @@ def collect_beside_dense(
     for sample in range(len(hidden)):
         if dense is not None:
             with recorder:
-                walker.run(index, module, dense.read(sample).to(walker.device, walker.dtype))
+                walker.run(index, module, dense.read(sample).to(walker.device, walker.dtype), dense.sample(sample))
             collector.dense, recorder.last = recorder.last, {}
+        collector.weigh(hidden.length(sample))
         with collector:
-            walker.run(index, module, hidden.read(sample).to(walker.device, walker.dtype))
+            walker.run(index, module, hidden.read(sample).to(walker.device, walker.dtype), hidden.sample(sample))
     return collector.summed(walker.device)
 
 
 @torch.no_grad()
 def collect_outside(
-    walker: BlockWalker, ids: Tensor, last: HiddenStates, sites: Sequence[Site], weights: Tensor | None
+    walker: BlockWalker,
+    ids: Tensor | Sequence[Sample],
+    last: HiddenStates,
+    sites: Sequence[Site],
+    weights: Tensor | None,
 ) -> dict[str, InputStatistics]:
     """Input statistics of sites outside the blocks (the output head): the model's end run on the last hidden states."""
     with InputCollector(walker.model, sites, weights) as collector:
         for sample in range(len(last)):
-            walker.logits(ids[sample], last.read(sample).to(walker.device, walker.dtype))
+            tokens = sample_of(ids[sample]).words
+            collector.weigh(len(tokens))
+            walker.logits(tokens, last.read(sample).to(walker.device, walker.dtype))
     return collector.summed(walker.device)

@@ -1,8 +1,7 @@
 """Calibration and evaluation text: where it comes from and how it becomes blocks of tokens."""
 
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ from torch import Tensor
 
 from lrcompress.calibration.chats import SYSTEM, TEXT, TOOLS, chat_of, rendered
 from lrcompress.calibration.files import PARQUET, holds_records, kind_of, read_records, read_text
-from lrcompress.calibration.own_text import sample_from_model
+from lrcompress.calibration.pictures import IMAGES, first_with_images
 from lrcompress.errors import InputError
 from lrcompress.model.skeleton import library_errors
-
-MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
-"""Held-out windows a source that the result is judged by: one for so many calibration samples."""
 
 HELD_OUT = 10
 """One part in this many of a source is held out: its end, never calibrated on."""
@@ -42,18 +38,6 @@ class Source:
     def path(self) -> Path | None:
         """The file, None for a built-in source."""
         return None if self.name in BUILT_IN else Path(self.name)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """ids: (samples, seqlen) int64 to gather statistics on; held_out: (windows, seqlen), one or two a source."""
-
-    ids: Tensor
-    held_out: Tensor
-
-    def digest(self) -> str:
-        """sha256 of the calibration tokens."""
-        return hashlib.sha256(self.ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
 def parse_source(spec: str) -> Source:
@@ -84,10 +68,13 @@ def split_source(spec: str) -> Source:
     return Source(name, field, weight)
 
 
-def documents(source: Source, split: str = "train", tokenizer: Any = None) -> list[str]:
+def documents(
+    source: Source, split: str = "train", tokenizer: Any = None, records: Sequence[Any] | None = None
+) -> list[str]:
     """The texts of a source; a plain file is one document, taken as it is. `split` is that of a hub data set.
 
-    Records that are chats become what the chat template of `tokenizer` makes of them.
+    Records that are chats become what the chat template of `tokenizer` makes of them. `records` are those of a source's
+    file, where they have been read already.
     """
     if source.name == "python-docs":
         from pydoc_data.topics import topics
@@ -101,12 +88,24 @@ def documents(source: Source, split: str = "train", tokenizer: Any = None) -> li
         raise InputError(f"source {source.name!r} is sampled from a model and has no documents")
     if not holds_records(source.path):
         return [read_text(source.path)]
-    return _record_texts(source.path, source.field, tokenizer)
+    records = records_of(source) if records is None else records
+    if (first := first_with_images(records)) is not None:
+        raise InputError(
+            f"record {first} of {source.path} has an image, and only text is read here: write the text to a file of "
+            "its own"
+        )
+    return _record_texts(source.path, source.field, records, tokenizer)
 
 
-def _record_texts(path: Path, field: str, tokenizer: Any) -> list[str]:
+def records_of(source: Source) -> list[Any]:
+    """What a source's file of records holds; nothing of another source."""
+    if source.path is None or not holds_records(source.path):
+        return []
+    return read_records(source.path, (source.field, SYSTEM, TOOLS, *IMAGES))
+
+
+def _record_texts(path: Path, field: str, records: Sequence[Any], tokenizer: Any) -> list[str]:
     """The text of every record; rows of a .parquet that have none are left out."""
-    records = read_records(path, (field, SYSTEM, TOOLS))
     opening: str | None = None
     texts = []
     for number, record in enumerate(records, 1):
@@ -203,67 +202,6 @@ def held_out_documents(texts: Sequence[str], tokenizer: Any) -> list[str]:
         kept.append(text[max(0, end) :])
         end -= len(text) + len(JOIN)
     return [text for text in kept if text]
-
-
-def calibration_blocks(
-    sources: Iterable[tuple[Source, int, int]],
-    tokenizer: Any,
-    seed: int,
-    folder: Path,
-    held_out_windows: int | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> Calibration:
-    """Blocks of every (source, samples, seqlen), drawn without replacement by `seed`.
-
-    All sources must have one seqlen. `folder` is the dense model's, for the source `self`. A source that is too short
-    is an InputError that says how many tokens there are.
-    """
-    chosen, held_out = [], []
-    prefix = bos_prefix(tokenizer)
-    for source, samples, seqlen in sources:
-        windows = held_out_windows or min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
-        if source.name == "self":
-            count = samples + windows
-            blocks = sample_from_model(folder, tokenizer, count, seqlen, seed, trust_remote_code=trust_remote_code)
-            chosen.append(blocks[:samples])
-            held_out.append(blocks[samples:])
-            continue
-        calibrate, held = split_held_out(tokenise(documents(source, tokenizer=tokenizer), tokenizer))
-        blocks = cut_blocks(calibrate, seqlen, prefix)
-        if len(blocks) < samples:
-            raise InputError(
-                f"calibration text {source.name} is too short: {len(calibrate)} tokens after holding out a tenth, "
-                f"{samples} x {seqlen} asked: use fewer --samples, a shorter --seqlen or more text"
-            )
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:samples]
-        chosen.append(blocks[order.sort().values])
-        held_out.append(cut_blocks(held, seqlen, prefix)[:windows])
-    return Calibration(torch.cat(chosen), torch.cat(held_out))
-
-
-def held_out_blocks(
-    sources: Iterable[tuple[Source, int, int]],
-    tokenizer: Any,
-    seed: int,
-    folder: Path,
-    most: int,
-    *,
-    trust_remote_code: bool = False,
-) -> Tensor:
-    """(windows, seqlen): at most the first `most` held-out windows of every source; of `self`, text of its own."""
-    found, prefix = [], bos_prefix(tokenizer)
-    for source, _, seqlen in sources:
-        if source.name == "self":
-            made = sample_from_model(folder, tokenizer, most, seqlen, seed + 1, trust_remote_code=trust_remote_code)
-            found.append(made)
-        else:
-            found.append(
-                cut_blocks(
-                    split_held_out(tokenise(documents(source, tokenizer=tokenizer), tokenizer))[1], seqlen, prefix
-                )[:most]
-            )
-    return torch.cat(found)
 
 
 def shares(weights: Sequence[float], samples: int) -> list[int]:

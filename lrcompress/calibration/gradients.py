@@ -12,6 +12,7 @@ from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
 from lrcompress.grams import add_gram, symmetric
 from lrcompress.model.blocks import BlockWalker
+from lrcompress.model.samples import UNSCORED, Sample, sample_of
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
@@ -91,7 +92,7 @@ class GradientCollector:
 
 def loss_gradients(
     walker: BlockWalker,
-    ids: Tensor,
+    ids: Tensor | Sequence[Sample],
     last: HiddenStates,
     out: HiddenStates,
     sites: Sequence[Site],
@@ -104,6 +105,7 @@ def loss_gradients(
 
     With a `sample_seed` the labels are drawn from the model's own predictions, so that the gradients' second moment
     is the Fisher information and not its empirical stand-in (arXiv 1905.12558); otherwise they are the text's tokens.
+    What keeps an image's place is no label.
     `numbers` are those of the samples among all processes' (0, 1, ... where None), which the draws depend on.
     Returns the gradients' moments at `sites`, those outside the blocks; `gram` as for GradientCollector.
     """
@@ -111,15 +113,16 @@ def loss_gradients(
     with GradientCollector(walker.model, sites, gram=gram, whole=False) as collector:
         for sample in range(len(last)):
             hidden = last.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
-            tokens = ids[sample].to(walker.device)
+            text = sample_of(ids[sample])
+            tokens, targets = text.words.to(walker.device), text.labels.to(walker.device)
             generator.manual_seed((sample_seed or 0) + (sample if numbers is None else numbers[sample]))
             for start in range(0, len(tokens) - 1, CHUNK):
                 stop = min(start + CHUNK, len(tokens) - 1)
                 with torch.enable_grad():
                     logits = walker.logits(tokens[start:stop], hidden[:, start:stop])[0].float()
-                    labels = tokens[start + 1 : stop + 1]
+                    labels = targets[start + 1 : stop + 1]
                     if sample_seed is not None:
-                        labels = drawn(logits.detach(), generator)
+                        labels = drawn(logits.detach(), generator).where(labels != UNSCORED, labels)
                     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                     loss.backward()
             assert hidden.grad is not None
@@ -128,7 +131,7 @@ def loss_gradients(
 
 
 def lookup_gradients(
-    walker: BlockWalker, ids: Tensor, entering: HiddenStates, embeddings: nn.Embedding
+    walker: BlockWalker, ids: Tensor | Sequence[Sample], entering: HiddenStates, embeddings: nn.Embedding
 ) -> tuple[Tensor, Tensor]:
     """(width, width) float64 second moment, per token, of the loss's gradients at what module `embeddings` puts out.
 
@@ -148,16 +151,17 @@ def lookup_gradients(
     try:
         for sample in range(len(entering)):
             reached.clear()
+            text = sample_of(ids[sample])
             with torch.enable_grad():
-                hidden = walker.embed(ids[sample])
+                hidden = walker.embed(text, whole=True)
                 hidden.backward(entering.read(sample).to(walker.device, hidden.dtype))
             rows = torch.cat([part.grad.flatten(0, -2).float() for part in reached if part.grad is not None])
             if total is None:
                 total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
             add_gram(total, rows)
-            seen = ids[sample].to(rows.device).repeat(len(rows) // len(ids[sample]))
-            energies.index_add_(0, seen, rows.double().square().sum(1))
-            count += ids[sample].numel()
+            looked_up = text.words.to(rows.device).repeat(len(rows) // len(text))
+            energies.index_add_(0, looked_up, rows.double().square().sum(1))
+            count += len(text.written)
     finally:
         handle.remove()
     assert total is not None
@@ -193,9 +197,10 @@ def backward_block(
     gradients = GradientCollector(walker.model, sites, gram=gram)
     with inputs, gradients:
         for sample in range(len(gradient_after)):
+            inputs.weigh(before.length(sample))
             hidden = before.read(sample).to(walker.device, walker.dtype).requires_grad_(True)
             with torch.enable_grad():
-                output = walker.run(index, module, hidden)
+                output = walker.run(index, module, hidden, before.sample(sample))
                 output.backward(gradient_after.read(sample).to(walker.device, output.dtype))
             assert hidden.grad is not None
             if not all_finite(hidden.grad):

@@ -29,3 +29,23 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     with library_errors(f"no tokenizer can be loaded from {folder}", "copy its tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """What makes inputs of text and images, by the folder's files; InputError where these or a package are missing."""
+    from transformers import AutoProcessor
+    from transformers.utils import is_vision_available
+
+    if not is_vision_available():
+        raise InputError("reading images needs the package pillow: pip install pillow")
+    what = f"no processor of images can be loaded from {folder}"
+    cure = "copy its processor files there (processor_config.json or preprocessor_config.json, and its chat template)"
+    with library_errors(what, cure):
+        try:
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except ImportError as error:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            raise InputError(f"{what} ({reason}): install that package") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{what}: {cure}")
+    return processor

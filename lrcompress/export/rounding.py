@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrcompress.calibration.corpus import calibration_blocks, parse_source
+from lrcompress.calibration.corpus import parse_source
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.evaluation.loading import LoadedModel
 from lrcompress.evaluation.tokens import token_perplexity
 from lrcompress.formats import StoredLinear

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.folder import load_tokenizer, read_config_file
+from lrcompress.checkpoint.folder import load_processor, load_tokenizer, read_config_file
 from lrcompress.checkpoint.fp8 import readable
 from lrcompress.errors import InputError
 from lrcompress.foreign.gguf import converted_gguf
@@ -28,6 +28,10 @@ class OpenedModel:
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
         """The tokenizer; InputError where the folder has none."""
         return load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
+
+    def processor(self, *, trust_remote_code: bool = False) -> Any:
+        """What makes a model's inputs of text and images; InputError where the folder has none that is whole."""
+        return load_processor(self.folder, trust_remote_code=trust_remote_code)
 
 
 def demo_file() -> Path:

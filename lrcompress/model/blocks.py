@@ -19,6 +19,8 @@ from lrcompress.model.calls import (
 )
 from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
+from lrcompress.model.looking import Looks
+from lrcompress.model.samples import Sample, sample_of
 from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored, tied_names
 from lrcompress.protocols import TensorSource
 
@@ -53,6 +55,7 @@ class BlockWalker:
     How a block is called is learnt by running the model on real tokens (probing.py), so no architecture is named. Where
     blocks read more than the hidden states of the one before, a sample's state holds everything that it carries
     (`carried.Layout`), and the model itself calls a block, the others left out; otherwise it is the hidden states.
+    A sample with images is called as the whole model calls its language model for it (`looks`).
     `untied` names parameters that the config ties to others while the files hold another matrix for each.
     """
 
@@ -67,6 +70,7 @@ class BlockWalker:
         """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
         self.width = 0
         self.text = language_model(model, self.blocks)
+        self.looks = Looks(model.get_submodule(self.blocks[0].rsplit(".", 2)[0]), device)
         self._last = 0
         prefixes = tuple(block + "." for block in self.blocks)
         self._outside = {k: v for k, v in self.names.items() if not k.startswith(prefixes)}
@@ -152,10 +156,13 @@ class BlockWalker:
         """Model name to stored name of block `index`'s tensors, those of an earlier block that it shares among them."""
         return {k: v for k, v in self._known.items() if k.startswith(self.blocks[index] + ".")}
 
-    def run(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """A sample's state (1, length, width) after block `index`, called as the model calls it."""
-        if self.layouts:
-            return self._run_within(index, module, hidden)
+    def run(self, index: int, module: nn.Module, hidden: Tensor, sample: Sample | None = None) -> Tensor:
+        """A sample's state (1, length, width) after block `index`, called as the model calls it.
+
+        The `sample` need not be given where it is text alone.
+        """
+        if self.layouts or (sample is not None and sample.look is not None):
+            return self._run_within(index, module, hidden, sample)
         call = self.calls[index]
         if call.hidden_key is None:
             output = module(hidden, *call.args, **call.kwargs)
@@ -164,9 +171,9 @@ class BlockWalker:
         result: Tensor = output[0] if tuple_length(output) else output
         return result
 
-    def _run_within(self, index: int, module: nn.Module, state: Tensor) -> Tensor:
+    def _run_within(self, index: int, module: nn.Module, state: Tensor, sample: Sample | None) -> Tensor:
         """As `run`, by running the whole model with the blocks before left out and those behind not reached."""
-        ids, handed = self.layouts[index].unpack(state)
+        ids, handed = self.layouts[index].unpack(state) if self.layouts else (state, Handed(state))
         forward = module.forward
 
         def step(block: int) -> Callable[..., Any]:
@@ -184,8 +191,10 @@ class BlockWalker:
 
         try:
             with self.blocks_replaced(step):
-                self.forward(ids)
+                self.call(Sample(ids) if sample is None or sample.look is None else sample)
         except _Ran as ran:
+            if not self.layouts:
+                return ran.handed.hidden
             return self.layouts[index + 1].pack(ids, ran.handed, self.width, self.dtype)
         raise InputError(f"the model never called {self.blocks[index]}: {UNWALKABLE}")
 
@@ -193,9 +202,12 @@ class BlockWalker:
         """The hidden states in a sample's state that left the last block or any that gives as many."""
         return self.layouts[-1].hidden(state) if self.layouts else state
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """The state (1, length, width) of the sample ids (length,) that enters the first block."""
-        found: list[Handed] = []
+    def embed(self, text: Tensor | Sample, *, whole: bool = False) -> Tensor:
+        """The state (1, length, width) of a sample, or of tokens (length,), that enters the first block.
+
+        `whole`: from the tokens on, for gradients, though it be known what images are to the language model.
+        """
+        sample, found = sample_of(text), list[Handed]()
 
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(handed_by(hidden_of(args, kwargs)[0], containers(args, kwargs), {}))
@@ -204,10 +216,10 @@ class BlockWalker:
         first = self.model.get_submodule(self.blocks[0])
         handle = first.register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            self.forward(ids)
+            self._look(sample) if whole and sample.look is not None else self.call(sample)
         except HiddenCaptured as captured:
             if self.layouts:
-                return self.layouts[0].pack(ids.to(self.device), found[0], self.width, self.dtype)
+                return self.layouts[0].pack(sample.words.to(self.device), found[0], self.width, self.dtype)
             return captured.hidden
         finally:
             handle.remove()
@@ -239,6 +251,23 @@ class BlockWalker:
     def forward(self, ids: Tensor) -> Any:
         self._load_resident()
         return self.text(input_ids=ids.to(self.device)[None], use_cache=False)
+
+    def call(self, sample: Sample) -> Any:
+        """The language model on a sample."""
+        if sample.look is None:
+            return self.forward(sample.ids)
+        self._load_resident()
+        return self.looks.call(sample, lambda: self._look(sample))
+
+    def _look(self, sample: Sample) -> Any:
+        """The whole model on a sample with images."""
+        assert sample.look is not None
+        self._load_resident()
+        reads = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in sample.look().items()
+        }
+        return self.model(**reads, use_cache=False)
 
 
 def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource) -> None:

@@ -1,5 +1,6 @@
 """What a model can read: the tokens of its vocabulary, the positions of its context."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,15 @@ def guard_tokens(model: nn.Module, label: str) -> None:
                 check_tokens(given, known, label)
 
     model.get_input_embeddings().register_forward_pre_hook(check, with_kwargs=True)  # type: ignore[operator]
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether the model takes images beside text."""
+    asked: Any = getattr(model, "input_modalities", ())
+    arguments = inspect.signature(model.forward).parameters
+    return "image" in ([asked] if isinstance(asked, str) else asked) or any(
+        "pixel_values" in name for name in arguments
+    )
 
 
 def longest_context(config: Any) -> int | None:

@@ -13,6 +13,8 @@ from lrcompress.model.calls import Call, Probed, call_of, handed_by, hidden_of, 
 from lrcompress.model.carried import Layout, containers
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.limits import known_tokens
+from lrcompress.model.samples import Sample
+from lrcompress.model.skeleton import find_blocks
 
 PROBED = 16
 """Tokens that a model is run on to see what its blocks and layers read."""
@@ -43,6 +45,31 @@ def probe(walker: BlockWalker, ids: Tensor, sites: Sequence[str]) -> dict[str, s
             _carry(walker, ids, first, len(short))
     groups = first.groups
     return groups | _unrouted([site for site in sites if site not in groups], linear_experts(walker.model))
+
+
+def check_look(walker: BlockWalker, sample: Sample) -> None:
+    """InputError where a sample with images reaches blocks that no text does: these are not walked."""
+    silent = [name for name in find_blocks(walker.model) if name not in walker.blocks]
+
+    def refuse(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            raise InputError(
+                f"{name} runs only where there are images, and would have to be calibrated too: calibrate on text alone"
+            )
+
+        return hook
+
+    def skip(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: passed_on(hidden_of(args, kwargs)[0], walker.calls[index].tuple_length)
+
+    handles = [walker.model.get_submodule(name).register_forward_pre_hook(refuse(name)) for name in silent]
+    try:
+        if silent:
+            with torch.no_grad(), walker.blocks_replaced(skip):
+                walker.call(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:

@@ -71,7 +71,7 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     if opened.embeddings and not artefacts.done(embeddings):
         with reporter.timed("calibrate"):
             heads = kept_heads(walk.folder, heads_of(opened.embeddings), opened.walker.device)
-            statistics = embedding_statistics(opened, heads, walk.ids, walk.gradients(walk.gradient_path(0)))
+            statistics = embedding_statistics(opened, heads, walk.samples, walk.gradients(walk.gradient_path(0)))
         kept.save(embeddings, statistics)
         artefacts.save(embeddings, decompose_block(opened, embeddings, statistics, reporter))
     return artefacts
@@ -118,16 +118,16 @@ def _loss(opened: Opened, walk: HiddenWalk, kept: KeptStatistics, artefacts: Art
     """The gradient that enters the last block from behind, and the sites outside of the blocks."""
     blocks, outside = len(opened.blocks), opened.sites_of(len(opened.blocks))
     heads = heads_of(opened.embeddings)
-    ids, last = walk.ids, walk.calibration(blocks)
+    samples, last = walk.samples, walk.calibration(blocks)
     inputs: dict[str, InputStatistics] = {}
     if outside or heads:
-        inputs = collect_outside(opened.walker, ids, last, [*outside, *heads], walk.weights)
+        inputs = collect_outside(opened.walker, samples, last, [*outside, *heads], walk.weights)
     temporary = walk.gradient_path(blocks).with_suffix(".tmp")
     with disk_errors(temporary.parent):
         gram = opened.request.method.needs_gradient_gram
         seed = opened.request.recipe.seed if opened.request.method.options.labels == "sampled" else None
         gradients = loss_gradients(
-            opened.walker, ids, last, walk.gradients(temporary), [*outside, *heads],
+            opened.walker, samples, last, walk.gradients(temporary), [*outside, *heads],
             gram=gram, sample_seed=seed, numbers=walk.numbers,
         )  # fmt: skip
         keep_heads(walk.folder, with_gradients(inputs, gradients, heads), heads)

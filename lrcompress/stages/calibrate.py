@@ -2,14 +2,16 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from lrcompress.calibration.corpus import MOST_HELD_OUT, calibration_blocks
+from lrcompress.calibration.drawing import MOST_HELD_OUT, calibration_blocks
+from lrcompress.calibration.pictures import TEXT_ONLY, Looker
 from lrcompress.errors import InputError
 from lrcompress.model.experts import experts_of
-from lrcompress.model.limits import check_tokens, length_warning
-from lrcompress.model.probing import probe
+from lrcompress.model.limits import check_tokens, length_warning, reads_images
+from lrcompress.model.probing import check_look, probe
 from lrcompress.model.skeleton import library_errors
 from lrcompress.model.targets import group_sites
 from lrcompress.protocols import Site
@@ -28,17 +30,42 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
     windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
     opened.calibration = calibration_blocks(
-        sources, tokenizer, recipe.seed, opened.model.folder, windows, trust_remote_code=recipe.trust_remote_code
+        sources,
+        tokenizer,
+        recipe.seed,
+        opened.model.folder,
+        windows,
+        trust_remote_code=recipe.trust_remote_code,
+        looker=lambda which: _looker(opened, which),
     )
-    ids = torch.cat([opened.calibration.ids, opened.calibration.held_out])
-    if not len(ids):
+    samples = [*opened.calibration.samples, *opened.calibration.unseen]
+    if not samples:
         raise InputError("the calibration text has no held-out window to judge the result by: use more text")
-    check_tokens(ids, opened.vocabulary, recipe.model)
-    if warning := length_warning(opened.skeleton, ids.shape[1]):
+    for note in opened.calibration.notes:
+        reporter.say(note)
+    check_tokens(torch.cat([sample.words for sample in samples]), opened.vocabulary, recipe.model)
+    if warning := length_warning(opened.skeleton, max(map(len, samples))):
         reporter.warn(f"--seqlen: {warning}")
+    text = next((sample for sample in samples if sample.look is None), samples[0])  # whose calls serve for all of text
+    looked = next((sample for sample in samples if sample.look is not None), None)
     with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
-        groups = probe(opened.walker, ids[0], [site.name for site in opened.sites if not site.lookup])
+        groups = probe(opened.walker, text.words, [site.name for site in opened.sites if not site.lookup])
+        if looked is not None:
+            check_look(opened.walker, looked)
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
+
+
+def _looker(opened: Opened, which: str) -> Looker:
+    """What reads records with images, of which `which` is one; InputError where the model or its folder cannot."""
+    recipe = opened.request.recipe
+    if not reads_images(opened.skeleton):
+        raise InputError(f"{which} has an image, and {recipe.model} reads text alone: {TEXT_ONLY}")
+    processor = opened.model.processor(trust_remote_code=recipe.trust_remote_code)
+    config: Any = opened.skeleton.config
+    named = [getattr(config, key, None) for key in ("image_token_id", "image_token_index")]
+    if not any(isinstance(token, int) for token in named):
+        named = [getattr(processor, "image_token_id", None), *(getattr(processor, "image_token_ids", None) or ())]
+    return Looker(processor, {token for token in named if isinstance(token, int)})
 
 
 def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:

@@ -141,6 +141,6 @@ def decomposition_cost(site: Site) -> float:
 def _tokens(opened: Opened) -> float:
     """How many tokens the statistics of a block count."""
     assert opened.calibration is not None
-    samples, length = opened.calibration.ids.shape
-    weights = token_weights(length, opened.request.method.options.sink_share)
-    return samples * (length if weights is None else float(weights.sum()))
+    share = opened.request.method.options.sink_share
+    weights = [(len(sample), token_weights(len(sample), share)) for sample in opened.calibration.samples]
+    return sum(float(length if weight is None else weight.sum()) for length, weight in weights)

@@ -69,7 +69,8 @@ def _calibration(opened: Opened) -> dict[str, Any] | None:
     sources = [spec.source for spec in opened.request.recipe.calibration]
     return {
         "sources": sources,
-        "tokens": opened.calibration.ids.numel(),
+        "tokens": opened.calibration.tokens,
+        **({"images": opened.calibration.images} if opened.calibration.images else {}),
         "sha256": opened.calibration.digest(),
         "general": not any(source.name in NARROW_SOURCES for source, _, _ in opened.request.sources),
     }

@@ -13,6 +13,7 @@ from lrcompress.budget import bits_per_weight
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.formats import DENSE, restored
+from lrcompress.model.samples import UNSCORED
 from lrcompress.model.surgery import put
 from lrcompress.protocols import Spec
 from lrcompress.report.progress import Reporter
@@ -40,7 +41,7 @@ class HeldOutCheck:
     def __init__(self, opened: Opened, scratch: Path) -> None:
         assert opened.calibration is not None
         self._opened = opened
-        self._ids = opened.calibration.held_out
+        self._samples = opened.calibration.unseen
         self._before = "less compressed" if isinstance(opened.reader, Multiplied) else "dense"
         self._dense = HiddenWalk(opened, scratch / "hidden").held_out(len(opened.blocks))
         self._outside: dict[str, tuple[Spec, dict[str, Tensor]]] = {}
@@ -56,21 +57,22 @@ class HeldOutCheck:
         if block == len(opened.blocks):
             self._outside = stored
             with installed(opened, stored):
-                self._hidden = [walker.embed(ids) for ids in self._ids]
+                self._hidden = [walker.embed(sample) for sample in self._samples]
             return
         with walker.block(block) as module, installed(opened, stored):
-            self._hidden = [walker.run(block, module, hidden) for hidden in self._hidden]
+            pairs = zip(self._hidden, self._samples, strict=True)
+            self._hidden = [walker.run(block, module, hidden, sample) for hidden, sample in pairs]
 
     @torch.no_grad()
     def judge(self, plan: Plan, reporter: Reporter) -> dict[str, Any] | None:
         """The `held_out` of report.json, None without windows; a warning where the compressed model is much worse."""
-        if not len(self._ids):
+        if not self._samples:
             return None
         dense = self._perplexity(self._dense)
         with installed(self._opened, self._outside):
             compressed = self._perplexity(self._hidden)
         reporter.say(
-            f"held-out calibration text ({len(self._ids)} windows): "
+            f"held-out calibration text ({len(self._samples)} windows): "
             f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
         )
         if not compressed <= LOUD_LOSS * dense:
@@ -78,7 +80,7 @@ class HeldOutCheck:
                 f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times that of "
                 f"the {self._before} model: {self._ways_out(plan)}"
             )
-        return {"windows": len(self._ids), "perplexity": compressed, "before": dense}
+        return {"windows": len(self._samples), "perplexity": compressed, "before": dense}
 
     def _ways_out(self, plan: Plan) -> str:
         """What would help, by what was asked for and what is known."""
@@ -86,8 +88,8 @@ class HeldOutCheck:
         method, ways = opened.request.method, []
         stored, weights = sum(plan.bytes.values()), sum(site.shape[0] * site.shape[1] for site in opened.sites)
         widest = max(site.shape[1] for site in opened.sites)
-        if calibration is not None and method.needs_statistics and calibration.ids.numel() < FEW_TOKENS * widest:
-            tokens = calibration.ids.numel()
+        if calibration is not None and method.needs_statistics and calibration.tokens < FEW_TOKENS * widest:
+            tokens = calibration.tokens
             ways.append(f"calibrate on more text ({tokens} tokens are few for inputs of {widest} numbers: --samples)")
         if not method.needs_statistics and method.base is None:
             ways.append("use a method or a metric that reads text")
@@ -99,12 +101,12 @@ class HeldOutCheck:
     def _perplexity(self, states: list[Tensor]) -> float:
         walker = self._opened.walker
         total = count = 0.0
-        for ids, hidden in zip(self._ids, states, strict=True):
-            inputs, following = ids[:-1].split(CHUNK), ids[1:].split(CHUNK)
+        for sample, hidden in zip(self._samples, states, strict=True):
+            inputs, following = sample.words[:-1].split(CHUNK), sample.labels[1:].split(CHUNK)
             for read, part, wanted in zip(inputs, hidden[:, :-1].split(CHUNK, dim=1), following, strict=True):
                 logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
                 total += float(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
-            count += len(ids) - 1
+            count += int((sample.labels[1:] != UNSCORED).sum())
         return math.exp(min(total / count, 700.0))
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lrcompress.calibration.drawing import images_drawn
 from lrcompress.errors import InputError
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.foreign.opening import check_model
@@ -28,10 +29,15 @@ def identity(opened: Opened) -> dict[str, Any]:
 def made_from(request: Request) -> dict[str, Any]:
     """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
     base = request.method.existing_base
+    drawn = (
+        (source.name, images_drawn(source, samples, request.recipe.seed)) for source, samples, _ in request.sources
+    )
+    images = {name: digest for name, digest in drawn if digest}
     return {
         "model files": model_identity(request.recipe.model),
         "base files": None if base is None else files_identity(base.folder),
         "calibration files": texts_identity(source for source, _, _ in request.sources),
+        **({"calibration images": images} if images else {}),
     }
 
 

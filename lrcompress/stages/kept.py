@@ -117,7 +117,7 @@ def statistics_key(opened: Opened) -> dict[str, Any]:
     return {
         "model": content_digest(opened.model.folder),
         "text": opened.calibration.digest(),
-        "tokens": list(opened.calibration.ids.shape),
+        "tokens": [len(opened.calibration.samples), opened.calibration.length],
         "sites": [(site.name, site.group, site.by_outputs, site.of_tokens) for site in opened.sites],
         "sink_share": method.options.sink_share,
         "gradients": gradients,

@@ -34,6 +34,9 @@ ROUNDING_ROWS = 2.0
 CODING_ROUNDS = 40.0
 """Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
 
+LOOKED_AT = 4
+"""Vectors that a token of a sample with images comes with, at most: one, and those added within a few blocks."""
+
 ROUNDING_UP = 10**7
 
 
@@ -140,7 +143,7 @@ def disk_need(opened: Opened, size: int = 1) -> int:
     files = len(opened.blocks) + 4 if method.needs_gradients else 4
     hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
     encoded = opened.dense_checkpoint_bytes if size > 1 else 0  # weights, for the other processes
-    return factors + output + hidden + encoded + _cuts(opened) + ROUNDING_UP
+    return factors + output + hidden + encoded + _cuts(opened) + _looks(opened) + ROUNDING_UP
 
 
 def _kept_numbers(opened: Opened, site: Site) -> int:
@@ -158,6 +161,14 @@ def _cuts(opened: Opened) -> int:
     inside = sum(site.block < len(opened.blocks) for site in opened.sites)
     width = _embeddings(opened).shape[1]
     return SAMPLES * (1 + inside) * _length(opened) * width * opened.walker.dtype.itemsize
+
+
+def _looks(opened: Opened) -> int:
+    """Bytes of what images are to the language model: every token's embedding, features for a few blocks, masks."""
+    found = [] if opened.calibration is None else [*opened.calibration.samples, *opened.calibration.unseen]
+    lengths = [len(sample) for sample in found if sample.look is not None]
+    width, size = _embeddings(opened).shape[1], opened.walker.dtype.itemsize
+    return sum(length * (LOOKED_AT * width + 2 * length) * size for length in lengths)
 
 
 def _embeddings(opened: Opened) -> Tensor:

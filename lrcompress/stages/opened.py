@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lrcompress.calibration.corpus import Calibration
+from lrcompress.calibration.drawing import Calibration
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.foreign.opening import OpenedModel
 from lrcompress.model.blocks import BlockWalker

@@ -11,6 +11,7 @@ from lrcompress.calibration.collect import collect_outside, token_weights, walk_
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
+from lrcompress.model.samples import Sample
 from lrcompress.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
@@ -133,8 +134,8 @@ def _profile_outside(
         found = {block: known.load(block) for block, own in sites.items() if own}
     elif opened.request.method.needs_statistics:
         last, gathered = walk.calibration(blocks), [*sites[blocks], *heads]
-        inputs = collect_outside(opened.walker, walk.ids, last, gathered, walk.weights) if gathered else {}
-        found = {blocks: inputs, blocks + 1: embedding_statistics(opened, inputs, walk.ids, None)}
+        inputs = collect_outside(opened.walker, walk.samples, last, gathered, walk.weights) if gathered else {}
+        found = {blocks: inputs, blocks + 1: embedding_statistics(opened, inputs, walk.samples, None)}
     else:
         found = {block: {} for block in sites}
     for block, own in sites.items():
@@ -146,7 +147,7 @@ def _profile_outside(
 class HiddenWalk:
     """The hidden states of calibration and held-out samples, a file of each a block, whose names begin with `stem`.
 
-    Of several processes each has its own calibration samples `ids`, the first one the held-out ones too. Without
+    Of several processes each has its own calibration `samples`, the first one the held-out ones too. Without
     `calibrate` only held-out samples are walked, without `hold_out` only calibration samples: a file that is there
     holds all samples of its kind.
     """
@@ -160,20 +161,21 @@ class HiddenWalk:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._opened, self.folder, self._stem = opened, folder, stem
-        self.numbers = team.samples(len(every.ids))
-        self.ids = every.ids[list(self.numbers)]
-        self.calibrated = len(self.ids)
-        self._held_out = every.held_out if team.first else every.held_out[:0]
-        wanted = [(self.ids, self.calibration, calibrate), (self._held_out, self._held, hold_out)]
-        self._walked = [(ids, states) for ids, states, walked in wanted if walked and len(ids)]
-        one = torch.cat([every.ids, every.held_out])[0]
-        self.weights = token_weights(len(one), opened.request.method.options.sink_share)
+        opened.walker.looks.folder = folder
+        self.numbers = team.samples(len(every.samples))
+        self.samples = [every.samples[number] for number in self.numbers]
+        self.calibrated = len(self.samples)
+        self._held_out = every.unseen if team.first else []
+        wanted = [(self.samples, self.calibration, calibrate), (self._held_out, self._held, hold_out)]
+        self._walked = [(samples, states) for samples, states, walked in wanted if walked and samples]
+        self.weights = token_weights(every.length, opened.request.method.options.sink_share)
         with torch.no_grad():
-            self._sample = (len(one), opened.walker.embed(one).shape[-1])
+            one = [*every.samples, *every.unseen][0]
+            self._sample = (every.length, opened.walker.embed(one).shape[-1])
 
     def __len__(self) -> int:
         """Samples that are walked."""
-        return sum(len(ids) for ids, _ in self._walked)
+        return sum(len(samples) for samples, _ in self._walked)
 
     def there(self, block: int) -> bool:
         """Whether all of this process's samples that are walked have come to `block`."""
@@ -184,15 +186,15 @@ class HiddenWalk:
         if processes().least(finished if self.there(finished) else 0):
             return finished
         with torch.no_grad(), disk_errors(self.folder):
-            for ids, states in self._walked:
+            for samples, states in self._walked:
                 with states(0).replaced() as new:
-                    for i, sample in enumerate(ids):
+                    for i, sample in enumerate(samples):
                         new.write(i, self._opened.walker.embed(sample))
         return 0
 
     def calibration(self, block: int) -> HiddenStates:
         """The calibration samples' hidden states that enter `block`."""
-        return self._file(self.folder / f"{self._stem}-{block:05d}.bin", self.calibrated)
+        return self._file(self.folder / f"{self._stem}-{block:05d}.bin", self.samples)
 
     def held_out(self, block: int) -> list[Tensor]:
         """The held-out samples' hidden states that enter `block`."""
@@ -208,8 +210,8 @@ class HiddenWalk:
         """Run `block`, loaded as `module`, on every sample that is walked; statistics of the calibration samples."""
         statistics: dict[str, InputStatistics] = {}
         with disk_errors(self.folder):
-            for ids, states in self._walked:
-                counted = sites if ids is self.ids else []
+            for samples, states in self._walked:
+                counted = sites if samples is self.samples else []
                 with states(block + 1).replaced() as new:
                     statistics |= walk_block(
                         self._opened.walker, block, module, states(block), new, counted, tick, self.weights
@@ -222,7 +224,7 @@ class HiddenWalk:
 
     def gradients(self, path: Path) -> HiddenStates:
         """Gradients of the calibration samples in file `path`."""
-        return self._file(path, self.calibrated)
+        return self._file(path, self.samples)
 
     def drop(self, block: int, *, keep_last: bool = False) -> None:
         """Forget the hidden states that enter `block`; with `keep_last`, those that leave the last block stay."""
@@ -231,7 +233,7 @@ class HiddenWalk:
                 states.path.unlink(missing_ok=True)
 
     def _held(self, block: int) -> HiddenStates:
-        return self._file(self.folder / f"{self._stem}-held-out-{block:05d}.bin", len(self._held_out))
+        return self._file(self.folder / f"{self._stem}-held-out-{block:05d}.bin", self._held_out)
 
-    def _file(self, path: Path, samples: int) -> HiddenStates:
-        return HiddenStates(path, (samples, *self._sample), self._opened.walker.dtype)
+    def _file(self, path: Path, samples: Sequence[Sample]) -> HiddenStates:
+        return HiddenStates(path, (len(samples), *self._sample), self._opened.walker.dtype, samples)

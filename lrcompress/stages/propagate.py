@@ -65,7 +65,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                 dense.drop(block - 1)
     outside = opened.sites_of(blocks)
     if outside and not artefacts.done(blocks):
-        inputs = collect_outside(opened.walker, own.ids, own.calibration(blocks), outside, own.weights)
+        inputs = collect_outside(opened.walker, own.samples, own.calibration(blocks), outside, own.weights)
         found = decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter, ranks)
         artefacts.save(blocks, _kept(found, lengths.encode(found, blocks)))
     elif outside:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.allocators.base import largest_ratio
-from lrcompress.calibration.corpus import held_out_blocks
+from lrcompress.calibration.drawing import held_out_blocks
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluation.loading import load_model

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
 from lrcompress.methods import Method
+from lrcompress.model.samples import UNSCORED, Sample
 from lrcompress.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
@@ -42,29 +44,30 @@ def measure_sensitivities(opened: Opened, artefacts: Artefacts, reporter: Report
         return
     assert opened.calibration is not None
     walker, blocks = opened.walker, len(opened.blocks)
-    ids = opened.calibration.ids[:SAMPLES]
+    samples = opened.calibration.samples[:SAMPLES]
     inside = sorted((site for site in opened.sites if site.block < blocks), key=lambda site: site.block)
-    cuts = {site.name: len(ids) * (1 + place) for place, site in enumerate(inside)}
-    width = walker.embed(ids[0]).shape[-1]
-    shape = (len(ids) * (1 + len(inside)), ids.shape[1], width)
-    states = HiddenStates(artefacts.folder / "cuts.bin", shape, walker.dtype)
+    cuts = {site.name: len(samples) * (1 + place) for place, site in enumerate(inside)}
+    width, copies = walker.embed(samples[0]).shape[-1], samples * (1 + len(inside))
+    shape = (len(copies), max(map(len, samples)), width)
+    states = HiddenStates(artefacts.folder / "cuts.bin", shape, walker.dtype, copies)
     with disk_errors(artefacts.folder), reporter.timed("sensitivity"):
-        for sample, tokens in enumerate(ids):
-            states.write(sample, walker.embed(tokens))
+        for place, sample in enumerate(samples):
+            states.write(place, walker.embed(sample))
         errors: dict[str, float] = {}
-        live = len(ids)
+        live = len(samples)
         with reporter.phase("cut one weight at a time", blocks) as tick:
             for block in range(blocks):
                 with walker.block(block) as module:
                     for site in opened.sites_of(block):
                         with installed(opened, _cut(opened, artefacts, site, errors)):
-                            for sample in range(len(ids)):
-                                _run(opened, block, module, states, sample, cuts[site.name] + sample, site.name)
+                            for place in range(len(samples)):
+                                _run(opened, block, module, states, place, cuts[site.name] + place, site.name)
                     for place in range(live):
-                        _run(opened, block, module, states, place, place, inside[max(0, place // len(ids) - 1)].name)
-                live += len(ids) * len(opened.sites_of(block))
+                        cut = inside[max(0, place // len(samples) - 1)].name
+                        _run(opened, block, module, states, place, place, cut)
+                live += len(samples) * len(opened.sites_of(block))
                 tick()
-        divergences = _divergences(opened, artefacts, states, ids, cuts, errors)
+        divergences = _divergences(opened, artefacts, states, samples, cuts, errors)
     states.path.unlink()
     write_json(artefacts.sensitivity_path, _scales(opened, artefacts, divergences, errors))
 
@@ -118,7 +121,8 @@ def _run(
     opened: Opened, block: int, module: nn.Module, states: HiddenStates, source: int, target: int, cut: str
 ) -> None:
     walker = opened.walker
-    hidden = walker.run(block, module, states.read(source).to(walker.device, walker.dtype))
+    state = states.read(source).to(walker.device, walker.dtype)
+    hidden = walker.run(block, module, state, states.sample(source))
     if not all_finite(hidden):
         raise InputError(f"with {cut} cut, {walker.blocks[block]} puts out non-finite numbers: leave it out (--ignore)")
     states.write(target, hidden)
@@ -128,7 +132,7 @@ def _divergences(
     opened: Opened,
     artefacts: Artefacts,
     states: HiddenStates,
-    ids: Tensor,
+    samples: Sequence[Sample],
     cuts: dict[str, int],
     errors: dict[str, float],
 ) -> dict[str, float]:
@@ -137,21 +141,23 @@ def _divergences(
     outside = {site.name: _cut(opened, artefacts, site, errors) for site in opened.sites_of(len(opened.blocks))}
     total: dict[str, float] = {}
     counted = 0
-    for sample, tokens in enumerate(ids):
-        for start in range(min(SKIPPED, len(tokens) - 1), len(tokens), CHUNK):
+    for own, sample in enumerate(samples):
+        for start in range(min(SKIPPED, len(sample) - 1), len(sample), CHUNK):
             part = slice(start, start + CHUNK)
+            counts = sample.labels[part] != UNSCORED
 
-            def logs(place: int, tokens: Tensor = tokens, part: slice = part) -> Tensor:
+            def logs(place: int, sample: Sample = sample, part: slice = part, counts: Tensor = counts) -> Tensor:
                 hidden = states.read(place)[:, part].to(walker.device, walker.dtype)
-                return walker.logits(tokens[part].to(walker.device), hidden)[0].float().log_softmax(-1)
+                found = walker.logits(sample.words[part].to(walker.device), hidden)[0]
+                return found[counts.to(walker.device)].float().log_softmax(-1)
 
-            dense = logs(sample)
+            dense = logs(own)
             counted += len(dense)
             for name, first in cuts.items():
-                total[name] = total.get(name, 0.0) + _kl(dense, logs(first + sample))
+                total[name] = total.get(name, 0.0) + _kl(dense, logs(first + own))
             for name, cut in outside.items():
                 with installed(opened, cut):
-                    total[name] = total.get(name, 0.0) + _kl(dense, logs(sample))
+                    total[name] = total.get(name, 0.0) + _kl(dense, logs(own))
     return {name: value / counted for name, value in total.items()}
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from lrcompress.calibration.gradients import lookup_gradients
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.model.lookups import row_scale
+from lrcompress.model.samples import Sample
 from lrcompress.protocols import InputStatistics, Lookups, Site
 from lrcompress.stages.opened import Opened
 
@@ -53,20 +53,21 @@ def _path(folder: Path, head: Site) -> Path:
 
 
 def embedding_statistics(
-    opened: Opened, heads: dict[str, InputStatistics], ids: Tensor, entering: HiddenStates | None
+    opened: Opened, heads: dict[str, InputStatistics], samples: Sequence[Sample], entering: HiddenStates | None
 ) -> dict[str, InputStatistics]:
     """Of every embedding site: its lookups, beside the statistics of its head among `heads` by name.
 
-    entering: the loss's gradients at the hidden states that enter the first block, of this process's samples `ids`, for
+    entering: the loss's gradients at the hidden states that enter the first block, of this process's `samples`, for
     methods that need them.
     """
     assert opened.calibration is not None
-    found, device, every = {}, opened.walker.device, opened.calibration.ids
+    found, device = {}, opened.walker.device
+    every = torch.cat([sample.written for sample in opened.calibration.samples])
     for site in opened.embeddings:
         if entering is None:
-            lookups = Lookups(torch.bincount(every.flatten(), minlength=site.shape[0]).double().to(device))
+            lookups = Lookups(torch.bincount(every, minlength=site.shape[0]).double().to(device))
         else:
-            lookups = _lookups(opened, site, ids, entering)
+            lookups = _lookups(opened, site, samples, entering)
         if site.head is None:
             statistics = InputStatistics.zeros(site.shape[1], device)
             statistics.count, statistics.rows = float(every.numel()), every.numel()
@@ -76,8 +77,8 @@ def embedding_statistics(
     return found
 
 
-def _lookups(opened: Opened, site: Site, ids: Tensor, entering: HiddenStates) -> Lookups:
+def _lookups(opened: Opened, site: Site, samples: Sequence[Sample], entering: HiddenStates) -> Lookups:
     module = opened.walker.model.get_submodule(site.name)
     assert isinstance(module, torch.nn.Embedding)
-    gradients, counts = lookup_gradients(opened.walker, ids, entering, module)
+    gradients, counts = lookup_gradients(opened.walker, samples, entering, module)
     return Lookups(counts, row_scale(module) ** 2 * gradients)

@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lrcompress.calibration.corpus import calibration_blocks
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.processes import processes
 from lrcompress.report.progress import Reporter

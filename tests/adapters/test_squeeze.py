@@ -129,7 +129,8 @@ def _grams(model, folder, names):
     from transformers import AutoTokenizer
 
     from lrcompress.calibration.collect import token_weights
-    from lrcompress.calibration.corpus import calibration_blocks, parse_source
+    from lrcompress.calibration.corpus import parse_source
+    from lrcompress.calibration.drawing import calibration_blocks
 
     ids = calibration_blocks(
         [(parse_source("python-docs"), 3, 48)], AutoTokenizer.from_pretrained(folder), 0, folder

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.calibration import corpus, own_text
-from lrcompress.calibration.corpus import Source, calibration_blocks, documents, parse_source, shares
+from lrcompress.calibration.corpus import Source, documents, parse_source, shares
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.errors import InputError
 from lrcompress.evaluation.zero_shot import read_documents
 from lrcompress.training.rows import _read_pairs

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lrcompress.calibration.corpus import calibration_blocks, documents, parse_source, tokenise
+from lrcompress.calibration.corpus import documents, parse_source, tokenise
+from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.generation import read_prompts

@@ -69,7 +69,8 @@ def test_calibrate_sums_squares_and_compress_reads_them(make_model, tmp_path):
     assert len(found) == 21
     from transformers import AutoTokenizer
 
-    from lrcompress.calibration.corpus import calibration_blocks, parse_source
+    from lrcompress.calibration.corpus import parse_source
+    from lrcompress.calibration.drawing import calibration_blocks
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = calibration_blocks([(parse_source(str(text)), 3, 32)], tokenizer, 0, model).ids
