@@ -1,38 +1,26 @@
 """What a compression will need, known before the long work: memory, disk and, roughly, time."""
 
 import os
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 import psutil
-import torch
 from torch import Tensor
 
 from lrcompress.budget import parse_size
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.errors import ResourceError
 from lrcompress.linalg.by_row import GROUPS
-from lrcompress.processes import Processes, processes
+from lrcompress.processes import processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.side_by_side import is_small, workers_for
-from lrcompress.stages.decompose import decomposition_cost, double_bytes
+from lrcompress.stages.decompose import double_bytes
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.sensitivity import SAMPLES
+from lrcompress.stages.time_need import calibration_tokens, longest, seconds_need
 from lrcompress.stages.traffic import compared, moment, traffic_need
-
-EIGENPROBLEM = 20.0
-"""Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
-
-ROUNDING_ROWS = 2.0
-"""Multiply-adds of a rounding with feedback to both sides, for every entry and each of its row and column."""
-
-CODING_ROUNDS = 40.0
-"""Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
 
 LOOKED_AT = 4
 """Vectors that a token of a sample with images comes with, at most: one, and those added within a few blocks."""
@@ -101,7 +89,7 @@ def memory_need(opened: Opened) -> int:
     largest = max(_block_weights(opened, b) + _statistics(opened, b) + _decomposition(opened, b) for b in blocks)
     # Logits, their log-softmax and its input in float32, and the head as a product rearranges it.
     outside = any(site.block >= len(opened.blocks) for site in opened.sites)
-    rows = _length(opened) if outside else min(CHUNK, _length(opened))
+    rows = longest(opened) if outside else min(CHUNK, longest(opened))
     logits = 4 * (3 * rows * opened.vocabulary + _embeddings(opened).numel())
     # A tensor that is written as it is: the file's pages, a copy of them and another in the dtype to write.
     copied = 3 * max(meta.numel() * meta.itemsize for meta in map(opened.reader.meta, opened.reader.names()))
@@ -141,7 +129,7 @@ def disk_need(opened: Opened, size: int = 1) -> int:
     widths = max((s.shape[1] for s in opened.sites), default=0)
     # A backward pass keeps the hidden states of every block until it has been there.
     files = len(opened.blocks) + 4 if method.needs_gradients else 4
-    hidden = files * _tokens(opened) * widths * opened.walker.dtype.itemsize
+    hidden = files * calibration_tokens(opened) * widths * opened.walker.dtype.itemsize
     encoded = opened.dense_checkpoint_bytes if size > 1 else 0  # weights, for the other processes
     return factors + output + hidden + encoded + _cuts(opened) + _looks(opened) + ROUNDING_UP
 
@@ -160,7 +148,7 @@ def _cuts(opened: Opened) -> int:
         return 0
     inside = sum(site.block < len(opened.blocks) for site in opened.sites)
     width = _embeddings(opened).shape[1]
-    return SAMPLES * (1 + inside) * _length(opened) * width * opened.walker.dtype.itemsize
+    return SAMPLES * (1 + inside) * longest(opened) * width * opened.walker.dtype.itemsize
 
 
 def _looks(opened: Opened) -> int:
@@ -174,69 +162,6 @@ def _looks(opened: Opened) -> int:
 def _embeddings(opened: Opened) -> Tensor:
     weight: Tensor = opened.skeleton.get_input_embeddings().weight  # type: ignore[operator]
     return weight
-
-
-def seconds_need(opened: Opened, size: int = 1) -> float:
-    """Rough: multiply-adds over the rates of a product here. Nothing that waits for a disk or a network is counted.
-
-    Of `size` processes on as many devices it is that of the one with most to do: of the samples, and of the weights of
-    every block.
-    """
-    method, tokens = opened.request.method, _tokens(opened) * _largest_share(opened, size)
-    passes = 1 + 3 * method.needs_gradients + 2 * opened.request.sequential + 1  # the last one is reading and writing
-    single = tokens * passes * sum(s.shape[0] * s.shape[1] for s in opened.sites)
-    single += tokens * sum(moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
-    single += tokens * sum(compared(opened, s) ** 2 for s in opened.sites)
-    blocks = [opened.sites_of(block) for block in range(len(opened.blocks) + 2)]
-    double = sum(_most(sites, size, lambda site: _decomposing(opened, site)) for sites in blocks)
-    coding = 0.0 if method.errors_are_exact else _most(opened.sites, size, _coding)
-    if method.rounds:
-        coding = _most(
-            opened.sites, size, lambda s: ROUNDING_ROWS * s.shape[0] * s.shape[1] * sum(s.shape[s.of_tokens :])
-        )
-    device = opened.walker.device
-    return (single + coding) / _rate(torch.float32, device) + double / _rate(torch.float64, torch.device("cpu"))
-
-
-def _most(sites: Sequence[Site], size: int, work: Callable[[Site], float]) -> float:
-    """The work of the process that has most of it, where `size` share the sites by their cost."""
-    costs = [decomposition_cost(site) for site in sites]
-    return max(sum(work(sites[place]) for place in Processes(rank, size).own(costs)) for rank in range(size))
-
-
-def _largest_share(opened: Opened, size: int) -> float:
-    """The part of all samples that the first process has."""
-    samples = sum(samples for _, samples, _ in opened.request.sources)
-    return len(Processes(0, size).samples(samples)) / samples if samples else 1.0
-
-
-def _decomposing(opened: Opened, site: Site) -> float:
-    """Multiply-adds of a site's float64 decompositions."""
-    (m, n), k = site.shape, min(site.shape)
-    times = 2 if opened.request.sequential and opened.request.method.needs_gradients else 1
-    if opened.request.method.rounds:  # two Cholesky factors and an inverse of each
-        return times * (compared(opened, site) ** 3 + n**3)
-    eigenproblems = k**3 + compared(opened, site) ** 3
-    moment = 0 if site.by_outputs else m * n * n
-    return times * (EIGENPROBLEM * eigenproblems + 4.0 * m * n * k + moment)
-
-
-def _coding(site: Site) -> float:
-    (m, n), k = site.shape, min(site.shape)
-    return CODING_ROUNDS * m * k * (n + 2 * k)
-
-
-@cache
-def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiply-adds a second of a product of 768 x 768 here, the best of three."""
-    if device.type == "mps" and dtype == torch.float64:
-        device = torch.device("cpu")
-    a, best = torch.ones(768, 768, dtype=dtype, device=device), float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 768**3 / best
 
 
 def _block_weights(opened: Opened, block: int) -> int:
@@ -278,13 +203,4 @@ def _decomposition(opened: Opened, block: int) -> int:
 def _activations(opened: Opened) -> int:
     """Bytes of what one sample leaves in a block; with gradients, everything is kept for the way back."""
     widths = sum(sum(site.shape) for site in opened.sites_of(0))
-    return _length(opened) * widths * opened.walker.dtype.itemsize * (3 if opened.request.method.needs_gradients else 1)
-
-
-def _tokens(opened: Opened) -> int:
-    """Of calibration and held-out text."""
-    return sum((samples + 2) * seqlen for _, samples, seqlen in opened.request.sources)
-
-
-def _length(opened: Opened) -> int:
-    return max(seqlen for _, _, seqlen in opened.request.sources)
+    return longest(opened) * widths * opened.walker.dtype.itemsize * (3 if opened.request.method.needs_gradients else 1)

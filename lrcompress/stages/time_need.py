@@ -1,0 +1,168 @@
+"""How long a compression will take here, roughly: the operations of its steps over the rates of products.
+
+Constants are those of blocks of hidden 1024 and 2048, whose steps were timed (docs/speed.md).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from lrcompress.formats.pivoted import Pivoted
+from lrcompress.processes import Processes
+from lrcompress.protocols import Site
+from lrcompress.stages.decompose import decomposition_cost
+from lrcompress.stages.opened import Opened
+from lrcompress.stages.traffic import compared, moment
+
+EIGENPROBLEM = 6.0
+"""Multiply-adds of a symmetric eigenproblem with vectors, at the rate of a product, over the cube of its size."""
+
+VALUES = 3.0
+"""Of one without vectors."""
+
+PROJECTION = 2.0
+"""Products as large as the weight times its smaller side, in decomposing it."""
+
+TRIANGLE = 0.5
+"""Of a second moment one triangle is summed."""
+
+ROUNDING_ROWS = 2.0
+"""Multiply-adds of a rounding with feedback to both sides, for every entry and each of its row and column."""
+
+CODING_ROUNDS = 40.0
+"""Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
+
+HELD_OUT = 2
+"""Held-out windows a source, at most."""
+
+CANDIDATES = 4
+"""Checkpoints that a search for a loss writes and measures, the result among them."""
+
+TRIES = 20
+"""Products of which the fastest is believed: others wait for other programs."""
+
+
+WINDOWS = 8
+"""Held-out windows of every source that each of these is measured on (stages/search.py)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds, by the precision that they are done in."""
+
+    float32: float = 0.0
+    float64: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.float32 + other.float32, self.float64 + other.float64)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.float32 * times, self.float64 * times)
+
+    def seconds(self, device: torch.device) -> float:
+        """At the rates of products here."""
+        return self.float32 / _rate(torch.float32, device) + self.float64 / _rate(torch.float64, torch.device("cpu"))
+
+
+def seconds_need(opened: Opened, size: int = 1) -> float:
+    """Rough. Nothing that waits for a disk or a network is counted, nor what other programs take.
+
+    Of `size` processes on as many devices it is that of the one with most to do: of the samples, and of the weights of
+    every block.
+    """
+    recipe, sequential = opened.request.recipe, opened.request.sequential
+    share = _largest_share(opened, size)
+    held_out = HELD_OUT * sum(seqlen for _, _, seqlen in opened.request.sources)
+    tokens = (calibration_tokens(opened) - held_out) * share
+    decomposing = _of_all(opened, size, lambda site: _decomposing(opened, site))
+    passes = 1 + 2 * opened.request.method.needs_gradients  # the way back computes a block anew
+    found = _forward(opened) * (tokens * passes) + _moments(opened) * tokens + decomposing
+    written = _forward(opened) * (held_out * share) + _of_all(opened, size, lambda site: _encoding(opened, site))
+    if sequential:
+        written += _forward(opened) * (2 * tokens) + _moments(opened) * tokens + decomposing
+    if recipe.max_loss is not None:
+        written += _forward(opened) * (WINDOWS / HELD_OUT * held_out)
+        written *= CANDIDATES
+    return (found + written).seconds(opened.walker.device)
+
+
+def calibration_tokens(opened: Opened) -> int:
+    """Of calibration and held-out text, at most."""
+    return sum((samples + HELD_OUT) * seqlen for _, samples, seqlen in opened.request.sources)
+
+
+def longest(opened: Opened) -> int:
+    """Tokens of the longest sample."""
+    return max(seqlen for _, _, seqlen in opened.request.sources)
+
+
+def _forward(opened: Opened) -> Work:
+    """Of a token through all blocks, half of its sample before it."""
+    width: int = opened.skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator,union-attr,assignment]
+    attention = longest(opened) * width * len(opened.blocks)
+    return Work(float32=sum(s.shape[0] * s.shape[1] for s in opened.sites) + attention)
+
+
+def _moments(opened: Opened) -> Work:
+    """Of what is summed a token."""
+    method = opened.request.method
+    inputs = sum(moment(s) for s in opened.sites if s.group == s.name and method.needs_statistics)
+    return Work(float32=TRIANGLE * (inputs + sum(compared(opened, s) ** 2 for s in opened.sites)))
+
+
+def _of_all(opened: Opened, size: int, work: Callable[[Site], Work]) -> Work:
+    """Of all blocks, in the process that has most of each, where `size` share the sites by their cost."""
+    device, found = opened.walker.device, Work()
+    for block in range(len(opened.blocks) + 2):
+        sites = opened.sites_of(block)
+        costs = [decomposition_cost(site) for site in sites]
+        shares = [
+            sum((work(sites[place]) for place in Processes(rank, size).own(costs)), Work()) for rank in range(size)
+        ]
+        found += max(shares, key=lambda share: share.seconds(device))
+    return found
+
+
+def _decomposing(opened: Opened, site: Site) -> Work:
+    """Of a site's factors, and of its base where there is one."""
+    method, (m, n), k = opened.request.method, site.shape, min(site.shape)
+    if method.rounds:  # Cholesky factors of both Grams and their inverses, with what is a triangle of them
+        return Work(float32=compared(opened, site) ** 3 + n**3)
+    work = EIGENPROBLEM * (k**3 + compared(opened, site) ** 3) + PROJECTION * m * n * k
+    if opened.request.allocator.needs_spectrum:
+        work += VALUES * k**3 + m * n * k
+    if method.base is not None and method.keeps_gram:
+        work += n**3 / 3 + m * n * n / 2
+    return Work(float64=work)
+
+
+def _encoding(opened: Opened, site: Site) -> Work:
+    """Of what is stored of a site."""
+    method, (m, n), k = opened.request.method, site.shape, min(site.shape)
+    if method.rounds:
+        return Work(float32=ROUNDING_ROWS * m * n * sum(site.shape[site.of_tokens :]))
+    if not method.errors_are_exact:
+        return Work(float32=CODING_ROUNDS * m * k * (n + 2 * k))
+    return Work(float64=float(m * n * k)) if Pivoted.name in method.formats else Work()
+
+
+def _largest_share(opened: Opened, size: int) -> float:
+    """The part of all samples that the first process has."""
+    samples = sum(samples for _, samples, _ in opened.request.sources)
+    return len(Processes(0, size).samples(samples)) / samples if samples else 1.0
+
+
+@cache
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiply-adds a second of a product of 768 x 768 here, the fastest of some."""
+    if device.type == "mps" and dtype == torch.float64:
+        device = torch.device("cpu")
+    a, best = torch.ones(768, 768, dtype=dtype, device=device), float("inf")
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 768**3 / best

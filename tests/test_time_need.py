@@ -1,0 +1,58 @@
+"""The predicted time of a run: in proportion to its work, and near what blocks of known shape took."""
+
+import pytest
+import torch
+
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.stages import time_need
+from lrcompress.stages.opening import open_request
+from lrcompress.stages.request import check_request
+from lrcompress.stages.time_need import seconds_need
+from tests.test_benchmarks import benchmark
+
+RATES = {torch.float32: 51e9, torch.float64: 21.5e9}
+
+
+def opened(model, samples=8, seqlen=64, **changes):
+    calibration = {"source": "python-docs", "samples": samples, "seqlen": seqlen}
+    asked = {"model": str(model), "ratio": 0.2, "output": "nowhere", "calibration": calibration, **changes}
+    return open_request(check_request(make_recipe(asked)), Reporter(quiet=True), calibrate=False)
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+    monkeypatch.setattr(time_need, "_rate", lambda dtype, device: RATES[dtype])
+
+
+def test_what_costs_more_is_predicted_to_take_longer(llama):
+    def seconds(size=1, **changes):
+        return seconds_need(opened(llama, **changes), size)
+
+    once = seconds(method="lord")
+    assert seconds(method="lord", samples=16) > 1.3 * once
+    assert seconds(method="lord", samples=16) < 2 * once
+    assert seconds(method="welore") > once
+    assert seconds(method={"name": "lord", "propagation": "sequential"}) > 1.5 * once
+    assert seconds(2, method="lord") < 0.75 * once
+    assert seconds(method={"name": "ecsq", "metric": "input"}, bpw=3, ratio=None) < seconds(
+        method="auto", bpw=3, ratio=None
+    )
+    searched = seconds(method="auto", max_loss="2%", ratio=None)
+    assert 1.2 < searched / seconds(method="auto", bpw=3, ratio=None) < time_need.CANDIDATES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"method": "lord"}, 49.8),
+        ({"method": "welore"}, 66.0),
+        ({"method": "eora", "base": "gptq:4:64", "rank": 32, "ratio": None}, 90.0),
+        ({"method": "auto", "bpw": 3, "ratio": None}, 119.0),
+    ],
+)
+def test_blocks_whose_time_was_measured(tmp_path, changes, measured):
+    """Seconds of the processor from docs/speed.md, hidden 2048, MLP 8192, 8 x 1024 tokens; RATES are that machine's."""
+    model = benchmark("memory").generate(tmp_path / "wide", 2048, 8192, 1, 32000)
+    assert seconds_need(opened(model, seqlen=1024, **changes)) == pytest.approx(measured, rel=0.25)
