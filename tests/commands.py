@@ -22,6 +22,8 @@ class Running:
         self._folder = tempfile.TemporaryDirectory()
         self.command = command
         self._out, self._err = Path(self._folder.name, "out"), Path(self._folder.name, "err")
+        self._out.touch()  # it may be killed before it opens them
+        self._err.touch()
         self.process = _server.Process(
             target=_begin, args=(target, command, {**os.environ, **environment}, self._out, self._err), kwargs=how
         )

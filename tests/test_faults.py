@@ -420,7 +420,7 @@ def test_needs_count_what_is_loaded_whole_and_what_only_some_runs_write(llama, t
     for part in ("_block_weights", "_statistics", "_decomposition"):  # whatever a block needs, the model is more
         monkeypatch.setattr(needs, part, lambda opened, block: 0)
     monkeypatch.setattr(needs, "_activations", lambda opened: 0)
-    monkeypatch.setattr(needs, "_length", lambda opened: 0)
+    monkeypatch.setattr(needs, "longest", lambda opened: 0)
     outside = sum(tensor.numel() for name, tensor in tensors.items() if ".layers." not in name)  # read when first used
     # A tensor's pages, a copy, and another to write.
     assert needs.memory_need(opened()) == 4 * outside + 3 * 4 * head
