@@ -13,6 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.evaluation import bench as measuring
 from lrcompress.evaluation.footprint import Footprint
+from lrcompress.recipe import make_recipe
+from lrcompress.report.progress import Reporter
+from lrcompress.stages.opening import open_request
+from lrcompress.stages.request import check_request
 from tests.commands import run_cli
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -184,3 +188,19 @@ def test_what_gathering_adds_to_the_forward_pass(llama):
     alone, gathered = benchmark("scale").calibrating("lord", llama, 4, 64)
     assert 0 < alone
     assert 0 < gathered
+
+
+def test_a_plan_of_many_experts_has_a_curve_a_shape(tmp_path):
+    huge = benchmark("huge")
+    numbers = huge.write(tmp_path / "huge", huge.SMALL)
+    recipe = make_recipe({
+        "model": str(tmp_path / "huge"), "method": "lord", "allocator": "uniform", "ratio": 0.2,
+        "calibration": {"source": "python-docs", "samples": 2, "seqlen": 32},
+    })  # fmt: skip
+    opened = open_request(check_request(recipe), Reporter(quiet=True), calibrate=False)
+    assert numbers == sum(opened.reader.meta(name).numel() for name in opened.reader.names())
+    curves = opened.costs()
+    assert len(curves) == len(opened.sites) > 3 * 3 * huge.SMALL["n_routed_experts"]
+    shapes = {site.shape for site in opened.sites}
+    assert len({id(curve.stored.bytes) for curve in curves}) == len(shapes) < 12
+    assert len({curve.levels.untyped_storage().data_ptr() for curve in curves}) <= len(shapes)

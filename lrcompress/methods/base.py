@@ -84,6 +84,7 @@ class Method(ABC):
             raise InputError(
                 f"method {self.name} has no format {self.format!r}: {nearest(self.format, list(self.formats))}"
             )
+        self._curves: dict[object, Curve] = {}
 
     @property
     def existing_base(self) -> Existing | None:
@@ -124,9 +125,24 @@ class Method(ABC):
         """How many neighbouring blocks' weights of one kind share a part of what is stored, and have one level."""
         return 1
 
+    @property
+    def levels_by_name(self) -> bool:
+        """Whether weights of one shape may have other levels, as where each is corrected from what is there already."""
+        return self.existing_base is not None
+
     @abstractmethod
     def curve(self, site: Site, element_size: int) -> Curve:
         """The levels of a site and their bytes, known before any decomposition."""
+
+    def curve_of(self, site: Site, element_size: int) -> Curve:
+        """`curve`; weights with the same levels share its tensors, for there may be tens of thousands of experts."""
+        if self.levels_by_name or site.stored is not None:
+            return self.curve(site, element_size)
+        key = (site.shape, site.bias, site.conv1d, site.itemsize, site.lookup, site.head is None, element_size)
+        known = self._curves.get(key)
+        if known is None:
+            known = self._curves[key] = self.curve(site, element_size)
+        return Curve(site.name, known.ranks, known.bytes, known.dense_bytes)
 
     @abstractmethod
     def decompose(self, site: Site, weight: Tensor, statistics: InputStatistics | None) -> dict[str, Tensor]:

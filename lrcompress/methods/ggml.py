@@ -61,6 +61,10 @@ class GgmlBlocks(Method):
         self.left: Collection[str] = ()
         self.beside = 0
 
+    @property
+    def levels_by_name(self) -> bool:
+        return True
+
     def _kinds(self, site: Site) -> list[BlockType]:
         """The types that the site may get, smallest first; none where it stays dense."""
         if site.name in self.left:

@@ -183,11 +183,10 @@ class SpectralMethod(Method):
     def spec(self, site: Site, rank: int, element_size: int) -> Spec:
         adds_bias = self._adds_bias(site)
         added = adds_bias and not site.bias
-        for candidate, _, name in _candidates(self.format, site.shape, adds_bias, added, element_size):
-            if candidate == rank:
-                parameters = {"rank": rank}
-                return Spec(name, site.shape, adds_bias or site.bias, added, site.conv1d, parameters)
-        raise ValueError(f"{site.name} has no level of rank {rank}")
+        stored = _candidates(self.format, site.shape, adds_bias, added, element_size)
+        if not 1 <= rank <= len(stored):
+            raise ValueError(f"{site.name} has no level of rank {rank}")
+        return Spec(stored[rank - 1][2], site.shape, adds_bias or site.bias, added, site.conv1d, {"rank": rank})
 
     def encode(self, spec: Spec, artefact: dict[str, Tensor], bias: Tensor | None) -> dict[str, Tensor]:
         rank = spec.parameters["rank"]
@@ -201,7 +200,7 @@ class SpectralMethod(Method):
 def _candidates(
     format: str, shape: tuple[int, int], bias: bool, added_bias: bool, element_size: int
 ) -> list[tuple[int, int, str]]:
-    """(rank, bytes, format name) per rank from 1, in the cheapest of the formats that `format` allows."""
+    """(rank, bytes, format name) for all ranks from 1 on, in the cheapest of the formats that `format` allows."""
     names = ["low_rank", "pivoted"] if format == "auto" else [format]
     stored = []
     for rank in range(1, min(shape) + 1):

@@ -64,7 +64,10 @@ class BlockWalker:
         self.blocks = find_blocks(model)
         self.names = checkpoint_names(model, source.names(), source.made())
         _check_shapes(model, self.names, source)
-        self._known = {**self.names, **_shared_names(model, self.names)}
+        self._within: dict[str, dict[str, str]] = {block: {} for block in self.blocks}
+        depth = self.blocks[0].count(".") + 1
+        for name, stored in (self.names | _shared_names(model, self.names)).items():
+            self._within.get(".".join(name.split(".", depth)[:depth]), {})[name] = stored
         self.calls: list[Call] = []
         self.layouts: list[Layout] = []
         """What enters each block, and what leaves the last one; empty where that is hidden states alone."""
@@ -154,7 +157,7 @@ class BlockWalker:
 
     def names_in(self, index: int) -> dict[str, str]:
         """Model name to stored name of block `index`'s tensors, those of an earlier block that it shares among them."""
-        return {k: v for k, v in self._known.items() if k.startswith(self.blocks[index] + ".")}
+        return self._within[self.blocks[index]]
 
     def run(self, index: int, module: nn.Module, hidden: Tensor, sample: Sample | None = None) -> Tensor:
         """A sample's state (1, length, width) after block `index`, called as the model calls it.

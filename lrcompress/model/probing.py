@@ -108,7 +108,9 @@ def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:
     def note(name: str) -> Callable[..., None]:
         return lambda *_: seen.add(name)
 
-    handles = [walker.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    handles = [
+        walker.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names if name not in seen
+    ]
     head = walker.text.get_output_embeddings()  # type: ignore[operator]
     handles += [] if head is None else [head.register_forward_pre_hook(stop)]
     try:

@@ -147,13 +147,18 @@ def _refuse_embeddings(model: nn.Module, name: str, target: Sequence[str]) -> No
 
 def _routers(model: nn.Module, linears: Iterable[str]) -> set[str]:
     """Those of the layers that choose among fused experts: the only one in a module beside them, an output for each."""
-    found = set()
-    for holder, experts in linear_experts(model).items():
-        parent = holder.rpartition(".")[0]
-        for name, _ in model.get_submodule(parent).named_children():
-            beside = f"{parent}.{name}"
-            within = [linear for linear in linears if linear == beside or linear.startswith(beside + ".")]
-            if beside != holder and len(within) == 1:
+    holders, found = linear_experts(model), set()
+    inside: dict[str, dict[str, list[str]]] = {holder.rpartition(".")[0]: {} for holder in holders}
+    for linear in linears:
+        parts = linear.split(".")
+        for depth in range(1, len(parts)):
+            children = inside.get(".".join(parts[:depth]))
+            if children is not None:
+                children.setdefault(parts[depth], []).append(linear)
+    for holder, experts in holders.items():
+        parent, _, own = holder.rpartition(".")
+        for name, within in inside[parent].items():
+            if name != own and len(within) == 1:
                 outputs = model.get_submodule(within[0]).weight.shape[0]  # type: ignore[operator,union-attr,index]
                 found |= set(within) if outputs == experts.count else set()
     return found

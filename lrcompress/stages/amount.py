@@ -128,7 +128,7 @@ def header_bytes(opened: Opened) -> int:
         if name.rpartition(".")[0] not in sites:
             total += entry(name, opened.reader.meta(key).shape)
     for site in opened.sites:
-        ranks = method.curve(site, size).ranks.tolist()
+        ranks = method.curve_of(site, size).ranks.tolist()
         specs = [method.spec(site, rank, size) for rank in (ranks[0], ranks[-2])] if len(ranks) > 1 else []
         stored = [stored_tensors(spec, opened.dtype) for spec in specs]
         total += max((sum(entry(f"{site.name}.{k}", t.shape) for k, t in one.items()) for one in stored), default=0)

@@ -41,15 +41,15 @@ def costs(
     joins: Sequence[Sequence[str]] = (),
 ) -> list[Costs]:
     """One entry per curve; weights that share, such as those that `joins` names, have one together."""
-    found, known = [], dict[object, Tensor]()
+    found, known, every = [], dict[object, Tensor](), torch.arange(0)
     for group in sharing(method, sites, blocks, joins):
         curve = joint_curve(method, group, element_size)
         if of == "bytes":
-            found.append(Costs(group, curve, curve, torch.arange(len(curve.ranks))))
+            every = every if len(every) >= len(curve.ranks) else torch.arange(len(curve.ranks))
+            found.append(Costs(group, curve, curve, every[: len(curve.ranks)]))
             continue
-        # Finding a spec takes as long as the rank is high; equal weights have equal ones, unless each has its own base.
-        own = method.existing_base is not None
-        key = [(site.shape, site.bias, site.name if own else None) for site in group]
+        # Finding a spec takes as long as the rank is high; equal weights have equal ones.
+        key = [(site.shape, site.bias, site.name if method.levels_by_name else None) for site in group]
         price = known.get(tuple(key))
         if price is None:
             price = known[tuple(key)] = _prices(method, group, curve, element_size, of)

@@ -87,7 +87,7 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             artefact = method.decompose_product(site, left, right, statistics)
         else:
             artefact = method.decompose(site, weight, statistics)
-        curve = method.curve(site, opened.dtype.itemsize)
+        curve = method.curve_of(site, opened.dtype.itemsize)
         share = _share(method, statistics)
         artefact["errors"] = share * method.errors(artefact, curve)
         artefact["total"] = torch.tensor(share * method.total(artefact), dtype=torch.float64)

@@ -168,8 +168,7 @@ def _block_weights(opened: Opened, block: int) -> int:
     """Bytes of a block's weights to compute with, and as they are stored: their pages are resident while read."""
     if block >= len(opened.blocks):
         return 0
-    keys = [key for name, key in opened.walker.names.items() if name.startswith(opened.blocks[block] + ".")]
-    metas = [opened.reader.meta(key) for key in keys]
+    metas = [opened.reader.meta(key) for key in opened.walker.names_in(block).values()]
     return sum(meta.numel() * (opened.walker.dtype.itemsize + meta.itemsize) for meta in metas)
 
 

@@ -105,7 +105,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
         sites = _called(sites, walker, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
     warn_left_out(opened, reporter)
-    opened.sites = [replace(site, itemsize=_dense_itemsize(opened, site)) for site in opened.sites]
+    sizes = [(site, _dense_itemsize(opened, site)) for site in opened.sites]
+    opened.sites = [site if size == site.itemsize else replace(site, itemsize=size) for site, size in sizes]
     return opened
 
 
@@ -178,7 +179,8 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
     kinds = {site.kind for site in sites if site.name in silent_layers}
     place = {every.index(block): index for index, block in enumerate(walker.blocks)}
     place |= {len(every) + beyond: len(walker.blocks) + beyond for beyond in (0, 1)}  # outside, and the embeddings
-    left = [replace(s, block=place[s.block]) for s in sites if s.kind not in kinds and s.block in place]
+    left = [s for s in sites if s.kind not in kinds and s.block in place]
+    left = [s if place[s.block] == s.block else replace(s, block=place[s.block]) for s in left]
     if silent := [block for block in every if block not in walker.blocks]:
         reporter.say(f"left as they are, for no text reaches them: {', '.join(silent)}")
     if not left:

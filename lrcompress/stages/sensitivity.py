@@ -106,7 +106,7 @@ def _cut(
 ) -> dict[str, tuple[Spec, dict[str, Tensor]]]:
     """`site` as it is stored at its cut, for store.installed; its squared error goes to `errors`."""
     method, artefact = opened.request.method, artefacts.load(site)
-    curve = method.curve(site, opened.dtype.itemsize)
+    curve = method.curve_of(site, opened.dtype.itemsize)
     if len(curve.ranks) < 2:  # never anything but dense
         errors[site.name] = 0.0
         return {}

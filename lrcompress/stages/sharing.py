@@ -43,7 +43,7 @@ def joint_curve(method: Method, sites: Sequence[Site], element_size: int) -> Cur
 
     Levels that cost no less than the weights as they lie are left out.
     """
-    curve = method.curve(sites[0], element_size)
+    curve = method.curve_of(sites[0], element_size)
     dense = sum(site.dense_bytes(element_size) for site in sites)
     if method.group == 1 and len(sites) == 1:
         if dense == curve.dense_bytes or sites[0].stored is not None:

@@ -63,6 +63,19 @@ class TestMethod:
         assert (curve.ranks.diff() > 0).all()
         assert int(curve.bytes[-1]) == curve.dense_bytes == shape[0] * shape[1] * 2
 
+    def test_curves_of_many_weights_are_those_of_each(self, name, form, shape, bias):
+        method, first = make_method(name, {}, form), Site("a", shape, 0, "a", bias)
+        sites = [first, replace(first, name="b", block=3, group="c", kind="k"), replace(first, shape=shape[::-1]),
+                 replace(first, bias=not bias), replace(first, itemsize=4), replace(first, head="h")]  # fmt: skip
+        known = [method.curve_of(site, 2) for site in sites]
+        for site, found in zip(sites, known, strict=True):
+            alone = make_method(name, {}, form).curve(site, 2)
+            assert (found.name, found.dense_bytes) == (site.name, alone.dense_bytes)
+            assert torch.equal(found.ranks, alone.ranks)
+            assert torch.equal(found.bytes, alone.bytes)
+        if not method.levels_by_name:
+            assert known[0].bytes is known[1].bytes
+
     def test_stored_outputs_err_as_much_as_the_curve_says(self, name, form, shape, bias):
         method = make_method(name, {}, form)
         site, dense = Site("w", shape, 0, "w", bias), weight(shape)
