@@ -20,10 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrcompress.checkpoint.manifest import QUANT_METHOD, Manifest
-from lrcompress.checkpoint.mapped import leave_files
+from lrcompress.checkpoint.mapped import release_unused
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.meta import on_meta
+from lrcompress.model.device import release_freed
 from lrcompress.model.experts import linear_experts, linearise
 from lrcompress.model.surgery import connect, densify, install
 
@@ -77,7 +78,8 @@ class LrcompressQuantizer(HfQuantizer):
         # Streams of coded weights are decoded, by code that lets other threads run.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
-        leave_files(model)
+        release_freed()
+        release_unused(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Without the conversions into fused experts and compressed weights: those are stored as they are here.
