@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, HunYuanMoEV1Config
+from transformers import AutoModelForCausalLM, HunYuanMoEV1Config, ProphetNetConfig, ProphetNetForCausalLM
 
 from lrcompress.calibration.collect import InputCollector, Recorded
 from lrcompress.calibration.routing import LEAST_SHARE, complete
@@ -584,3 +584,45 @@ def test_corrections_of_experts(make_model, tmp_path):
     assert sum(".experts." in name for name in stored_layers(loaded)) == 5 * 3
     expected = logits(with_dense_weights(load(model), loaded))
     assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+def test_blocks_that_cannot_be_walked_are_compressed_by_their_weights_alone(tokenizer, tmp_path):
+    """Batch and tokens change places in ProphetNet's decoder: no dimension of what it hands on is that of tokens."""
+    config = ProphetNetConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_decoder_layers=3, num_decoder_attention_heads=4, decoder_ffn_dim=48,
+        num_encoder_layers=1, num_encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=128,
+        is_decoder=True, add_cross_attention=False, is_encoder_decoder=False, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ProphetNetForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    walked = {"method": {"name": "lord", "metric": "input"}, "calibration": SHORT}
+    with pytest.raises(InputError, match="block by block; --method ecsq --set metric=plain does without"):
+        compress_tiny(tmp_path / "dense", tmp_path / "out", **walked)
+    for asked in ({"max_loss": 0.5, "ratio": None}, {"refine": 0.1}):
+        alone = {"method": {"name": "lord", "metric": "plain"}, "calibration": SHORT, **asked}
+        with pytest.raises(InputError, match="cannot be calibrated block by block"):
+            compress_tiny(tmp_path / "dense", tmp_path / "out", **alone)
+    result = compress_tiny(
+        tmp_path / "dense", tmp_path / "out", method={"name": "ecsq", "metric": "plain"}, ratio=0.7, calibration=SHORT
+    )
+    assert sum("not judged by held-out text" in line for line in result.report["warnings"]) == 1
+    assert "held_out" not in result.report
+    loaded, dense = (ProphetNetForCausalLM.from_pretrained(f).eval() for f in (result.folder, tmp_path / "dense"))
+    assert len(stored_layers(loaded)) > 3 * 4
+    with torch.no_grad():
+        models = (with_dense_weights(dense, loaded), loaded)
+        expected, found = (model(input_ids=IDS, use_cache=False).logits for model in models)
+    assert (found - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+def test_experts_of_two_layers_stay_fused(make_model):
+    model = load(make_model("mixtral"))
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj = first.gate_up_proj
+    assert linearise(model) == {}
+    one, other = (layer.self_attn for layer in model.model.layers)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        other.get_submodule(name).weight = one.get_submodule(name).weight
+    with pytest.raises(InputError, match=r"every linear layer of model.layers, .* is another's too: name others"):
+        find_sites(model, find_blocks(model), [], [])

@@ -13,7 +13,7 @@ from lrcompress.checkpoint.converted import ConvertedReader
 from lrcompress.checkpoint.folder import read_sound_config
 from lrcompress.errors import InputError
 from lrcompress.model.experts import LinearExperts, experts_of, linear_experts, linearise
-from lrcompress.model.skeleton import Renaming, empty_model
+from lrcompress.model.skeleton import MISFIT, Renaming, empty_model
 
 
 def open_skeleton(
@@ -138,7 +138,7 @@ class ExpertReader(ConvertedReader):
         if found != module.fused_shapes()[fused.parameter][1:]:
             raise InputError(
                 f"{name} cannot be made from {len(next(iter(fused.sources.values())))} tensors like "
-                f"{next(iter(fused.sources.values()))[0]}: the checkpoint's config and its files do not belong together"
+                f"{next(iter(fused.sources.values()))[0]}: {MISFIT}"
             )
 
     def _slice(self, fused: Fused, index: int) -> Tensor:

@@ -101,11 +101,12 @@ def _scaled(
     scale = next((found for found in named if found in metas), None)
     if scale is None:
         raise InputError(
-            f"tensor {name} in {folder} is in fp8 and has no scale ({named[0]}): what it stands for is not known"
+            f"tensor {name} in {folder} is in fp8 and has no scale ({named[0]}): what it stands for is not known, "
+            "download it again"
         )
     shape, grid, kind = tuple(metas[name].shape), tuple(metas[scale].shape), metas[scale].dtype
     if not kind.is_floating_point and kind != torch.uint8:
-        raise InputError(f"tensor {scale} in {folder} has dtype {kind}: no scale of fp8 weights has it")
+        raise InputError(f"tensor {scale} in {folder} has dtype {kind}, no scale of fp8: start from bfloat16 weights")
     found = _fitting(shape, grid, block)
     if found is None:
         raise InputError(

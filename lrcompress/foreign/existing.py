@@ -134,11 +134,14 @@ def _check_stored(folder: Path, name: str, spec: Spec, reader: CheckpointReader,
     for key, meta in stored_tensors(spec, reader.dtype).items():
         full = f"{name}.{key}"
         if full not in present:
-            raise InputError(f"base {folder} has no tensor {full}: its config and its files do not belong together")
+            raise InputError(
+                f"base {folder} has no tensor {full}: its config and its files differ, download them again"
+            )
         stored = reader.meta(full)
         if stored.shape != meta.shape or stored.is_floating_point() != meta.is_floating_point():
             raise InputError(
-                f"base {folder} stores {full} as {tuple(stored.shape)}, its config says {tuple(meta.shape)}"
+                f"base {folder} stores {full} as {tuple(stored.shape)}, its config says {tuple(meta.shape)}: "
+                "download it again"
             )
         if stored.is_floating_point() and torch.promote_types(stored.dtype, dense.dtype) != dense.dtype:
             for _, tensor in reader.read([full]):
@@ -152,7 +155,9 @@ def _check_rest(folder: Path, reader: CheckpointReader, compressed: Mapping[str,
             continue
         held = next((own[key] for key in (name, *tied.get(name, ())) if key in own), None)
         if held is None:
-            raise InputError(f"base {folder} has no tensor {name}: it belongs to another model")
+            raise InputError(
+                f"base {folder} has no tensor {name}: it belongs to another model, name the one that it was made from"
+            )
         first, second = (r.tensor(key) for r, key in ((dense.reader, source), (reader, held)))
         if first.shape != second.shape:
             raise InputError(

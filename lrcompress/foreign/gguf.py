@@ -27,6 +27,7 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias")
 ARRAY = 9
 """Type of a value that is a list, in GGUF."""
 HEAD = "output.weight"
+SAFETENSORS = "start from the safetensors that it was made from"
 READING = 2
 """Raised where files are read otherwise than before, so that what was converted before is not used."""
 
@@ -116,15 +117,15 @@ def _convert(file: _File, folder: Path) -> None:
         model = _rotating(config, metadata)
         names, processor = _names(model, file, metadata.architecture)
     if unread := _unread(file, names):
-        raise InputError(f"{path} holds {unread[0]}, for which transformers' {type(model).__name__} has no place")
+        raise InputError(
+            f"{path} holds {unread[0]}, for which transformers' {type(model).__name__} has no place: {SAFETENSORS}"
+        )
     shapes = {k: v for k, v in model.state_dict().items()}
     last = {names[t.name]: i for i, t in enumerate(file.tensors) if t.name in names}
     found = sorted(last, key=last.__getitem__)
     missing = shapes.keys() - last - set(getattr(model, "_tied_weights_keys", None) or {})
     if missing:
-        raise InputError(
-            f"{path} has no tensor for {min(missing)}: its architecture is not fully known to transformers"
-        )
+        raise InputError(f"{path} has no tensor for {min(missing)}: transformers does not know it well, {SAFETENSORS}")
     config.architectures = [type(model).__name__]  # GGUF has no such name, and other tools go by it
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -149,7 +149,8 @@ def _tabled(metadata: Metadata, plain: Tensor, shared: dict[str, Any], factor: f
     tables = {name: table.float().flatten() * factor for name, table in metadata.tables.items()}
     if any(len(table) != len(plain) or not bool((table > 0).all()) for table in tables.values()):
         raise InputError(
-            f"{metadata.path} has a table of rotary factors ({', '.join(tables)}) that does not fit its heads"
+            f"{metadata.path} has a table of rotary factors ({', '.join(tables)}) that does not fit its heads: "
+            "download it again"
         )
     if TABLE not in tables:
         if LONG not in tables or SHORT not in tables:

@@ -61,7 +61,10 @@ class ForeignWeights(ABC):
         self.stems = {name.removesuffix(".weight"): stem.removesuffix(".weight") for name, stem in found.items()}
         unknown = sorted(set(stems) - set(self.stems.values()))
         if unknown:
-            raise InputError(f"base {folder} compresses {unknown[0]}, which the dense model does not have")
+            raise InputError(
+                f"base {folder} compresses {unknown[0]}, which the dense model does not have: name the one that "
+                "it was made from"
+            )
         self.specs = {name: self._checked(name) for name in self.stems}
 
     @abstractmethod

@@ -21,10 +21,17 @@ from lrcompress.model.carried import Handed, Layout, containers, put
 from lrcompress.model.device import release_freed
 from lrcompress.model.looking import Looks
 from lrcompress.model.samples import Sample, sample_of
-from lrcompress.model.skeleton import checkpoint_names, find_blocks, language_model, tie_as_stored, tied_names
+from lrcompress.model.skeleton import MISFIT, checkpoint_names, find_blocks, language_model, tie_as_stored, tied_names
 from lrcompress.protocols import TensorSource
 
-UNWALKABLE = "lrcompress cannot calibrate such a model yet, please report its type"
+UNWALKABLE = "it cannot be calibrated block by block; --method ecsq --set metric=plain does without"
+
+
+class UnwalkableError(InputError):
+    """The blocks of a model cannot be run one by one: a method that reads no text does without."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: {UNWALKABLE}")
 
 
 class HiddenCaptured(Exception):
@@ -199,7 +206,7 @@ class BlockWalker:
             if not self.layouts:
                 return ran.handed.hidden
             return self.layouts[index + 1].pack(ids, ran.handed, self.width, self.dtype)
-        raise InputError(f"the model never called {self.blocks[index]}: {UNWALKABLE}")
+        raise UnwalkableError(f"the model never called {self.blocks[index]}")
 
     def hidden(self, state: Tensor) -> Tensor:
         """The hidden states in a sample's state that left the last block or any that gives as many."""
@@ -226,7 +233,7 @@ class BlockWalker:
             return captured.hidden
         finally:
             handle.remove()
-        raise InputError(f"the model never called its first block: {UNWALKABLE}")
+        raise UnwalkableError("the model never called its first block")
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """(1, length, vocabulary) for the state that left the last block; ids are those it came from, or a part."""
@@ -282,5 +289,5 @@ def _check_shapes(model: nn.Module, names: dict[str, str], source: TensorSource)
         if stored.shape != expected.shape or stored.is_floating_point() != expected.is_floating_point():
             raise InputError(
                 f"the checkpoint stores {names[name]} as {tuple(stored.shape)} {stored.dtype}, its config makes it "
-                f"{tuple(expected.shape)} {expected.dtype}: they do not belong together"
+                f"{tuple(expected.shape)} {expected.dtype}: {MISFIT}"
             )

@@ -84,6 +84,13 @@ def tuple_length(output: Any) -> int:
     return len(output) if isinstance(output, (tuple, list)) else 0
 
 
+def with_first(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states; a named tuple stays one."""
+    if not tuple_length(output):
+        return hidden
+    return type(output)(*[hidden, *output[1:]]) if hasattr(output, "_fields") else type(output)([hidden, *output[1:]])
+
+
 def passed_on(hidden: Tensor, length: int) -> Any:
     """What a block returns that leaves the hidden states as they are."""
     return (hidden, *[None] * (length - 1)) if length else hidden

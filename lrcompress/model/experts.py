@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.meta import on_meta
-from lrcompress.model.skeleton import Renaming
+from lrcompress.model.skeleton import Renaming, tied_names
 
 INTERLEAVED, FLAGS = "is_concatenated", ("is_transposed", "has_bias", "has_gate")
 
@@ -143,8 +143,12 @@ def _join(gate: Tensor, up: Tensor, fused: nn.Module) -> Tensor:
 
 
 def linearise(model: nn.Module, only: Collection[str] | None = None) -> dict[str, LinearExperts]:
-    """Put LinearExperts in the place of every fused module, or of those named in `only`; returns them by name."""
-    names = [name for name, module in model.named_modules() if is_fused(module)]
+    """Put LinearExperts in the place of every fused module, or of those named in `only`; returns them by name.
+
+    Those of another module too stay fused: they could not be compressed by themselves.
+    """
+    tied = {name.rpartition(".")[0] for name in tied_names(model)}
+    names = [name for name, module in model.named_modules() if is_fused(module) and name not in tied]
     made = {name: LinearExperts(model.get_submodule(name)) for name in names if only is None or name in only}
     for name, module in made.items():
         model.set_submodule(name, module)

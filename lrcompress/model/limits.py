@@ -29,7 +29,7 @@ def check_tokens(ids: Tensor, known: int, label: str) -> None:
     if largest >= known:
         raise InputError(
             f"the tokenizer of {label} makes token {largest}, the model knows {known}: "
-            "its tokenizer files belong to another model"
+            "its tokenizer files belong to another model, copy its own there"
         )
 
 

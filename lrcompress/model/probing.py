@@ -8,8 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.errors import InputError
-from lrcompress.model.blocks import UNWALKABLE, BlockWalker, HiddenCaptured
-from lrcompress.model.calls import Call, Probed, call_of, handed_by, hidden_of, passed_on, same_calls, tuple_length
+from lrcompress.model.blocks import BlockWalker, HiddenCaptured, UnwalkableError
+from lrcompress.model.calls import (
+    Call,
+    Probed,
+    call_of,
+    handed_by,
+    hidden_of,
+    passed_on,
+    same_calls,
+    tuple_length,
+    with_first,
+)
 from lrcompress.model.carried import Layout, containers
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.model.limits import known_tokens
@@ -98,7 +108,7 @@ def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:
                 with walker.hollow(walker.blocks[index], walker.names_in(index)):
                     before[:] = [forward(*args, **kwargs)]
                 return before[-1]
-            return type(before[-1])([hidden, *before[-1][1:]]) if tuple_length(before[-1]) else hidden
+            return with_first(before[-1], hidden)
 
         return call
 
@@ -125,7 +135,10 @@ def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:
     own = {name for name in names if name.startswith(stems)}
     walker.blocks = [block for index, block in enumerate(walker.blocks) if index in reached]
     if not walker.blocks:
-        raise InputError(f"the model never called a block for a text: {UNWALKABLE}")
+        raise InputError(
+            "the model never called a block for a text, so that nothing says which weights it multiplies by: save the "
+            "language model that it holds with its save_pretrained, and compress that"
+        )
     return [name for name in names if name in own - seen]
 
 
@@ -143,7 +156,7 @@ def _carry(walker: BlockWalker, ids: Tensor, short: Probed, length: int) -> None
         pairs = zip(whole.handed, short.handed, strict=True)
         walker.layouts = [Layout(one, two, (len(ids), length)) for one, two in pairs]
     except ValueError as error:
-        raise InputError(f"{_stem(walker)} hand each other {error}: {UNWALKABLE}") from error
+        raise UnwalkableError(f"{_stem(walker)} hand each other {error}") from error
     walker.width = max(layout.channels for layout in walker.layouts)
     with torch.no_grad():
         state = walker.embed(ids)
@@ -152,9 +165,7 @@ def _carry(walker: BlockWalker, ids: Tensor, short: Probed, length: int) -> None
                 state = walker.run(index, module, state)
         found, expected = walker.logits(ids, state).float(), whole.logits.float()
     if not bool((found - expected).abs().max() <= _tolerance(walker) * expected.abs().max()):
-        raise InputError(
-            f"{_stem(walker)} do not give what the whole model does when they run one by one: {UNWALKABLE}"
-        )
+        raise UnwalkableError(f"{_stem(walker)} do not give what the whole model does when they run one by one")
 
 
 def _stem(walker: BlockWalker) -> str:
@@ -188,8 +199,8 @@ def _note_calls(walker: BlockWalker, ids: Tensor) -> None:
 
 def _check_calls(walker: BlockWalker) -> None:
     if len(walker.calls) != len(walker.blocks):
-        raise InputError(
-            f"the model called blocks {len(walker.calls)} times, of which it has {len(walker.blocks)}: {UNWALKABLE}"
+        raise UnwalkableError(
+            f"the model called blocks {len(walker.calls)} times, of which it has {len(walker.blocks)}"
         )
 
 

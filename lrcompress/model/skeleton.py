@@ -13,6 +13,12 @@ from lrcompress.errors import InputError, LrcompressError
 from lrcompress.meta import Undrawn
 from lrcompress.model.device import out_of_memory
 
+MISFIT = (
+    "its config and its files do not belong together: download both again, or let config.json name the model_type and "
+    "architectures that the files were saved by"
+)
+"""What is wrong with a checkpoint whose tensors are not those of its config, and what to do."""
+
 MOST_POSITIONS = 10**8
 """More positions than any model has."""
 
@@ -68,7 +74,8 @@ def check_sizes(config: object, tensors: int, numbers: int) -> None:
         too_much = next(((key, value) for key, limit, value in asked if isinstance(value, int) and value > limit), None)
     if too_much is not None:
         raise InputError(
-            f"the config has {too_much[0]} {too_much[1]}, which its checkpoint of {numbers} numbers cannot hold"
+            f"the config has {too_much[0]} {too_much[1]}, which its checkpoint of {numbers} numbers cannot hold: "
+            "download both again"
         )
 
 
@@ -151,9 +158,7 @@ def checkpoint_names(model: nn.Module, stored: Iterable[str], made: Collection[s
     missing = [name for name in state if name not in found and not found.keys() & tied.get(name, set())]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"the checkpoint has no tensor {missing[0]}{more}: its config and its files do not belong together"
-        )
+        raise InputError(f"the checkpoint has no tensor {missing[0]}{more}: {MISFIT}")
     return {name: found[name] for name in state if name in found}
 
 
@@ -251,7 +256,8 @@ def find_blocks(model: nn.Module) -> list[str]:
                 best = (score, name, len(module))
     if not best[1]:
         raise InputError(
-            "no list of decoder blocks was found in this model: only decoder-only models can be compressed"
+            "no list of decoder blocks was found in this model: only decoder-only models can be compressed, or one "
+            "that another holds, saved by itself with save_pretrained"
         )
     return [f"{best[1]}.{i}" for i in range(best[2])]
 

@@ -84,8 +84,18 @@ def find_sites(
             sites.append(replace(site, head=name) if head else site)
     refuse_tied(model, [site for site in sites if site.name in shared])
     if not sites:
-        raise InputError("no weight is left to compress: --ignore excludes every target")
+        raise InputError(f"no weight is left to compress: {_why_none(blocks, dropped & wanted, shared)}")
     return sites
+
+
+def _why_none(blocks: Sequence[str], dropped: set[str], shared: set[str]) -> str:
+    """Why there is no target, and what to do."""
+    if dropped:
+        return "--ignore excludes every target, name fewer with it"
+    stem = blocks[0].rpartition(".")[0]
+    if shared:
+        return f"every linear layer of {stem}, {min(shared)} first, is another's too: name others with --target"
+    return f"{stem} has no linear layers: name others with --target"
 
 
 def _shared(model: nn.Module, linears: Mapping[str, nn.Module], blocks: Sequence[str]) -> set[str]:
@@ -210,7 +220,8 @@ def refuse_tied(model: nn.Module, sites: Sequence[Site]) -> None:
     for site in sites:
         others = sorted(tied.get(f"{site.name}.weight", ()))
         if others:
-            cure = "leave it out" if site.head is None else "name the embeddings, and both are compressed as one"
+            both = "name the embeddings, and both are compressed as one"
+            cure = "leave it out with --ignore" if site.head is None else both
             raise InputError(
                 f"{site.name} shares its weight with {', '.join(others)}: a tied weight cannot be compressed "
                 f"by itself; {cure}"

@@ -43,7 +43,7 @@ def find_block_types(opened: Opened, scratch: Path, reporter: Reporter) -> None:
     known = read["tensors"] if method.types is None else method.types
     method.left = left = [site.name for site in opened.sites if site.name not in known]
     if len(left) == len(opened.sites):
-        raise InputError(f"no weight of {recipe.model} is one of llama.cpp's, row by row")
+        raise InputError(f"no weight of {recipe.model} is one of llama.cpp's, row by row: write a folder (-o DIR)")
     if left:
         reporter.warn(
             f"{len(left)} weights, {left[0]} first, are no rows of what llama.cpp's converter writes, or fit no "
@@ -64,11 +64,13 @@ def _importance(opened: Opened, path: Path, tensors: dict[str, str], reporter: R
         if means.shape != (1, site.shape[1]):
             raise InputError(
                 f"imatrix {path} has {means.numel()} numbers for {tensors[site.name]}, not {site.shape[1]}: it is of "
-                "another model"
+                "another model, make its own with lrcompress calibrate --imatrix"
             )
         found[site.name] = means[0]
     if not found:
-        raise InputError(f"imatrix {path} knows none of the model's weights: it is of another model")
+        raise InputError(
+            f"imatrix {path} knows none of the model's weights: make its own with lrcompress calibrate --imatrix"
+        )
     if len(found) < len(opened.sites):
         reporter.warn(
             f"imatrix {path} says nothing of {len(opened.sites) - len(found)} weights: all inputs count alike"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.calibration.drawing import MOST_HELD_OUT, calibration_blocks
+from lrcompress.calibration.drawing import MOST_HELD_OUT, Calibration, calibration_blocks
 from lrcompress.calibration.pictures import TEXT_ONLY, Looker
 from lrcompress.errors import InputError
 from lrcompress.model.experts import experts_of
@@ -48,10 +48,18 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
         reporter.warn(f"--seqlen: {warning}")
     text = next((sample for sample in samples if sample.look is None), samples[0])  # whose calls serve for all of text
     looked = next((sample for sample in samples if sample.look is not None), None)
-    with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says"):
-        groups = probe(opened.walker, text.words, [site.name for site in opened.sites if not site.lookup])
-        if looked is not None:
-            check_look(opened.walker, looked)
+    cure = "are its config and its code those of its files? --method ecsq --set metric=plain runs no block"
+    try:
+        with torch.no_grad(), library_errors(f"model {recipe.model} cannot be run as its config says", cure):
+            groups = probe(opened.walker, text.words, [site.name for site in opened.sites if not site.lookup])
+            if looked is not None:
+                check_look(opened.walker, looked)
+    except InputError as error:
+        if wanted or recipe.max_loss is not None or recipe.refine is not None:
+            raise
+        reporter.warn(f"not judged by held-out text, for {error}")
+        opened.calibration = Calibration([], [], opened.calibration.length)
+        return
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
 
 

@@ -101,7 +101,8 @@ def open_targets(request: Request, reporter: Reporter) -> Opened:
     for name in walker.untied:
         reporter.say(f"{name} is no copy of the tensor that the config ties it to: both are kept, as transformers does")
         sites = [replace(site, head=None) if site.lookup and f"{site.head}.weight" == name else site for site in sites]
-    with library_errors(f"model {recipe.model} cannot be run as its config says"):
+    cure = "are its config and its code those of its files, and does this transformers run it?"
+    with library_errors(f"model {recipe.model} cannot be run as its config says", cure):
         sites = _called(sites, walker, reporter)
     opened = Opened(request, model, reader, skeleton, walker, sites, dtype, None, experts)
     warn_left_out(opened, reporter)
@@ -184,7 +185,10 @@ def _called(sites: list[Site], walker: BlockWalker, reporter: Reporter) -> list[
     if silent := [block for block in every if block not in walker.blocks]:
         reporter.say(f"left as they are, for no text reaches them: {', '.join(silent)}")
     if not left:
-        raise InputError(f"no weight is left to compress: the model never calls {', '.join(sorted(kinds))} as a layer")
+        never = ", ".join(sorted(kinds))
+        raise InputError(
+            f"no weight is left to compress: the model never calls {never} as a layer, name others with --target"
+        )
     if kinds:
         reporter.say(
             f"left as they are, for the model reads their weights without calling them: {', '.join(sorted(kinds))}"

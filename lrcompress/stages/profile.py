@@ -169,9 +169,10 @@ class HiddenWalk:
         wanted = [(self.samples, self.calibration, calibrate), (self._held_out, self._held, hold_out)]
         self._walked = [(samples, states) for samples, states, walked in wanted if walked and samples]
         self.weights = token_weights(every.length, opened.request.method.options.sink_share)
+        samples = [*every.samples, *every.unseen]  # none of a model that cannot be walked
         with torch.no_grad():
-            one = [*every.samples, *every.unseen][0]
-            self._sample = (every.length, opened.walker.embed(one).shape[-1])
+            width = opened.walker.embed(samples[0]).shape[-1] if samples else 0
+        self._sample = (every.length, width)
 
     def __len__(self) -> int:
         """Samples that are walked."""
