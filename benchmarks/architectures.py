@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -319,9 +320,9 @@ def default_share(kind: str, name: str) -> float | None:
 
 
 def words(error: BaseException) -> str:
-    """The first lines of what an error says, short enough for a table."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said.replace("|", "/")[:160]
+    """What an error says, without the folder that the model lay in, short enough for a table."""
+    said = re.sub(r"\S*/architectures-\S*", "FOLDER", " ".join(str(error).split())) or type(error).__name__
+    return said.replace("|", "/")[:300]
 
 
 def counts(found: list[Verdict], method: str) -> dict[str, dict[str, int]]:

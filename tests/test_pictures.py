@@ -15,11 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lrcompress.calibration.collect import token_weights
 from lrcompress.calibration.corpus import documents, parse_source, split_held_out, tokenise
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, ResourceError
+from lrcompress.model.probing import check_look
 from lrcompress.pipeline import compress
 from lrcompress.recipe import make_recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages import backward, profile
+from lrcompress.stages.opening import open_request
+from lrcompress.stages.request import check_request
 from tests.architectures import VOCABULARY, wrappers
 from tests.conftest import compress_tiny
 
@@ -457,3 +460,32 @@ def test_the_records_of_the_documentation_are_read(multimodal, pairs, tmp_path):
     shutil.copy(pairs.parent / "0.png", tmp_path / "cat.png")
     given = recipe_of(multimodal("llava"), tmp_path / "pairs.jsonl", tmp_path / "out", text={"samples": 2})
     assert compress(given).report["calibration"]["images"] == 2
+
+
+def test_blocks_that_only_images_reach_are_named(multimodal, pairs):
+    recipe = recipe_of(multimodal("llava"), pairs, "unused")
+    opened = open_request(check_request(recipe), Reporter(quiet=True))
+    sample = next(sample for sample in opened.calibration.samples if sample.images)
+    check_look(opened.walker, sample)
+    silent = opened.walker.blocks.pop()
+    with pytest.raises(InputError, match=f"{silent} runs only where there are images.*: calibrate on text alone"):
+        check_look(opened.walker, sample)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(multimodal, pairs, tmp_path, monkeypatch):
+    folder, decompose = multimodal("gemma4"), profile.decompose_block
+    asked = {"trust_remote_code": True, "text": {"seqlen": 128}}
+
+    def stop(opened, block, *more):
+        if block == 1:
+            raise ResourceError("the disk is full")
+        return decompose(opened, block, *more)
+
+    whole = compress(recipe_of(folder, pairs, tmp_path / "whole", **copy.deepcopy(asked)))
+    monkeypatch.setattr(profile, "decompose_block", stop)
+    with pytest.raises(ResourceError):
+        compress(recipe_of(folder, pairs, tmp_path / "out", **copy.deepcopy(asked)))
+    monkeypatch.setattr(profile, "decompose_block", decompose)
+    result = compress(recipe_of(folder, pairs, tmp_path / "out", **copy.deepcopy(asked)), resume=True)
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in (whole.folder, result.folder))
+    assert one == two

@@ -94,7 +94,8 @@ def _why_none(blocks: Sequence[str], dropped: set[str], shared: set[str]) -> str
         return "--ignore excludes every target, name fewer with it"
     stem = blocks[0].rpartition(".")[0]
     if shared:
-        return f"every linear layer of {stem}, {min(shared)} first, is another's too: name others with --target"
+        first = f"every linear layer of {stem}, {min(shared)} first, is another's too"
+        return f"{first}: name others with --target, or keep the model dense"
     return f"{stem} has no linear layers: name others with --target"
 
 
