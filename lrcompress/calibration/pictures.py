@@ -155,7 +155,8 @@ class Looker:
         images = [_opened(row, image) for image in row.images]
         asked: dict[str, Any] = {"return_tensors": "pt"}
         said = self._worded(row)
-        with library_errors(f"{row.where} cannot be read by the model's processor"):
+        cure = "are there as many images as marks for them, and does the chat template know its roles?"
+        with library_errors(f"{row.where} cannot be read by the model's processor", cure):
             if isinstance(said, str):
                 found = self._processor(text=[said], images=[images] if images else None, **asked)
             else:
