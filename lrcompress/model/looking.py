@@ -61,8 +61,9 @@ class Looks:
             handle.remove()
         if found is None:
             raise InputError("the model never called its language model for a sample with images: calibrate on text")
-        if self.folder is not None:
-            path = self._kept.get(sample, (self.folder / f"seen-{len(self._kept):05d}.safetensors", None))[0]
+        if self.folder is not None and self.folder.is_dir():
+            known = self._kept.get(sample)
+            path = self.folder / (f"seen-{len(self._kept):05d}.safetensors" if known is None else known[0].name)
             tensors = list(tensors_in(found))
             path.write_bytes(save({str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(tensors)}))
             empty = replaced(found, (tensor.to("meta") for tensor in tensors))
