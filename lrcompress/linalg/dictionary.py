@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.finite import all_finite
+from lrcompress.grams import quadratic
 
 RIDGES = {torch.float32: 1e-5, torch.float64: 1e-11}
 """Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
@@ -92,7 +93,7 @@ def least_squares_dictionary(target: Tensor, codes: Tensor, previous: Tensor | N
     without an inverse of the Gram. The normal equations are scaled to a unit diagonal and solved in the dtype of the
     codes; their ridge draws to the `previous` dictionary (zero where there is none), which unused atoms keep.
     """
-    gram = codes.mT @ codes
+    gram = quadratic(codes.mT) if codes.dim() == 2 else codes.mT @ codes
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
     scale = torch.where(dead, 1.0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt())

@@ -10,6 +10,7 @@ from lrcompress.linalg.dictionary import (
     check_finite,
     largest,
     leading_directions,
+    least_squares_codes,
     least_squares_dictionary,
     normalised,
     polar,
@@ -24,6 +25,13 @@ parabola along that line, so below 2 it still falls; measured, the alternation n
 
 REFIT_STEPS = 2
 """Conjugate gradient steps per round: a third makes no difference, with one alone the error is some per cent higher."""
+
+WIDE, NARROWING = 1.35, 2
+"""htp begins with so many times the coefficients and comes down in so many rounds. After 16 rounds errors of the demo's
+weights are 0.94 to 0.99 of those after 24 rounds without."""
+
+LAST_STEPS = 4
+"""Conjugate gradient steps at the end of `htp`."""
 
 STEP_GROWTH, STEP_LIMIT = 1.2, 2.0
 """A row whose new support was better takes longer gradient steps, one that refused it halves its step."""
@@ -54,32 +62,55 @@ def htp(target: Tensor, atoms: int, nonzeros: int, rounds: int, tolerance: float
     """Free dictionary and hard thresholding pursuit in turn, begun at the leading singular vectors; atoms <= n.
 
     As in GeoPair: D by least squares, here over-relaxed, then supports from a gradient step and coefficients
-    refitted on them by least squares. No round raises the objective.
+    refitted on them by least squares. The first rounds keep more coefficients (`_narrowing`); objectives are those
+    since a row has its `nonzeros`, and no round raises them.
     """
     check_finite(target)
     first = min(atoms, *target.shape[-2:])
-    start = procrustes(target, first, min(nonzeros, first), 0)
-    objectives = start.objectives
-    code = _widened(target, start, atoms, nonzeros)
-    pursuit = Pursuit(target, nonzeros)
-    for _ in range(rounds):
+    counts = _narrowing(atoms, nonzeros, rounds)
+    wide = counts[0] if counts else nonzeros
+    start = procrustes(target, first, min(wide, first), 0)
+    objectives = [] if counts else start.objectives
+    code = _widened(target, start, atoms, wide)
+    pursuit = Pursuit(target, wide)
+    for count in [*counts, *[nonzeros] * (rounds - len(counts))]:
+        pursuit.narrow(count)
         best = least_squares_dictionary(target, code.codes, code.dictionary)
         relaxed = torch.lerp(code.dictionary, best, RELAXATION)
         code = pursuit.step(*normalised(relaxed, code.codes), code.support)
-        objectives.append(pursuit.error)
-        if stalled(objectives, tolerance):
-            break
-    if rounds:  # the relaxed dictionary went past the best one for the last codes
-        exact = least_squares_dictionary(target.double(), code.codes.double(), code.dictionary.double())
-        final = SparseCode(*normalised(exact.to(target.dtype), code.codes), code.support)
-        errors = final.error(target), code.error(target)
-        better = (errors[0] <= errors[1])[..., None, None]  # not where both are rounding alone
-        dictionary, codes = (
-            torch.where(better, a, b) for a, b in ((final.dictionary, code.dictionary), (final.codes, code.codes))
-        )
-        code = SparseCode(dictionary, codes, code.support)
-        objectives.append(torch.minimum(*errors))
+        if count == nonzeros:
+            objectives.append(pursuit.error)
+            if stalled(objectives, tolerance):
+                break
+    if rounds:
+        code = _settled(target, code)
+        objectives.append(code.error(target))
     return SparseCode(code.dictionary, code.codes, code.support, objectives)
+
+
+def _narrowing(atoms: int, nonzeros: int, rounds: int) -> list[int]:
+    """Coefficients of a row in the first rounds, more than `nonzeros`: what is dropped late is chosen better.
+
+    None where there are too few atoms, or rounds to make use of it.
+    """
+    wide = min(round(WIDE * nonzeros), atoms)
+    if rounds <= NARROWING or wide == nonzeros:
+        return []
+    return [round(wide * (nonzeros / wide) ** (step / NARROWING)) for step in range(NARROWING)]
+
+
+def _settled(target: Tensor, code: SparseCode) -> SparseCode:
+    """`code`, whose dictionary went past the best one, with that and codes refitted to it, where that is better."""
+    exact = least_squares_dictionary(target, code.codes, code.dictionary)
+    dictionary, codes = normalised(exact, code.codes)
+    products = target @ dictionary.mT
+    codes = least_squares_codes(dictionary @ dictionary.mT, products, code.support, codes, LAST_STEPS)
+    found = SparseCode(dictionary, codes, code.support)
+    better = (found.error(target) <= code.error(target))[..., None, None]  # not where both are rounding alone
+    dictionary, codes = (
+        torch.where(better, a, b) for a, b in ((found.dictionary, code.dictionary), (found.codes, code.codes))
+    )
+    return SparseCode(dictionary, codes, code.support)
 
 
 def _widened(target: Tensor, start: SparseCode, atoms: int, nonzeros: int) -> SparseCode:
@@ -108,8 +139,13 @@ class Pursuit:
         self, target: Tensor, nonzeros: int, refit_steps: int = REFIT_STEPS, energy: Tensor | None = None
     ) -> None:
         self._target, self._nonzeros, self._refit_steps = target, nonzeros, refit_steps
+        self._narrower = False
         self._length = target.new_ones(*target.shape[:-1], 1)
         self._energy = target.double().square().sum((-2, -1)) if energy is None else energy
+
+    def narrow(self, nonzeros: int) -> None:
+        """Let the next step leave every row so many coefficients; where these are fewer, it may get worse."""
+        self._narrower, self._nonzeros = nonzeros < self._nonzeros, nonzeros
 
     def step(self, dictionary: Tensor, codes: Tensor, support: Tensor) -> SparseCode:
         """Supports and codes (..., n, k) for a dictionary (..., k, p) of atoms of norm 1; no row gets worse."""
@@ -123,7 +159,10 @@ class Pursuit:
         proposed = largest(codes.addcmul(gradient, self._length), self._nonzeros)
         refitted, after = refit(gram, products, proposed, codes, self._refit_steps)
         better = after > before
-        self._length = torch.where(better, (self._length * STEP_GROWTH).clamp_max(STEP_LIMIT), self._length / 2)
+        if self._narrower:
+            better, self._narrower = torch.ones_like(better), False
+        else:
+            self._length = torch.where(better, (self._length * STEP_GROWTH).clamp_max(STEP_LIMIT), self._length / 2)
         explained = torch.where(better, after, before).double().sum((-2, -1))
         self.error = (self._energy - explained).clamp_min(0)
         return torch.where(better, refitted, codes), torch.where(better, proposed, support)

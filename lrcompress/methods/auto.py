@@ -12,7 +12,8 @@ from lrcompress.formats.sparse_dictionary import SparseDictionary
 from lrcompress.formats.table import Table
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.methods.base import METHODS, Method, MethodOptions
-from lrcompress.methods.cospadi import Cospadi, CospadiOptions
+from lrcompress.methods.cospadi import Cospadi
+from lrcompress.methods.dictionary_options import CospadiOptions
 from lrcompress.methods.ecsq import Ecsq, EcsqOptions
 from lrcompress.methods.lord import Lord, LordOptions
 from lrcompress.methods.spectral import Metric

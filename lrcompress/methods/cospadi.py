@@ -1,9 +1,8 @@
 """CoSpaDi: sparse dictionaries learnt on whitened weights (arXiv 2509.22075), with the solvers of later work."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import pydantic
 import torch
 from torch import Tensor
 
@@ -19,10 +18,8 @@ from lrcompress.linalg.sparse_coding import solve
 from lrcompress.linalg.truncation import decompose, tail_energies
 from lrcompress.linalg.whitening import damped, upper_root
 from lrcompress.methods.base import METHODS, Method, MethodOptions
-from lrcompress.methods.spectral import Metric
+from lrcompress.methods.dictionary_options import CospadiOptions
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
-
-Bits = Literal[8, 16]
 
 SPARSITY_COST = 0.07
 """Share of the ranks between s and k that a sparse code loses against rank k, per k / s - 1 and per out / in, that at
@@ -36,31 +33,6 @@ INPUT_DAMPING = 1e-3
 
 LEAST_WEIGHT = 1e-6
 """Outputs whose squared gradient is below this share of the mean count as much as that."""
-
-
-class CospadiOptions(MethodOptions):
-    """Options of cospadi."""
-
-    metric: Metric = "input"
-    solver: Literal["htp", "procrustes", "ksvd"] = "htp"
-    """htp: free dictionary, supports refined, coefficients by least squares; procrustes: COMPOT; ksvd: the paper."""
-    k_over_s: float = pydantic.Field(2.5, ge=1.0, le=16.0)
-    """Atoms of the dictionary per coefficient of an output."""
-    rounds: int = pydantic.Field(24, ge=0)
-    """At most so many alternations of dictionary and codes (procrustes is published with 20, ksvd with 60)."""
-    tolerance: float = pydantic.Field(0.004, ge=0.0)
-    """Alternations end where one lowers the squared error by less than this share of it; 0 runs them all."""
-    coefficient_bits: Bits = 16
-    dictionary_bits: Bits = 16
-    group: int = pydantic.Field(1, ge=1)
-    """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
-    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
-    """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
-    side: Literal["output", "input"] = "output"
-    """Who chooses its atoms: every output, as published, or every input (W is then Dᵀ Sᵀ, good for wide weights)."""
-    coupled_rounds: int | None = pydantic.Field(None, ge=0)
-    """Rounds in a full Gram after those in its diagonal: of the output gradients (metric=two_sided), or with side=input
-    of the inputs. 3 where such a Gram is there; shared dictionaries and those of 8 bits know its diagonal only."""
 
 
 @METHODS.register
@@ -259,7 +231,7 @@ class Cospadi(Method):
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
         target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
-        code = solve(target, atoms, nonzeros, self.options.solver, self.options.rounds, self.options.tolerance)
+        code = solve(target, atoms, nonzeros, self.options.solver, self.options.most_rounds, self.options.tolerance)
         if "rows" in artefact:
             return self._coupled(spec, artefact, target, code, bias)
         roots, weight = artefact["roots"][:, None], artefact["weight"].double()
@@ -301,7 +273,7 @@ class Cospadi(Method):
         unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
         scaled = [(w / unit).float() for w in weights]
         atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
-        code = joint_htp(scaled, grams, atoms, nonzeros, self.options.rounds, self.options.tolerance)
+        code = joint_htp(scaled, grams, atoms, nonzeros, self.options.most_rounds, self.options.tolerance)
         exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
         codes = [c.double() for c in code.codes]
         dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lrcompress.linalg import sparse_coding
 from lrcompress.linalg.dictionary import (
     largest,
     least_squares_codes,
@@ -131,6 +132,19 @@ def test_a_free_dictionary_with_refitted_codes_beats_an_orthonormal_one(shape):
     assert free.error(target) < 0.95 * orthonormal
     singular_values = torch.linalg.svdvals(target).square()
     assert singular_values[16:].sum() <= free.error(target) <= singular_values[8:].sum()
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (192, 96), (96, 192)])
+def test_more_coefficients_at_first_save_rounds(shape, monkeypatch):
+    """Two thirds of the rounds lead as far as all of them without; see also SparseCode.objectives for what counts."""
+    target = decaying(*shape)
+    narrowed = htp(target, 60, 24, 16)
+    assert len(narrowed.objectives) == 16 - sparse_coding.NARROWING + 1
+    assert (narrowed.support.sum(-1) == 24).all()
+    monkeypatch.setattr(sparse_coding, "WIDE", 1.0)
+    plain = htp(target, 60, 24, 24)
+    assert len(plain.objectives) == 24 + 2
+    assert narrowed.error(target) < 1.002 * plain.error(target)
 
 
 def test_ksvd_recovers_a_planted_dictionary_up_to_order_and_sign():

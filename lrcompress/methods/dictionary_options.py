@@ -1,0 +1,46 @@
+"""Options of sparse dictionaries."""
+
+from typing import Literal
+
+import pydantic
+
+from lrcompress.methods.base import MethodOptions
+from lrcompress.methods.spectral import Metric
+
+Bits = Literal[8, 16]
+
+ROUNDS_ALONE, ROUNDS = 16, 24
+"""Of htp with a dictionary of its own, which begins with more coefficients, and of the rest: equally near."""
+
+
+class CospadiOptions(MethodOptions):
+    """Options of cospadi."""
+
+    metric: Metric = "input"
+    solver: Literal["htp", "procrustes", "ksvd"] = "htp"
+    """htp: free dictionary, supports refined, coefficients by least squares; procrustes: COMPOT; ksvd: the paper."""
+    k_over_s: float = pydantic.Field(2.5, ge=1.0, le=16.0)
+    """Atoms of the dictionary per coefficient of an output."""
+    rounds: int | None = pydantic.Field(None, ge=0)
+    """At most so many alternations of dictionary and codes: 16, or 24 for a shared dictionary and the other solvers
+    (procrustes is published with 20, ksvd with 60)."""
+    tolerance: float = pydantic.Field(0.004, ge=0.0)
+    """Alternations end where one lowers the squared error by less than this share of it; 0 runs them all."""
+    coefficient_bits: Bits = 16
+    dictionary_bits: Bits = 16
+    group: int = pydantic.Field(1, ge=1)
+    """Neighbouring blocks whose weights of one kind share a dictionary, each in a metric of its own (GeoPair)."""
+    gradient_damping: float = pydantic.Field(0.1, ge=0.0)
+    """Added to the outputs' squared gradients, relative to their mean (metric=two_sided)."""
+    side: Literal["output", "input"] = "output"
+    """Who chooses its atoms: every output, as published, or every input (W is then Dᵀ Sᵀ, good for wide weights)."""
+    coupled_rounds: int | None = pydantic.Field(None, ge=0)
+    """Rounds in a full Gram after those in its diagonal: of the output gradients (metric=two_sided), or with side=input
+    of the inputs. 3 where such a Gram is there; shared dictionaries and those of 8 bits know its diagonal only."""
+
+    @property
+    def most_rounds(self) -> int:
+        """Alternations of dictionary and codes at most."""
+        if self.rounds is None:
+            return ROUNDS_ALONE if self.group == 1 and self.solver == "htp" else ROUNDS
+        return self.rounds
