@@ -24,6 +24,7 @@ loaded is the one that torch's wheels bring."""
 WITHOUT = {
     "rans": "runs in numpy, many times slower",
     "feedback": "is done by torch, many times slower",
+    "pursuit": "of sparse codes is done by torch, somewhat slower",
     "rows": "decodes in plain torch, many times slower",
     "blocks": "are rounded by torch, many times slower, 32 rows of a weight at a time",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",

@@ -85,6 +85,7 @@ def joint_htp(
     nonzeros: int,
     rounds: int,
     tolerance: float = 0.0,
+    kind: type[Pursuit] | None = None,
 ) -> JointCode:
     """`htp` of several weights (n_b, p) with one dictionary (atoms, p), atoms <= n_b. No round raises the sum."""
     for weight in weights:
@@ -95,7 +96,7 @@ def joint_htp(
     codes, supports = list(code.codes.split(sizes)), list(code.support.split(sizes))
     shared = SharedDictionary(weights, grams)
     energies = [(s * w).double().sum() for s, w in zip(shared.seen, weights, strict=True)]
-    pursuits = [Pursuit(w, nonzeros, energy=e) for w, e in zip(weights, energies, strict=True)]
+    pursuits = [(kind or Pursuit)(w, nonzeros, energy=e) for w, e in zip(weights, energies, strict=True)]
     objectives: list[Tensor] = []
     for _ in range(rounds):
         best = shared.solve(codes, dictionary, DICTIONARY_STEPS)

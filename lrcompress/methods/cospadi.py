@@ -11,6 +11,7 @@ from lrcompress.finite import all_finite
 from lrcompress.formats import spec_bytes
 from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, quantised
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
+from lrcompress.kernels.pursuit import pursuit_for
 from lrcompress.linalg.coupled import coupled_htp
 from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, refitted_codes
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
@@ -231,7 +232,7 @@ class Cospadi(Method):
         """Solve, and take the codes' least-squares dictionary of the weight itself: it needs no inverse of the Gram."""
         target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
         atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
-        code = solve(target, atoms, nonzeros, self.options.solver, self.options.most_rounds, self.options.tolerance)
+        code = solve(target, atoms, nonzeros, self.options.solver, *self.options.limits, pursuit_for(target))
         if "rows" in artefact:
             return self._coupled(spec, artefact, target, code, bias)
         roots, weight = artefact["roots"][:, None], artefact["weight"].double()
@@ -273,7 +274,7 @@ class Cospadi(Method):
         unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
         scaled = [(w / unit).float() for w in weights]
         atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
-        code = joint_htp(scaled, grams, atoms, nonzeros, self.options.most_rounds, self.options.tolerance)
+        code = joint_htp(scaled, grams, atoms, nonzeros, *self.options.limits, pursuit_for(scaled[0]))
         exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
         codes = [c.double() for c in code.codes]
         dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)

@@ -9,8 +9,8 @@ from lrcompress.methods.spectral import Metric
 
 Bits = Literal[8, 16]
 
-ROUNDS_ALONE, ROUNDS = 16, 24
-"""Of htp with a dictionary of its own, which begins with more coefficients, and of the rest: equally near."""
+ROUNDS_ALONE, ROUNDS = 15, 24
+"""Of htp with a dictionary of its own, and of what has no momentum: equally near."""
 
 
 class CospadiOptions(MethodOptions):
@@ -22,7 +22,7 @@ class CospadiOptions(MethodOptions):
     k_over_s: float = pydantic.Field(2.5, ge=1.0, le=16.0)
     """Atoms of the dictionary per coefficient of an output."""
     rounds: int | None = pydantic.Field(None, ge=0)
-    """At most so many alternations of dictionary and codes: 16, or 24 for a shared dictionary and the other solvers
+    """At most so many alternations of dictionary and codes: 15, or 24 for a shared dictionary and the other solvers
     (procrustes is published with 20, ksvd with 60)."""
     tolerance: float = pydantic.Field(0.004, ge=0.0)
     """Alternations end where one lowers the squared error by less than this share of it; 0 runs them all."""
@@ -39,8 +39,7 @@ class CospadiOptions(MethodOptions):
     of the inputs. 3 where such a Gram is there; shared dictionaries and those of 8 bits know its diagonal only."""
 
     @property
-    def most_rounds(self) -> int:
-        """Alternations of dictionary and codes at most."""
-        if self.rounds is None:
-            return ROUNDS_ALONE if self.group == 1 and self.solver == "htp" else ROUNDS
-        return self.rounds
+    def limits(self) -> tuple[int, float]:
+        """Alternations of dictionary and codes at most, and the tolerance."""
+        known = ROUNDS_ALONE if self.group == 1 and self.solver == "htp" else ROUNDS
+        return known if self.rounds is None else self.rounds, self.tolerance
