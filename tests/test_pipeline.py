@@ -203,11 +203,21 @@ def test_the_held_out_perplexity_is_that_of_the_written_model(llama, tmp_path):
     sources = [(parse_source(spec["source"]), spec["samples"], spec["seqlen"])]
     ids = calibration_blocks(sources, tokenizer, 0, llama).held_out
     assert len(ids) == held_out["windows"]
+    assert [context["tokens"] for context in held_out["contexts"]] == [64, 16]
     for folder, key in ((result.folder, "perplexity"), (llama, "before")):
-        with torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            loss = model(input_ids=ids, labels=ids).loss
-        assert float(loss.exp()) == pytest.approx(held_out[key], rel=1e-3)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for context, expected in (
+            (64, held_out[key]),
+            (64, held_out["contexts"][0][key]),
+            (16, held_out["contexts"][1][key]),
+        ):
+            part = ids[:, :context]
+            with torch.no_grad():
+                loss = model(input_ids=part, labels=part).loss
+            assert float(loss.exp()) == pytest.approx(expected, rel=1e-3)
+    card = (result.folder / "README.md").read_text()
+    assert "64 tokens of context" in card
+    assert "16 tokens of context" in card
 
 
 def test_another_seed_reads_other_text(llama, tmp_path):

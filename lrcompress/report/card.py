@@ -32,8 +32,10 @@ def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
     calibration, held_out = report["calibration"], report.get("held_out")
     if held_out is not None:
-        times = held_out["perplexity"] / held_out["before"]
-        few += f"| perplexity on held-out calibration text | {times:.3f} times, {held_out['windows']} windows |\n"
+        for context in held_out["contexts"]:
+            times = context["perplexity"] / context["before"]
+            what = f"perplexity on held-out calibration text, {context['tokens']} tokens of context"
+            few += f"| {what} | {times:.3f} times, {held_out['windows']} windows |\n"
     warnings = "".join(f"**Warning**: {text}\n\n" for text in report["warnings"])
     trained = "".join(f"| {key} | {said} |\n" for key in ("refined", "healed") if (said := training(report.get(key))))
     text = (

@@ -25,6 +25,9 @@ from lrcompress.stages.profile import HiddenWalk
 LOUD_LOSS = 2.0
 """Held-out perplexity above this many times the dense one is worth a warning."""
 
+SHORT = 4
+"""Perplexity is told of whole windows, and of the first of so many parts of each: little context, another answer."""
+
 FEW_TOKENS = 4
 """Calibration tokens for every number of the widest input, below which its second moment is mostly chance."""
 
@@ -68,9 +71,12 @@ class HeldOutCheck:
         """The `held_out` of report.json, None without windows; a warning where the compressed model is much worse."""
         if not self._samples:
             return None
-        dense = self._perplexity(self._dense)
+        length = max(map(len, self._samples))
+        contexts = [length, *([length // SHORT] if length >= 2 * SHORT else [])]
+        before = self._perplexities(self._dense, contexts)
         with installed(self._opened, self._outside):
-            compressed = self._perplexity(self._hidden)
+            after = self._perplexities(self._hidden, contexts)
+        (dense, *_), (compressed, *_) = before, after
         reporter.say(
             f"held-out calibration text ({len(self._samples)} windows): "
             f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
@@ -80,7 +86,12 @@ class HeldOutCheck:
                 f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times that of "
                 f"the {self._before} model: {self._ways_out(plan)}"
             )
-        return {"windows": len(self._samples), "perplexity": compressed, "before": dense}
+        found: dict[str, Any] = {"windows": len(self._samples), "perplexity": compressed, "before": dense}
+        found["contexts"] = [
+            {"tokens": tokens, "perplexity": own, "before": theirs}
+            for tokens, own, theirs in zip(contexts, after, before, strict=True)
+        ]
+        return found
 
     def _ways_out(self, plan: Plan) -> str:
         """What would help, by what was asked for and what is known."""
@@ -98,16 +109,22 @@ class HeldOutCheck:
         ways.append(f"keep more than these {bits_per_weight(stored, weights):.2f} bits a weight (--bpw)")
         return "; ".join(ways) + "; or train what is stored with lrcompress heal"
 
-    def _perplexity(self, states: list[Tensor]) -> float:
-        walker = self._opened.walker
-        total = count = 0.0
+    def _perplexities(self, states: list[Tensor], contexts: list[int]) -> list[float]:
+        """Of the first so many tokens of every window, for each of the numbers."""
+        walker, losses = self._opened.walker, []
         for sample, hidden in zip(self._samples, states, strict=True):
             inputs, following = sample.words[:-1].split(CHUNK), sample.labels[1:].split(CHUNK)
+            found = []
             for read, part, wanted in zip(inputs, hidden[:, :-1].split(CHUNK, dim=1), following, strict=True):
                 logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
-                total += float(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
-            count += int((sample.labels[1:] != UNSCORED).sum())
-        return math.exp(min(total / count, 700.0))
+                found.append(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu())
+            losses.append((torch.cat(found).double(), sample.labels[1:] != UNSCORED))
+        means = []
+        for tokens in contexts:
+            total = sum(float(each[: tokens - 1].sum()) for each, _ in losses)
+            count = sum(int(scored[: tokens - 1].sum()) for _, scored in losses)
+            means.append(math.exp(min(total / max(count, 1), 700.0)))
+        return means
 
 
 @contextmanager
