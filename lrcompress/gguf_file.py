@@ -8,8 +8,8 @@ from typing import Any
 from lrcompress.errors import InputError
 from lrcompress.export.gguf import export_gguf
 from lrcompress.foreign.converter import converter_command
+from lrcompress.parallel.processes import processes, refuse_several
 from lrcompress.pipeline import compress
-from lrcompress.processes import processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.naming import output_folder

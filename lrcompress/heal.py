@@ -16,8 +16,8 @@ from lrcompress.checkpoint.writer import copy_files, disk_errors
 from lrcompress.errors import InputError
 from lrcompress.foreign.opening import check_model, open_model, short_name
 from lrcompress.model.device import resolve_device
+from lrcompress.parallel.processes import join
 from lrcompress.pipeline import Result
-from lrcompress.processes import join
 from lrcompress.recipe import make_recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lrcompress.foreign.converter import converter_command, find_rows
 from lrcompress.ggml.imatrix import Importance, write_imatrix
-from lrcompress.processes import refuse_several
+from lrcompress.parallel.processes import refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.block_types import dense_weights

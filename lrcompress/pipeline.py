@@ -9,7 +9,7 @@ from typing import Any
 from lrcompress.budget import bits_per_weight, removed
 from lrcompress.errors import InputError
 from lrcompress.model.device import fast_float32
-from lrcompress.processes import check_samples, join, processes, refuse_several
+from lrcompress.parallel.processes import check_samples, join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter

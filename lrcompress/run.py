@@ -10,8 +10,8 @@ from lrcompress.evaluation.compare import check_chat_template, check_expectation
 from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.foreign.opening import check_model, open_model
+from lrcompress.parallel.processes import processes
 from lrcompress.pipeline import Result, compress_request
-from lrcompress.processes import processes
 from lrcompress.recipe import EvaluateSpec, Recipe, make_recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter

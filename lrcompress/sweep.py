@@ -18,8 +18,8 @@ from lrcompress.evaluation.harness import measurable
 from lrcompress.evaluation.tasks import Task, parse_tasks
 from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.model.device import fast_float32, resolve_device, resolve_dtype
+from lrcompress.parallel.processes import refuse_several
 from lrcompress.pipeline import finish_checkpoint, profile_model, write_checkpoint
-from lrcompress.processes import refuse_several
 from lrcompress.recipe import Sweep, SweepMethod
 from lrcompress.report.pareto import draw
 from lrcompress.report.progress import Reporter

@@ -16,8 +16,8 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import ShardedWriter
 from lrcompress.errors import InputError, Interrupted, ResourceError
 from lrcompress.evaluation.compare import evaluate
+from lrcompress.parallel.processes import Processes
 from lrcompress.pipeline import compress, make_plan
-from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec, make_recipe
 from lrcompress.report import summary
 from lrcompress.report.progress import Reporter

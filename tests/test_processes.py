@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from lrcompress.errors import InputError
 from lrcompress.evaluation.compare import evaluate
 from lrcompress.export.source import open_compressed
+from lrcompress.parallel.processes import Processes
 from lrcompress.pipeline import make_plan
-from lrcompress.processes import Processes
 from lrcompress.recipe import EvaluateSpec
 from lrcompress.stages.needs import Needs
 from tests.commands import run_cli, start_cli, start_code

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from lrcompress.side_by_side import AT_ONCE, is_small, side_by_side, workers_for
+from lrcompress.parallel.side_by_side import AT_ONCE, is_small, side_by_side, workers_for
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from lrcompress.errors import NumericalError
 from lrcompress.finite import all_finite
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.samples import Sample, sample_of
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
 

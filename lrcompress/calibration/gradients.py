@@ -13,7 +13,7 @@ from lrcompress.finite import all_finite
 from lrcompress.grams import add_gram, symmetric
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.samples import UNSCORED, Sample, sample_of
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 
 CHUNK = 256

@@ -26,7 +26,7 @@ from lrcompress.cli import (
     sweep,
 )
 from lrcompress.errors import InputError, LrcompressError
-from lrcompress.processes import refuse_several, several
+from lrcompress.parallel.processes import refuse_several, several
 
 
 class _Commands(TyperGroup):

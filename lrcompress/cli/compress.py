@@ -105,9 +105,9 @@ def compress(
     from lrcompress.cli.show import quiet_libraries, show_report
     from lrcompress.cli.show_plan import show_plan
     from lrcompress.gguf_file import compress_to_file, wants_file
+    from lrcompress.parallel.processes import processes, refuse_several
     from lrcompress.pipeline import compress as run_compress
     from lrcompress.pipeline import make_plan
-    from lrcompress.processes import processes, refuse_several
     from lrcompress.recipe import dump_recipe
     from lrcompress.report.progress import Reporter
     from lrcompress.stages.naming import output_folder

@@ -88,7 +88,7 @@ def heal(
     from lrcompress.cli.show import quiet_libraries, show_training
     from lrcompress.heal import HealSpec
     from lrcompress.heal import heal as run_heal
-    from lrcompress.processes import processes
+    from lrcompress.parallel.processes import processes
     from lrcompress.report.progress import Reporter
     from lrcompress.training.settings import Settings
 

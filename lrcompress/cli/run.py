@@ -44,7 +44,7 @@ def run(
         raise InputError("no recipe given: name a YAML file or a shipped recipe, such as quickstart")
     loaded = load_recipe(recipe, [*(settings or []), *([f"output={output}"] if output else [])])
     from lrcompress.cli.show import quiet_libraries, show_evaluation, show_report
-    from lrcompress.processes import processes, several
+    from lrcompress.parallel.processes import processes, several
     from lrcompress.report.ci import failed_junit_xml, failed_summary, junit_xml, markdown_summary
     from lrcompress.report.progress import Reporter
     from lrcompress.run import check_run, run_request

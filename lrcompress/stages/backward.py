@@ -7,7 +7,7 @@ from pathlib import Path
 from lrcompress.calibration.collect import collect_outside
 from lrcompress.calibration.gradients import backward_block, loss_gradients, with_gradients
 from lrcompress.checkpoint.writer import disk_errors
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.decompose import UNREACHED, decompose_block

@@ -11,7 +11,7 @@ from lrcompress.ggml.file_types import OTHERS, types_of
 from lrcompress.ggml.imatrix import read_imatrix
 from lrcompress.ggml.types import BLOCK_TYPES
 from lrcompress.methods.ggml import GgmlBlocks
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.amount import budget_of
 from lrcompress.stages.opened import Opened

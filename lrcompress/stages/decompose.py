@@ -16,10 +16,10 @@ from lrcompress.linalg.truncation import singular_values
 from lrcompress.linalg.whitening import aimed, check_gram
 from lrcompress.methods import Method
 from lrcompress.model.device import decomposition_device, release_freed
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
+from lrcompress.parallel.side_by_side import AT_ONCE, side_by_side
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter
-from lrcompress.side_by_side import AT_ONCE, side_by_side
 from lrcompress.stages.opened import Opened
 
 AIM_DAMPING = 0.01

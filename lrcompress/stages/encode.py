@@ -13,8 +13,8 @@ from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, possible_places, stored_tensors
 from lrcompress.model.device import decomposition_device
+from lrcompress.parallel.side_by_side import side_by_side
 from lrcompress.protocols import Site, Spec
-from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.decompose import double_bytes
 from lrcompress.stages.opened import Opened

@@ -7,7 +7,7 @@ from lrcompress.calibration.drawing import images_drawn
 from lrcompress.errors import InputError
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.foreign.opening import check_model
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.report.summary import computing_versions, load_report
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.request import Request

@@ -7,7 +7,7 @@ import torch
 
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.model.device import memory_errors
-from lrcompress.processes import peer_lost, several
+from lrcompress.parallel.processes import peer_lost, several
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.cache import LABEL, content_digest, statistics_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Lookups
 from lrcompress.report.summary import computing_versions
 from lrcompress.stages.opened import Opened

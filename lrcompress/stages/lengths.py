@@ -11,10 +11,10 @@ from lrcompress.allocators.base import largest_ratio
 from lrcompress.budget import bits_per_weight
 from lrcompress.errors import NumericalError
 from lrcompress.formats import DENSE, spec_bytes
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
+from lrcompress.parallel.side_by_side import side_by_side
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter, skip
-from lrcompress.side_by_side import side_by_side
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.amount import other_bytes
 from lrcompress.stages.decompose import Found, double_bytes

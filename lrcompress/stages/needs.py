@@ -11,11 +11,11 @@ from lrcompress.budget import parse_size
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.errors import ResourceError
 from lrcompress.linalg.by_row import GROUPS
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
+from lrcompress.parallel.side_by_side import is_small, workers_for
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes
-from lrcompress.side_by_side import is_small, workers_for
 from lrcompress.stages.decompose import double_bytes
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.sensitivity import SAMPLES

@@ -24,7 +24,7 @@ from lrcompress.model.experts import linear_experts, linearise
 from lrcompress.model.probing import uncalled
 from lrcompress.model.skeleton import empty_model, find_blocks, library_errors
 from lrcompress.model.targets import find_sites, names_matching, refuse_tied
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind

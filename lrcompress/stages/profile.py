@@ -12,7 +12,7 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import disk_errors, write_tensors
 from lrcompress.errors import InputError
 from lrcompress.model.samples import Sample
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.decompose import Found, decompose_block

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrcompress.calibration.collect import collect_beside_dense, collect_outside, run_sample
 from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.writer import disk_errors
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.report.progress import Reporter, skip
 from lrcompress.stages.allocate import Plan

@@ -18,7 +18,7 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, NumericalError
 from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.tokens import token_perplexity
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import summaries
 from lrcompress.stages.next_ratio import Predicted, Tried, next_ratio

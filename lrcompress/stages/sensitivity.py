@@ -14,7 +14,7 @@ from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
 from lrcompress.methods import Method
 from lrcompress.model.samples import UNSCORED, Sample
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.encode import as_encoded, encode_site

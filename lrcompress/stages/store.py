@@ -12,7 +12,7 @@ from lrcompress.checkpoint.manifest import make_manifest
 from lrcompress.checkpoint.shards import NAMED
 from lrcompress.checkpoint.writer import ShardedWriter, copy_files_beside
 from lrcompress.formats import DENSE
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.decompose import decomposition_cost

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from lrcompress.formats.pivoted import Pivoted
-from lrcompress.processes import Processes
+from lrcompress.parallel.processes import Processes
 from lrcompress.protocols import Site
 from lrcompress.stages.decompose import decomposition_cost
 from lrcompress.stages.opened import Opened

@@ -17,7 +17,7 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.foreign.gguf_parts import parts_of
 from lrcompress.foreign.opening import check_model, open_model
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 
 MARKER, REPLACED = "lrcompress-partial", "lrcompress-replaced"
 """Files of DIR.partial: the lock, and the output folder of before while the new one takes its place."""

@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.manifest import read_manifest
-from lrcompress.processes import processes
+from lrcompress.parallel.processes import processes
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.opened import Opened
 from lrcompress.training.distill import Teacher
