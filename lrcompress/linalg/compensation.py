@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.finite import all_finite
-from lrcompress.linalg.whitening import check_gram
+from lrcompress.linalg.damped import damped_factor
 
 DAMPING = 0.01
 """Relative to the mean of the diagonal, as GPTQ and SparseGPT use."""
@@ -19,24 +19,11 @@ It may look ahead as far as its block reaches, not further.
 
 
 def gram_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """V (n, n), upper triangular, with V Vᵀ = G + damping * mean diagonal * I, float64.
+    """V (n, n), upper triangular, with V Vᵀ = G + damping * mean diagonal * I, float64: see `damped_factor`.
 
-    It is the inverse of GPTQ's factor of (G + ...)⁻¹, at a quarter of the cost. An all-zero gram counts as the
-    identity; damping grows tenfold while rounding leaves the sum indefinite.
+    It is the inverse of GPTQ's factor of (G + ...)⁻¹, at a quarter of the cost.
     """
-    check_gram(gram, "the inputs")
-    if not bool((gram.diagonal() > 0).any()):
-        gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    mean = gram.diagonal().double().mean()
-    while damping <= 1:
-        reversed_ = gram.flip(0, 1).double()
-        reversed_.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        del reversed_
-        if not int(failed) and all_finite(lower):
-            return lower.flip(0, 1)
-        damping *= 10
-    raise ArithmeticError("the Gram of the inputs is not positive semidefinite")
+    return damped_factor(gram, damping, "the inputs")
 
 
 def sweep(weight: Tensor, factor: Tensor, block: int, choose: Choose) -> Tensor:

@@ -5,17 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.whitening import check_gram
+from lrcompress.linalg.damped import damped_factor
 
 PRICE = 0.07
 """Squared steps that a bit is worth. At the entropy coder's rate 2 ln 2 / 12 = 0.116 is the slope of error against
 bits of a uniform source; 0.07 was best on weights of SmolLM2 at 0.6 to 2.6 bits (docs/quality.md)."""
-
-ENOUGH = 0.01
-"""Of the damping: what rounding to float32 may change of a Gram's eigenvalues."""
-
-STRIP = 512
-"""Rows that are put in order at a time."""
 
 LARGEST_SHIFT = 0.15
 """Of the point between two codes where it is decided, towards the larger one, in steps."""
@@ -24,56 +18,12 @@ LARGEST_SHIFT = 0.15
 def unit_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """M (n, n), unit upper triangular, and d (n,): M diag(d) Mᵀ = gram + damping * its mean * I, in `order` (n,).
 
-    An all-zero gram (n, n) counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
-    Both float32 where that changes the sum by little beside the damping (`ENOUGH`), float64 otherwise.
-    ArithmeticError where gram has non-finite entries or is not positive semidefinite.
+    Both float32 where that changes the sum by little beside the damping, float64 otherwise: see `damped_factor`.
     """
-    check_gram(gram, "the layer")
-    if not bool((gram.diagonal() > 0).any()):
-        gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    # Cholesky's factor of the matrix turned round, turned back, is upper triangular.
-    turned = torch.arange(len(gram), device=gram.device).flip(0) if order is None else order.flip(0)
-    mean = float(gram.diagonal().double().mean())
     damping = max(damping, torch.finfo(torch.float32).eps)
-    while damping <= 1:
-        lower = _cholesky(gram, turned, damping * mean)
-        if lower is not None:
-            upper = lower.flip(0, 1)
-            diagonal = upper.diagonal().clone()
-            return upper.div_(diagonal), diagonal.square()
-        damping *= 10
-    raise ArithmeticError("the Gram of the layer is not positive semidefinite")
-
-
-def _cholesky(gram: Tensor, order: Tensor, added: float) -> Tensor | None:
-    """Cholesky's factor L (n, n) of gram (n, n), its rows and columns in `order`, plus `added` I; None where none is.
-
-    In float32 where the root mean square of the eigenvalues of what that misses is small beside `added`: that is what a
-    normal vector is multiplied by.
-    """
-    for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(_ordered(gram, order, added, dtype))
-        if not int(failed) and (dtype == torch.float64 or _missed(lower, gram, order, added) <= ENOUGH * added):
-            return lower
-    return None
-
-
-def _missed(lower: Tensor, gram: Tensor, order: Tensor, added: float) -> float:
-    """What a normal vector is multiplied by, in the root mean square, by the difference of both sides."""
-    probe = torch.randn(len(gram), generator=torch.Generator().manual_seed(0)).to(lower)
-    placed = torch.empty_like(probe, dtype=gram.dtype)
-    placed[order] = probe.to(gram.dtype)
-    exact = (gram @ placed)[order] + added * probe
-    return float((exact - lower @ (lower.T @ probe)).norm()) / len(gram) ** 0.5
-
-
-def _ordered(gram: Tensor, order: Tensor, added: float, dtype: torch.dtype) -> Tensor:
-    """gram (n, n) in `dtype`, its rows and columns in `order`, plus `added` I; a strip at a time, for gram is large."""
-    found = torch.empty(gram.shape, dtype=dtype, device=gram.device)
-    for start in range(0, len(gram), STRIP):
-        found[start : start + STRIP] = gram[order[start : start + STRIP]][:, order]
-    found.diagonal().add_(added)
-    return found
+    upper = damped_factor(gram, damping, "the layer", order, (torch.float32, torch.float64))
+    diagonal = upper.diagonal().clone()
+    return upper.div_(diagonal), diagonal.square()
 
 
 def in_steps(factor: Tensor, scale: Tensor) -> Tensor:

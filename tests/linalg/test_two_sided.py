@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lrcompress.linalg import two_sided
+from lrcompress.linalg import damped
 from lrcompress.linalg.rates import rates_of
 from lrcompress.linalg.two_sided import Tiles, expected_sizes, in_steps, offsets, round_two_sided, unit_factor
 
@@ -32,7 +32,7 @@ def tiles_of(size: int) -> type[Tiles]:
 @pytest.mark.parametrize("order", [None, torch.randperm(23, generator=torch.Generator().manual_seed(6))])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_the_unit_factor_gives_the_damped_gram(damping, order, monkeypatch):
-    monkeypatch.setattr(two_sided, "STRIP", 10)
+    monkeypatch.setattr(damped, "STRIP", 10)
     matrix = gram(23, 60, 5)
     factor, diagonal = unit_factor(matrix, damping, order)
     matrix = matrix if order is None else matrix[order][:, order]
