@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.model.device import decomposition_device, fast_float32
+from lrcompress.model.device import double_device, fast_float32
 
 ROWS = 128
 """Positions whose probabilities are compared at a time: bounds the float64 copies of the logits."""
@@ -121,7 +121,7 @@ def _pairs(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """(rows,) float64 KL(p || q) of logits (rows, vocabulary), in nats."""
-    where = decomposition_device(q.device)
+    where = double_device(q.device)
     log_p, log_q = (logits.to(where, torch.float64).log_softmax(-1) for logits in (p, q))
     return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 

@@ -45,9 +45,29 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else checkpoint
 
 
-def decomposition_device(device: torch.device) -> torch.device:
-    """Where float64 decompositions run: on the device unless it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+def statistics_device(name: str) -> torch.device:
+    """As `resolve_device`, of a device with float64, in which statistics are summed: `auto` is the CPU where the
+    accelerator has none, that by its name an InputError."""
+    device = resolve_device(name)
+    if _has_float64(device):
+        return device
+    if name == "auto":
+        return torch.device("cpu")
+    raise InputError(f"--device {name} has no float64, in which statistics are summed: compress with --device cpu")
+
+
+def double_device(device: torch.device) -> torch.device:
+    """Where float64 numbers go: on the device unless it has none."""
+    return device if _has_float64(device) else torch.device("cpu")
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from lrcompress.checkpoint.experts import open_skeleton
 from lrcompress.errors import InputError
 from lrcompress.foreign.opening import open_dense
-from lrcompress.model.device import decomposition_device, resolve_device
+from lrcompress.model.device import double_device, resolve_device
 from lrcompress.model.skeleton import checkpoint_names
 from lrcompress.model.targets import is_conv1d, is_linear
 from lrcompress.protocols import Site
@@ -40,7 +40,7 @@ def dense_spectra(
     InputError where the model lacks one of the targets or has it in another shape.
     """
     opened = open_dense(model)
-    where = decomposition_device(resolve_device(device))
+    where = double_device(resolve_device(device))
     skeleton, reader = open_skeleton(opened.folder, trust_remote_code=trust_remote_code)
     sites = [_site(model, skeleton, target) for target in targets]
     names = checkpoint_names(skeleton, reader.names())

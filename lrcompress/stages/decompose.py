@@ -15,7 +15,7 @@ from lrcompress.errors import InputError, NumericalError
 from lrcompress.linalg.truncation import singular_values
 from lrcompress.linalg.whitening import aimed, check_gram
 from lrcompress.methods import Method
-from lrcompress.model.device import decomposition_device, release_freed
+from lrcompress.model.device import release_freed
 from lrcompress.parallel.processes import processes
 from lrcompress.parallel.side_by_side import AT_ONCE, side_by_side
 from lrcompress.protocols import InputStatistics, Site
@@ -72,7 +72,7 @@ def decompose_block(
 def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | None) -> dict[str, Tensor]:
     """The method's artefact of one site whose block is loaded, with what allocation needs beside it."""
     method, allocator = opened.request.method, opened.request.allocator
-    weight = weight_of(opened, site).to(decomposition_device(opened.walker.device))
+    weight = weight_of(opened, site)
     if method.needs_statistics and (statistics is None or statistics.count == 0):
         raise InputError(f"no calibration token reached {site.name}: use more text, or leave it out with --ignore")
     try:

@@ -12,7 +12,6 @@ from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, possible_places, stored_tensors
-from lrcompress.model.device import decomposition_device
 from lrcompress.parallel.side_by_side import side_by_side
 from lrcompress.protocols import Site, Spec
 from lrcompress.stages.allocate import Plan
@@ -110,7 +109,7 @@ class Encoder:
         return stored or encode_site(self._opened, self._sites[name], self._plan.specs[name], artefact)
 
     def _artefact(self, name: str) -> dict[str, Tensor]:
-        device = decomposition_device(self._opened.request.device)
+        device = self._opened.request.device
         return {key: tensor.to(device) for key, tensor in self._artefacts.load(self._sites[name]).items()}
 
     def _shared(self, name: str, family: list[str]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from lrcompress.foreign.opening import check_model
 from lrcompress.ggml.file_types import check_file_type
 from lrcompress.methods import Method, make_method
 from lrcompress.methods.ggml import GgmlBlocks
-from lrcompress.model.device import resolve_device
+from lrcompress.model.device import statistics_device
 from lrcompress.protocols import Allocator
 from lrcompress.recipe import CalibrationSpec, Recipe
 
@@ -96,7 +96,7 @@ def check_request(recipe: Recipe) -> Request:
         )
     check_model(recipe.model)
     sources = split_samples(recipe.calibration)
-    return Request(recipe, method, allocator, sources, resolve_device(recipe.device))
+    return Request(recipe, method, allocator, sources, statistics_device(recipe.device))
 
 
 def _may_join(method: Method) -> bool:

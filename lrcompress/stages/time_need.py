@@ -64,7 +64,7 @@ class Work:
 
     def seconds(self, device: torch.device) -> float:
         """At the rates of products here."""
-        return self.float32 / _rate(torch.float32, device) + self.float64 / _rate(torch.float64, torch.device("cpu"))
+        return self.float32 / _rate(torch.float32, device) + self.float64 / _rate(torch.float64, device)
 
 
 def seconds_need(opened: Opened, size: int = 1) -> float:
@@ -158,8 +158,6 @@ def _largest_share(opened: Opened, size: int) -> float:
 @cache
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiply-adds a second of a product of 768 x 768 here, the fastest of some."""
-    if device.type == "mps" and dtype == torch.float64:
-        device = torch.device("cpu")
     a, best = torch.ones(768, 768, dtype=dtype, device=device), float("inf")
     for _ in range(TRIES):
         start = time.perf_counter()

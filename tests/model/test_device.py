@@ -1,9 +1,12 @@
-"""Products in float32 wherever they are made."""
+"""What a device can do: products in float32, float64 or none."""
 
 import pytest
 import torch
 
+from lrcompress.errors import InputError
 from lrcompress.model import device
+from lrcompress.recipe import make_recipe
+from lrcompress.stages.request import check_request
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -27,3 +30,15 @@ def test_the_setting_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError), device.fast_float32():
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_statistics_need_a_device_with_float64(monkeypatch, llama):
+    """Apple's has none: what is left to us is compressed on the CPU, what names the device is told so."""
+    assert device.statistics_device("cpu") == torch.device("cpu") == device.double_device(torch.device("cpu"))
+    assert not device._has_float64(torch.device("meta"))  # raises as a device without float64 does
+    other = torch.device("meta")
+    monkeypatch.setattr(device, "resolve_device", lambda name: other)
+    assert device.statistics_device("auto") == device.double_device(other) == torch.device("cpu")
+    asked = make_recipe({"model": str(llama), "method": "lord", "ratio": 0.2, "device": "meta"})
+    with pytest.raises(InputError, match="--device meta has no float64.*--device cpu"):
+        check_request(asked)
