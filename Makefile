@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where there is no GPU the CPU build is enough; elsewhere the registry's own build is taken.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check lint format clean serve-check
+.PHONY: demo test wheel-check check lint format clean serve-check
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,10 @@ demo: .venv/ready
 # One thread for every worker: more of them would wait for each other.
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# A wheel of this tree, in an environment that has nothing else of it, runs the quickstart.
+wheel-check: .venv/ready
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_wheel.py -k quickstart
 
 # vLLM and llama.cpp on our checkpoints: 4 GB in a virtual environment of its own, about an hour on two cores; stopped, it
 # goes on where it was. One of its cells: .serve-venv/bin/python -m tests.serve.check build/serve "qwen3/coded vLLM"

@@ -8,8 +8,10 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from tests.conftest import needs_demo
 
@@ -55,23 +57,55 @@ def test_a_wheel_has_what_runs_and_nothing_else(installed):
     assert {name.split("/")[0] for name in own} == {"lrcompress"}
 
 
-@needs_demo
-@pytest.mark.demo
-def test_the_quickstart_runs_from_a_wheel(installed, tmp_path):
-    """Its size reduced, and its expectation on quality with it."""
-    python, _ = installed
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    how = {"cwd": tmp_path, "env": environment}
+def without_the_tree(python, folder, **changes):
+    """The environment of commands that find the wheel's `lrcompress` in their path."""
+    environment = {**os.environ, **changes, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    del environment["PYTHONPATH"]
+    how = {"cwd": folder, "env": environment}
     where = run(python, "-c", "import lrcompress; print(lrcompress.__file__)", **how).strip()
     assert Path(where).is_relative_to(python.parent.parent)
+    return how
+
+
+@pytest.mark.parametrize(("limit", "code"), [pytest.param("1e9", 0, marks=pytest.mark.slow), ("1.0", 1)])
+def test_the_commands_of_the_ci_example_run(installed, llama, tmp_path, limit, code):
+    python, _ = installed
+    (job,) = yaml.safe_load((ROOT / "recipes/ci/github-actions.yml").read_text())["jobs"].values()
+    recipe, page = tmp_path / "recipe.yaml", tmp_path / "page.md"
+    recipe.write_text(
+        f"model: {llama}\nmethod: lord\nratio: 0.2\noutput: ignored\n"
+        "calibration: {source: python-docs, samples: 4, seqlen: 64}\n"
+        "evaluate: {tasks: ['tokens:python-docs@64'], against: dense, limit: 2}\n"
+        f"expect: [token_perplexity <= {limit}, stored_ratio >= 0.2]\n"
+    )
+    how = without_the_tree(python, tmp_path, **{**job["env"], "RECIPE": str(recipe), "GITHUB_STEP_SUMMARY": str(page)})
+    ours = [step["run"] for step in job["steps"] if "lrcompress" in step.get("run", "") and "pip" not in step["run"]]
+    assert len(ours) == 2
+    done = [subprocess.run(["bash", "-e", "-c", commands], check=False, **how).returncode for commands in ours]
+    assert done == [code, 0]
+    assert page.read_text().startswith("#")
+    assert len(ElementTree.parse(tmp_path / "build/gates.xml").findall(".//failure")) == code
+    assert "<html" in (tmp_path / "build/report.html").read_text()
+    cached = {path.name for path in (tmp_path / ".lrcompress-cache").iterdir()}
+    assert {"evaluations", "statistics"} <= cached <= {"evaluations", "kernels", "statistics"}
+
+
+@needs_demo
+@pytest.mark.demo
+@pytest.mark.slow
+def test_the_quickstart_runs(installed, tmp_path):
+    """Its size reduced, and its expectation on quality with it; .ci/run calls this one too."""
+    python, _ = installed
     smaller = [
         "calibration.samples=2",
         "calibration.seqlen=64",
-        "evaluate.limit=1",
         r"target=['re:layers\.17\.self_attn']",
+        "evaluate.limit=1",
     ]
     smaller += ["evaluate.tasks=[tokens:python-docs@64]", "expect=[token_perplexity <= 1e9, stored_ratio >= 0.1]"]
     changes = [part for change in smaller for part in ("--set", change)]
+    how = without_the_tree(python, tmp_path)
     run(python.parent / "lrcompress", "run", "quickstart", "-o", tmp_path / "out", *changes, **how)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["ratio"]["stored"] >= 0.1
+    assert all(found["met"] for found in report["evaluation"]["expectations"])
