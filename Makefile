@@ -25,7 +25,7 @@ test: .venv/ready
 
 # A wheel of this tree, in an environment that has nothing else of it, runs the quickstart.
 wheel-check: .venv/ready
-	$(BIN)/python -m pytest -m "slow or not slow" tests/test_wheel.py -k quickstart
+	$(BIN)/python -m pytest -m "slow or not slow" tests/cli/test_wheel.py -k quickstart
 
 # vLLM and llama.cpp on our checkpoints: 4 GB in a virtual environment of its own, about an hour on two cores; stopped, it
 # goes on where it was. One of its cells: .serve-venv/bin/python -m tests.serve.check build/serve "qwen3/coded vLLM"

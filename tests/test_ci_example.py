@@ -1,4 +1,4 @@
-"""The GitHub Actions examples: well-formed, and their own commands run; those of the first in test_wheel.py."""
+"""The GitHub Actions examples: well-formed, and their own commands run; those of the first in cli/test_wheel.py."""
 
 import subprocess
 import sys

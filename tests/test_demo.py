@@ -47,7 +47,7 @@ def test_gguf_is_dequantised_as_transformers_does():
 @pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"sweep"}))
 def test_shipped_recipes_at_reduced_size(name, tmp_path):
     """Every recipe of the package runs; its expectations on quality are replaced, its size reduced. The quickstart does
-    so from a wheel in test_wheel.py."""
+    so from a wheel in cli/test_wheel.py."""
     if name == "ggml" and not any(map(shutil.which, CONVERTERS)):
         pytest.skip("llama.cpp's converter is not installed")
     done = run_cli(

@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import needs_demo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def run(*command, **how):
