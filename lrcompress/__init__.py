@@ -1,4 +1,4 @@
-"""lrcompress compresses language-model checkpoints after training by factorisation.
+"""lrcompress compresses language-model checkpoints after training.
 
 `import lrcompress` is all that `transformers.AutoModelForCausalLM.from_pretrained` needs to load what it writes.
 """

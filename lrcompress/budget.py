@@ -53,7 +53,9 @@ class Ratio:
 def check_ratio(ratio: float) -> float:
     """`ratio` itself when it lies in (0, 1)."""
     if not 0.0 < ratio < 1.0:
-        raise InputError(f"--ratio {ratio:g} is outside (0, 1): it is the fraction of the targets' bytes to remove")
+        raise InputError(
+            f"--ratio {ratio:g} is outside (0, 1): it is the fraction of the targets' bytes to remove, like 0.2 or 20%"
+        )
     return ratio
 
 

@@ -9,6 +9,7 @@ from lrcompress.stages import time_need
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.request import check_request
 from lrcompress.stages.time_need import seconds_need
+from tests.conftest import needs_demo
 from tests.test_benchmarks import benchmark
 
 RATES = {torch.float32: 51e9, torch.float64: 21.5e9}
@@ -25,7 +26,12 @@ def rates(monkeypatch):
     monkeypatch.setattr(time_need, "_rate", lambda dtype, device: RATES[dtype])
 
 
-def test_what_costs_more_is_predicted_to_take_longer(llama):
+@pytest.fixture
+def only_operations(monkeypatch):
+    monkeypatch.setattr(time_need, "PER_WEIGHT", 0.0)
+
+
+def test_what_costs_more_is_predicted_to_take_longer(llama, only_operations):
     def seconds(size=1, **changes):
         return seconds_need(opened(llama, **changes), size)
 
@@ -40,6 +46,16 @@ def test_what_costs_more_is_predicted_to_take_longer(llama):
     )
     searched = seconds(method="auto", max_loss="2%", ratio=None)
     assert 1.2 < searched / seconds(method="auto", bpw=3, ratio=None) < time_need.CANDIDATES
+
+
+@needs_demo
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    ("changes", "measured"), [({"method": "lord"}, 63.3), ({"method": "auto", "bpw": 3, "ratio": None}, 180.3)]
+)
+def test_the_demo_whose_time_was_measured(changes, measured):
+    """Seconds of 8 x 1024 tokens, by one thread of the same machine with another one busy."""
+    assert seconds_need(opened("demo", seqlen=1024, **changes)) == pytest.approx(measured, rel=0.3)
 
 
 @pytest.mark.slow

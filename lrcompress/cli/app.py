@@ -45,7 +45,7 @@ def _names_model(text: str) -> bool:
 app = typer.Typer(
     name="lrcompress",
     cls=_Commands,
-    help="Compress language-model checkpoints after training by factorisation, and measure what it cost. "
+    help="Compress language-model checkpoints after training, and measure what it cost. "
     "`lrcompress MODEL` says what could be done with a model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -198,7 +198,7 @@ def _bench_table(result: dict[str, Any]) -> Table:
         f"{'compiled, ' if settings['compile'] else ''}median of {settings['repeats']}"
     )
     pair = ["dense\ntokens/s", "tokens/s", "speedup", "bound"] if both else ["tokens/s"]
-    for column in ("phase", "batch", "context", *pair, "spread", "first token,\nms"):
+    for column in ("phase", "batch", "context", *pair, "spread", "first\ntoken, ms"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for row in result["rows"]:
         keys = ["dense", "compressed"] if both else ["compressed"]

@@ -63,13 +63,17 @@ def show_choices(found: Overview, *, quiet: bool) -> None:
     if found.unit == "nats":
         out.print(
             "loss: predicted rise of the loss on the calibration text, in nats a token, within\n"
-            "a factor of about two: 0.01 is 1 % of perplexity"
+            "a factor of about two: 0.01 is 1 % of perplexity. auto is fitted to that text:\n"
+            "elsewhere it loses three times as much or, where the text is short, far more"
         )
     elif found.unit == "relative":
         out.print(
             f"error: expected, as a part of the weights' size in metric {found.metric}; 0 is exact, 1 a zero weight"
         )
-    out.print("in memory: MB once loaded; decoding: times the dense model's speed; measured on this processor")
+    out.print(
+        "in memory: MB once loaded; decoding: times the dense layer's speed, of the largest\n"
+        "weight, measured on this processor"
+    )
     out.print(f"making one needs {found.needs}")
     if found.unit is None:
         out.print(f"predicted losses: lrcompress plan {found.model} --calibration YOUR.txt --cache DIR")

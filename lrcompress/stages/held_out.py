@@ -78,7 +78,7 @@ class HeldOutCheck:
             after = self._perplexities(self._hidden, contexts)
         (dense, *_), (compressed, *_) = before, after
         reporter.say(
-            f"held-out calibration text ({len(self._samples)} windows): "
+            f"held-out calibration text ({len(self._samples)} window{'s' if len(self._samples) > 1 else ''}): "
             f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
         )
         if not compressed <= LOUD_LOSS * dense:

@@ -32,6 +32,12 @@ TRIANGLE = 0.5
 ROUNDING_ROWS = 2.0
 """Multiply-adds of a rounding with feedback to both sides, for every entry and each of its row and column."""
 
+ATTENTION = 4.0
+"""Of attention's two products, which see half of the sample on average: what lies between them takes longer."""
+
+PER_WEIGHT = 0.04
+"""Seconds of a weight beside its operations, in decomposing it and again in encoding it."""
+
 CODING_ROUNDS = 40.0
 """Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
 
@@ -86,7 +92,9 @@ def seconds_need(opened: Opened, size: int = 1) -> float:
     if recipe.max_loss is not None:
         written += _forward(opened) * (WINDOWS / HELD_OUT * held_out)
         written *= CANDIDATES
-    return (found + written).seconds(opened.walker.device)
+    apart = PER_WEIGHT * _of_all(opened, size, lambda _: Work(float32=1.0)).float32
+    again = (1 + sequential) * (CANDIDATES if recipe.max_loss is not None else 1)
+    return (found + written).seconds(opened.walker.device) + apart * (1 + again)
 
 
 def calibration_tokens(opened: Opened) -> int:
@@ -102,7 +110,7 @@ def longest(opened: Opened) -> int:
 def _forward(opened: Opened) -> Work:
     """Of a token through all blocks, half of its sample before it."""
     width: int = opened.skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator,union-attr,assignment]
-    attention = longest(opened) * width * len(opened.blocks)
+    attention = ATTENTION * longest(opened) * width * len(opened.blocks)
     return Work(float32=sum(s.shape[0] * s.shape[1] for s in opened.sites) + attention)
 
 
