@@ -77,18 +77,30 @@ def _made_from(report: dict[str, Any]) -> str | None:
 
 
 def _keep(found: dict[str, Any], report: dict[str, Any], folder: Path, reporter: Reporter) -> None:
-    """Beside what was measured before, where that was against the same model; else in its place."""
+    """Beside what was measured before, but for that against another model: one table has one to compare with."""
     before = report.get("evaluation")
-    if isinstance(before, dict) and (before.get("against") or {}).get("model") == (found["against"] or {}).get("model"):
-        found = {**found, "results": {**before["results"], **found["results"]}}
-        if found["against"] is not None:
-            sides = {key: {**before["against"].get(key, {}), **found["against"][key]} for key in ("results", "tests")}
-            found["against"] = {**found["against"], **sides}
+    if isinstance(before, dict):
+        sides = [side for side in (before.get("against"), found["against"]) if side]
+        if len({side["model"] for side in sides}) < 2:
+            found = {**found, "results": {**before["results"], **found["results"]}, "against": _joined(before, found)}
     try:
         write_json(folder / "report.json", {**report, "evaluation": found})
         write_card(folder, {**report, "evaluation": found}, make_recipe(report["recipe"], str(folder / "report.json")))
     except (OSError, LrcompressError) as error:
         reporter.warn(f"what was measured is not kept in {folder} ({error})")
+
+
+def _joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any] | None:
+    """The `against` of both evaluations; what was measured again counts alone."""
+    one, other = before.get("against"), found["against"]
+    if not one:
+        return other
+    again = found["results"].keys()
+    kept = {
+        key: {task: value for task, value in one.get(key, {}).items() if task not in again}
+        for key in ("results", "tests")
+    }
+    return {**one, **(other or {}), **{key: {**kept[key], **(other or {}).get(key, {})} for key in kept}}
 
 
 def run_recipe(

@@ -198,7 +198,14 @@ def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     assert f"{found['results']['tokens:python-docs@32']['token_perplexity']:.4f}" in (out / "README.md").read_text()
     alone = run_cli("eval", out, "--tasks", "tokens:python-docs@64", "--limit", 2, "--against", "none")
     assert alone.returncode == 0
-    assert json.loads((out / "report.json").read_text())["evaluation"]["against"] is None
+    both = json.loads((out / "report.json").read_text())["evaluation"]  # beside what was compared with the dense model
+    assert both["results"].keys() == {"tokens:python-docs@32", "tokens:python-docs@64"}
+    assert both["against"] == found["against"]
+    again = run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 1, "--against", "none")
+    assert again.returncode == 0
+    other = json.loads((out / "report.json").read_text())["evaluation"]
+    assert other["results"]["tokens:python-docs@32"]["blocks"] == 1
+    assert other["against"]["results"] == other["against"]["tests"] == {}  # they were those of other windows
     assert run_cli("run", out / "recipe.yaml", "-o", tmp_path / "again").returncode == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
