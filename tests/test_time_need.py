@@ -50,6 +50,7 @@ def test_what_costs_more_is_predicted_to_take_longer(llama, only_operations):
 
 @needs_demo
 @pytest.mark.demo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "measured"), [({"method": "lord"}, 63.3), ({"method": "auto", "bpw": 3, "ratio": None}, 180.3)]
 )

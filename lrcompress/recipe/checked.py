@@ -35,9 +35,8 @@ def _explain(error: pydantic.ValidationError, top: type[pydantic.BaseModel]) -> 
         return f"unknown key {where!r}: {nearest(key, _known_keys(first['loc'][:-1], top))}"
     if first["type"] == "missing":
         return f"key {where!r} is missing"
-    if not where:  # a rule on several keys together says it all itself
-        return first["msg"].removeprefix("Value error, ")
-    return f"{where} = {first['input']!r}: {first['msg']}"
+    said = first["msg"].removeprefix("Value error, ")  # pydantic's, before a rule of ours
+    return said if not where else f"{where} = {first['input']!r}: {said}"  # a rule on several keys says it all itself
 
 
 def _known_keys(parents: tuple[int | str, ...], top: type[pydantic.BaseModel]) -> list[str]:
