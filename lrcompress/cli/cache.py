@@ -1,11 +1,14 @@
 """lrcompress cache"""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lrcompress.cli import options as o
+
+WIDTH = 46
+"""Columns of what an entry is, at most: a table takes 80."""
 
 
 class Action(StrEnum):
@@ -32,7 +35,8 @@ def cache(
     if not quiet:
         table = Table()
         for column in ("kind", "what", "MB"):
-            table.add_column(column, justify="right" if column == "MB" else "left")
+            justify: Literal["left", "right"] = "right" if column == "MB" else "left"
+            table.add_column(column, justify=justify, max_width=WIDTH, overflow="fold")
         for entry in found:
             table.add_row(entry.kind, entry.label, f"{entry.bytes / 1e6:.3f}")
         out = console()

@@ -1,19 +1,19 @@
 """lrcompress methods"""
 
+import textwrap
 from typing import Any
 
 import typer
 
 from lrcompress.cli import options as o
 
+WIDTH = 80
+
 
 def methods(json_file: o.Json = None) -> None:
     """List the methods: paper, metric, formats, allocator, options with defaults; allocators and bases."""
-    from rich.table import Table
-
     from lrcompress.allocators import ALLOCATORS
     from lrcompress.bases import BASES
-    from lrcompress.cli.show import console
     from lrcompress.methods import METHODS
 
     rows: list[dict[str, Any]] = []
@@ -30,12 +30,16 @@ def methods(json_file: o.Json = None) -> None:
     if json_file is not None:
         o.write_result(json_file, {"methods": rows, "allocators": ALLOCATORS.names(), "bases": bases})
         return
-    table = Table(title="methods (the first format is the default)")
-    for column in ("name", "what it does", "paper", "formats", "allocator", "options"):
-        table.add_column(column, overflow="fold")
     for row in rows:
-        options = "\n".join(f"{key}={value}" for key, value in row["options"].items())
-        table.add_row(row["name"], row["summary"], row["paper"], " ".join(row["formats"]), row["allocator"], options)
-    console().print(table)
-    typer.echo(f"allocators: {', '.join(ALLOCATORS.names())}")
-    typer.echo(f"bases of eora: {', '.join(base['example'] for base in bases)}")
+        typer.echo(textwrap.fill(f"{row['name']}: {row['summary']}", WIDTH, subsequent_indent="  "))
+        options = " ".join(f"{key}={value}" for key, value in row["options"].items())
+        formats = ", ".join(row["formats"]) + (" (the first is the default)" if len(row["formats"]) > 1 else "")
+        for what, said in (
+            ("paper", row["paper"]),
+            ("formats", formats),
+            ("allocator", row["allocator"]),
+            ("options", options),
+        ):
+            typer.echo(textwrap.fill(said, WIDTH, initial_indent=f"  {what:10}", subsequent_indent=" " * 12))
+    for what, names in (("allocators", ALLOCATORS.names()), ("bases of eora", [base["example"] for base in bases])):
+        typer.echo(textwrap.fill(f"{what}: {', '.join(names)}", WIDTH, subsequent_indent="  ", break_on_hyphens=False))

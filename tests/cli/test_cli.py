@@ -72,7 +72,9 @@ def test_shell_completion():
 
 
 def test_methods_lists_the_registry(tmp_path):
-    assert "arxiv.org" in run_cli("methods").stdout
+    shown = run_cli("methods").stdout
+    assert "arxiv.org" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     listed = json.loads(run_cli("methods", "--json", "-").stdout)
     assert {m["name"] for m in listed["methods"]} >= {"lord", "welore"}
     assert all({"paper", "formats", "options", "allocator"} <= m.keys() for m in listed["methods"])
