@@ -13,7 +13,7 @@ from lrcompress.budget import bits_per_weight
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.multiplied import Multiplied
 from lrcompress.formats import DENSE, restored
-from lrcompress.model.samples import UNSCORED
+from lrcompress.model.samples import UNSCORED, Sample
 from lrcompress.model.surgery import put
 from lrcompress.protocols import Spec
 from lrcompress.report.progress import Reporter
@@ -69,10 +69,10 @@ class HeldOutCheck:
     @torch.no_grad()
     def judge(self, plan: Plan, reporter: Reporter) -> dict[str, Any] | None:
         """The `held_out` of report.json, None without windows; a warning where the compressed model is much worse."""
-        if not self._samples:
+        length = max(map(len, self._samples), default=0)
+        contexts = [tokens for tokens in (length, length // SHORT) if any(_scored(s, tokens) for s in self._samples)]
+        if not contexts:
             return None
-        length = max(map(len, self._samples))
-        contexts = [length, *([length // SHORT] if length >= 2 * SHORT else [])]
         before = self._perplexities(self._dense, contexts)
         with installed(self._opened, self._outside):
             after = self._perplexities(self._hidden, contexts)
@@ -118,13 +118,17 @@ class HeldOutCheck:
             for read, part, wanted in zip(inputs, hidden[:, :-1].split(CHUNK, dim=1), following, strict=True):
                 logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
                 found.append(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu())
-            losses.append((torch.cat(found).double(), sample.labels[1:] != UNSCORED))
+            losses.append(torch.cat(found).double())
         means = []
         for tokens in contexts:
-            total = sum(float(each[: tokens - 1].sum()) for each, _ in losses)
-            count = sum(int(scored[: tokens - 1].sum()) for _, scored in losses)
-            means.append(math.exp(min(total / max(count, 1), 700.0)))
+            total = sum(float(each[: max(tokens - 1, 0)].sum()) for each in losses)
+            means.append(math.exp(min(total / sum(_scored(s, tokens) for s in self._samples), 700.0)))
         return means
+
+
+def _scored(sample: Sample, tokens: int) -> int:
+    """How many of a sample's first tokens are foretold: an image's places are not."""
+    return int((sample.labels[1 : max(tokens, 1)] != UNSCORED).sum())
 
 
 @contextmanager
