@@ -18,6 +18,9 @@ error, as a part of the weights' size, where the metric knows nothing of the los
 DRAWN = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Bits of a curve that is drawn."""
 
+NATS = 0.5
+"""Nats a token of a squared error in the metric of inputs and gradients: see `loss_of`."""
+
 Known = dict[str, dict[str, Tensor]]
 
 
@@ -33,7 +36,7 @@ def loss_of(opened: Opened, errors: float, known: Known) -> float:
     over the weights, which is what their squared errors are (arXiv 1503.05671).
     """
     if opened.request.method.needs_gradients:
-        return errors / 2
+        return NATS * errors
     sizes = sum(float(summary["total"]) for summary in known.values())
     return float((errors / sizes) ** 0.5) if sizes > 0 else 0.0
 

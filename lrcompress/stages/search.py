@@ -24,7 +24,7 @@ from lrcompress.stages.allocate import summaries
 from lrcompress.stages.next_ratio import Predicted, Tried, next_ratio
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts, HiddenWalk
-from lrcompress.stages.rate_curve import squared_errors
+from lrcompress.stages.rate_curve import NATS, squared_errors
 from lrcompress.stages.workspace import write_json
 
 TOLERANCE, USED, MOST = 0.02, 0.9, 8
@@ -62,7 +62,7 @@ def search(
         f"on {len(blocks)} held-out windows, dense {dense:.4g}"
     )
     predicted = _predicted(opened, artefacts)
-    nats = 0.5 if opened.request.method.needs_gradients else None  # of a squared error: see rate_curve.loss_of
+    nats = NATS if opened.request.method.needs_gradients else None
     low, high, tried = 0.0, largest, list[dict[str, Any]]()
     while not tried or not _finished(tried, low, high, limit):
         measured = [Tried(t["ratio"], None if t["loss"] is None else math.log1p(t["loss"])) for t in tried]

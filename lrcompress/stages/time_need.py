@@ -10,11 +10,13 @@ from functools import cache
 
 import torch
 
+from lrcompress.calibration.drawing import MOST_HELD_OUT
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.parallel.processes import Processes
 from lrcompress.protocols import Site
 from lrcompress.stages.decompose import decomposition_cost
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.search import WINDOWS
 from lrcompress.stages.traffic import compared, moment
 
 EIGENPROBLEM = 6.0
@@ -41,18 +43,11 @@ PER_WEIGHT = 0.04
 CODING_ROUNDS = 40.0
 """Products of codes and dictionary, and of their Gram, that learning a sparse dictionary takes."""
 
-HELD_OUT = 2
-"""Held-out windows a source, at most."""
-
 CANDIDATES = 4
 """Checkpoints that a search for a loss writes and measures, the result among them."""
 
 TRIES = 20
 """Products of which the fastest is believed: others wait for other programs."""
-
-
-WINDOWS = 8
-"""Held-out windows of every source that each of these is measured on (stages/search.py)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def seconds_need(opened: Opened, size: int = 1) -> float:
     """
     recipe, sequential = opened.request.recipe, opened.request.sequential
     share = _largest_share(opened, size)
-    held_out = HELD_OUT * sum(seqlen for _, _, seqlen in opened.request.sources)
+    held_out = MOST_HELD_OUT * sum(seqlen for _, _, seqlen in opened.request.sources)
     tokens = (calibration_tokens(opened) - held_out) * share
     decomposing = _of_all(opened, size, lambda site: _decomposing(opened, site))
     passes = 1 + 2 * opened.request.method.needs_gradients  # the way back computes a block anew
@@ -90,7 +85,7 @@ def seconds_need(opened: Opened, size: int = 1) -> float:
     if sequential:
         written += _forward(opened) * (2 * tokens) + _moments(opened) * tokens + decomposing
     if recipe.max_loss is not None:
-        written += _forward(opened) * (WINDOWS / HELD_OUT * held_out)
+        written += _forward(opened) * (WINDOWS / MOST_HELD_OUT * held_out)
         written *= CANDIDATES
     apart = PER_WEIGHT * _of_all(opened, size, lambda _: Work(float32=1.0)).float32
     again = (1 + sequential) * (CANDIDATES if recipe.max_loss is not None else 1)
@@ -99,7 +94,7 @@ def seconds_need(opened: Opened, size: int = 1) -> float:
 
 def calibration_tokens(opened: Opened) -> int:
     """Of calibration and held-out text, at most."""
-    return sum((samples + HELD_OUT) * seqlen for _, samples, seqlen in opened.request.sources)
+    return sum((samples + MOST_HELD_OUT) * seqlen for _, samples, seqlen in opened.request.sources)
 
 
 def longest(opened: Opened) -> int:
