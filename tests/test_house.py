@@ -44,7 +44,6 @@ LAYERS = [
 ]
 LONG_FILES = {
     "kernels/blocks.c": 524,
-    "kernels/rows.c": 531,
     "kernels/tiles.c": 377,
     "methods/cospadi.py": 335,
 }
@@ -101,7 +100,7 @@ def test_no_circle_of_imports():
 
 
 def test_files_have_at_most_300_lines():
-    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".c")]
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".c", ".h")]
     lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in sources}
     assert not {name: count for name, count in lines.items() if count > LONG_FILES.get(name, 300)}
     assert not {name for name in LONG_FILES if lines.get(name, 0) <= 300}, "short enough by now: take it off the list"

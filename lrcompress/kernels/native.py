@@ -1,10 +1,11 @@
-"""Compile the C files beside this one with the system's compiler, once a machine, and load them."""
+"""Compile the C files beside this one, and the headers they include, with the system's compiler, once a machine."""
 
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import tempfile
@@ -31,6 +32,8 @@ WITHOUT = {
 }
 """What is said where a library cannot be had."""
 CURE = "install a C compiler (cc, or name one by CC) for speed; results are as good without"
+AGAIN = "install lrcompress again for speed; results are as good without"
+INCLUDED = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
 @functools.cache
@@ -46,7 +49,12 @@ def library(name: str) -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     source = Path(__file__).with_name(f"{name}.c")
     try:
-        return _compiled(source, compiler)
+        text = source_text(source)
+    except OSError as error:
+        _warn(name, f"{error.filename}: {error.strerror}", AGAIN)
+        return None
+    try:
+        return _compiled(source, text, compiler)
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["it said nothing"]
         _warn(name, f"{compiler[0]} failed: {lines[0]}")
@@ -55,13 +63,28 @@ def library(name: str) -> ctypes.CDLL | None:
     return None
 
 
-def _warn(name: str, reason: str) -> None:
-    warnings.warn(f"{name} {WITHOUT[name]} ({reason}); {CURE}", RuntimeWarning, stacklevel=3)
+def _warn(name: str, reason: str, cure: str = CURE) -> None:
+    warnings.warn(f"{name} {WITHOUT[name]} ({reason}); {cure}", RuntimeWarning, stacklevel=3)
 
 
-def _compiled(source: Path, compiler: list[str]) -> ctypes.CDLL:
+def source_text(source: Path) -> str:
+    """A C file and every file of its folder that it includes, directly or not, each once with its name before it.
+
+    OSError, with its file name, where one cannot be read.
+    """
+    texts, waiting = {}, [source]
+    while waiting:
+        path = waiting.pop()
+        if path.name not in texts:
+            texts[path.name] = path.read_text(encoding="utf8")
+            waiting += [path.with_name(name) for name in INCLUDED.findall(texts[path.name])]
+    return "\n".join(f"{name}\n{text}" for name, text in texts.items())
+
+
+def _compiled(source: Path, text: str, compiler: list[str]) -> ctypes.CDLL:
+    """The library of a C file, all of whose text is given: from the cache folder, or made and put there."""
     version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf8"), version, *compiler, *FLAGS, repr(WAYS), processor()])
+    key = "\n".join([text, version, *compiler, *FLAGS, repr(WAYS), processor()])
     target = cache_folder() / FOLDER / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     if target.exists():
         return ctypes.CDLL(str(target))

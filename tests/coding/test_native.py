@@ -82,5 +82,37 @@ def test_several_processes_compile_at_once(fresh):
     assert len(list((fresh / "kernels").iterdir())) == 1
 
 
+@pytest.fixture
+def sources(fresh, monkeypatch, tmp_path):
+    """The loader's folder, with a rans.c that includes a header that includes another."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "rans.c").write_text('#include <stdint.h>\n#include "outer.h"\nint answer(void) { return ANSWER; }\n')
+    (folder / "outer.h").write_text('#pragma once\n  #  include "inner.h"\n')
+    (folder / "inner.h").write_text('#pragma once\n#include "outer.h"\n#define ANSWER 41\n')
+    monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_another_header_is_another_library(sources, fresh):
+    assert native.library("rans").answer() == 41
+    (sources / "inner.h").write_text("#define ANSWER 42\n")
+    native.library.cache_clear()
+    assert native.library("rans").answer() == 42
+    assert len(list((fresh / "kernels").iterdir())) == 2
+
+
+@pytest.mark.parametrize("missing", ["rans.c", "outer.h", "inner.h"])
+def test_what_is_not_there_is_named(sources, fresh, missing):
+    (sources / missing).unlink()
+    with pytest.warns(RuntimeWarning, match=rf"rans runs in numpy.*/{missing}: No such file.*install lrcompress again"):
+        assert native.library("rans") is None
+    assert not list(fresh.rglob("*.so"))
+
+
 def test_a_source_is_beside_its_loader():
-    assert {path.stem for path in Path(kernels.__file__).parent.glob("*.c")} == set(native.WITHOUT)
+    folder = Path(kernels.__file__).parent
+    assert {path.stem for path in folder.glob("*.c")} == set(native.WITHOUT)
+    included = "".join(native.source_text(path) for path in folder.glob("*.c"))
+    assert all(path.read_text() in included for path in folder.glob("*.h"))
