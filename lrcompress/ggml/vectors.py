@@ -1,4 +1,4 @@
-"""Groups of numbers onto the entries of a codebook: what kernels/blocks.c does, for many groups at once."""
+"""Groups of numbers onto the entries of a codebook: what kernels/blocks_codebook.h does, for many groups at once."""
 
 from dataclasses import dataclass
 

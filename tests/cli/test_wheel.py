@@ -1,4 +1,4 @@
-"""A wheel built from the tree, installed where nothing of the tree is, runs the quickstart."""
+"""A wheel built from the tree's source archive, installed where nothing of the tree is, runs the quickstart."""
 
 import json
 import os
@@ -34,8 +34,10 @@ def installed(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, tree)
+    run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=tree)
     shutil.rmtree(tree)
+    (archive,) = folder.glob("lrcompress-*.tar.gz")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, archive)
     (wheel,) = folder.glob("lrcompress-*.whl")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env")
     python = folder / "env/bin/python"
