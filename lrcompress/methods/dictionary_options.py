@@ -13,6 +13,10 @@ ROUNDS_ALONE, ROUNDS = 15, 24
 """Of htp with a dictionary of its own, and of what has no momentum: equally near."""
 
 
+FULL_GRAM_ROUNDS = 3
+"""Nine tenths of what twelve gain."""
+
+
 class CospadiOptions(MethodOptions):
     """Options of cospadi."""
 
@@ -43,3 +47,21 @@ class CospadiOptions(MethodOptions):
         """Alternations of dictionary and codes at most, and the tolerance."""
         known = ROUNDS_ALONE if self.group == 1 and self.solver == "htp" else ROUNDS
         return known if self.rounds is None else self.rounds, self.tolerance
+
+    @property
+    def by_input(self) -> bool:
+        """Whether Wᵀ is coded."""
+        return self.side == "input"
+
+    @property
+    def keeps_gram(self) -> bool:
+        """A rounded or a shared dictionary is no combination of the weight's rows, so it needs the Gram itself."""
+        return self.dictionary_bits == 8 or self.group > 1
+
+    @property
+    def full_gram_rounds(self) -> int:
+        """Rounds in the full Gram of the rows that are coded."""
+        if self.coupled_rounds is None:
+            apart = self.group == 1 and not self.keeps_gram and self.coefficient_bits == 16
+            return FULL_GRAM_ROUNDS if self.by_input or (self.metric == "two_sided" and apart) else 0
+        return self.coupled_rounds
