@@ -28,6 +28,7 @@ WITHOUT = {
     "pursuit": "of sparse codes is done by torch, somewhat slower",
     "rows": "decodes in plain torch, many times slower",
     "blocks": "are rounded by torch, many times slower, 32 rows of a weight at a time",
+    "panels": "of weights are multiplied by torch, somewhat slower in bfloat16",
     "tiles": "are not used: coded weights take 8 bits or more each in memory",
 }
 """What is said where a library cannot be had."""

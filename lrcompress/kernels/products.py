@@ -2,7 +2,8 @@
 
 Few rows of x are multiplied by compiled code (rows.c) that decodes weights in registers; those that are numbers already
 it reads faster than torch does. For many rows a panel of the weight's rows at a time is decoded into memory that the
-next one uses again, and multiplied by torch. Where nothing can be compiled, on other devices and in other dtypes torch
+next one uses again, and multiplied by compiled code (panels.c) in bfloat16 where the processor has products of it,
+otherwise by torch. Where nothing can be compiled, on other devices and in other dtypes torch
 alone decodes the panels. Gradients are those of x.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.kernels import panels
 from lrcompress.kernels.native import library
 from lrcompress.kernels.rows import KINDS, NumberRows, PairRows, QuantizedRows, Rows, SparseRows
 
@@ -22,15 +24,19 @@ FEW = 8
 FEW_OF_NUMBERS, LONG = 4, 4096
 """The same for weights that are numbers already; for rows of more than LONG columns it is one."""
 
+MANY_OF_NUMBERS = 256
+"""Rows of x from which compiled panels are faster than torch for weights that are numbers already."""
+
 PANEL = 2**22
-"""Bytes of a panel, at most: of longer ones torch's product is slower in float32, of shorter ones in bfloat16."""
+"""Bytes of a panel that torch multiplies, at most: of longer ones its product is slower in float32, of shorter ones in
+bfloat16."""
 
 GATHER_ROWS, GATHER_COLUMNS, CHUNK = 32, 3, 128
 """From so many rows of x, in float32, and columns for each stored number on only those numbers are multiplied."""
 
-COMPILED, GATHERED, PANELS, PLAIN, DENSE_PRODUCT = (
-    "compiled, on what is stored", "compiled, on what is stored, sparse", "panels, compiled", "panels, plain torch",
-    "dense product",
+COMPILED, GATHERED, COMPILED_PANELS, PANELS, PLAIN, DENSE_PRODUCT = (
+    "compiled, on what is stored", "compiled, on what is stored, sparse", "compiled, by panels", "panels, compiled",
+    "panels, plain torch", "dense product",
 )  # fmt: skip
 """Names of the ways, for people."""
 
@@ -47,14 +53,24 @@ Functions = tuple[Callable[[str], Any], ctypes.Structure]
 
 def way(weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool = False) -> str:
     """How `count` rows of `dtype` are multiplied by the weight, or by its transpose."""
+    return _way(_functions(weight, dtype), weight, count, dtype, transposed=transposed)
+
+
+def _way(functions: Functions | None, weight: Rows, count: int, dtype: torch.dtype, *, transposed: bool) -> str:
     numbers = isinstance(weight, NumberRows)
-    if _functions(weight, dtype) is None:
+    if functions is None:
         return DENSE_PRODUCT if numbers else PLAIN
-    if count <= few_rows(weight):
+    if 0 < count <= few_rows(weight):
         return COMPILED
-    if numbers:
-        return DENSE_PRODUCT
-    return GATHERED if not transposed and _gathers(weight, count, dtype) else PANELS
+    if not transposed and _gathers(weight, count, dtype):
+        return GATHERED
+    if not transposed and (count >= MANY_OF_NUMBERS or not numbers) and _by_compiled_panels(dtype):
+        return COMPILED_PANELS
+    return DENSE_PRODUCT if numbers else PANELS
+
+
+def _by_compiled_panels(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and library("rows") is not None and panels.fast()
 
 
 def few_rows(weight: Rows) -> int:
@@ -93,11 +109,12 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
 
     Gradients of x, W and the bias; where W's are wanted, or x has many rows, it is torch's own product.
     """
-    count = few_rows(NumberRows(values)) * x.shape[-1]
-    few = torch.compiler.is_compiling() or 0 < x.numel() <= count  # a trace is for any number of rows
-    few = few and x.device.type == "cpu"
+    few, many = (count * x.shape[-1] for count in (few_rows(NumberRows(values)), MANY_OF_NUMBERS))
+    own = torch.compiler.is_compiling() or 0 < x.numel() <= few  # a trace is for any number of rows
+    own = own or (x.numel() >= many > 0 and not transposed and _by_compiled_panels(x.dtype))
+    own = own and x.device.type == "cpu"
     learnt = torch.is_grad_enabled() and values.requires_grad
-    if learnt or not few or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
+    if learnt or not own or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
         return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
     y = _called(torch.ops.lrcompress.numbers, x, (values,), transposed=transposed)
     return y if bias is None else y + bias
@@ -113,16 +130,21 @@ def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], 
 def multiply(x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
     """x (count, columns) Wᵀ, or x (count, rows) W, in the dtype of x."""
     functions = _functions(weight, x.dtype)
-    if functions is not None and not transposed and _gathers(weight, len(x), x.dtype):
-        return _gathered(x, weight, functions)
-    few = functions is not None and 0 < len(x) <= few_rows(weight)
-    if isinstance(weight, NumberRows) and not few:
+    kind = _way(functions, weight, len(x), x.dtype, transposed=transposed)
+    if isinstance(weight, NumberRows) and kind == DENSE_PRODUCT:
         return x @ weight.values if transposed else torch.nn.functional.linear(x, weight.values)
-    if functions is None or not few:
+    if functions is None or kind == PANELS:
         return _added(x, weight) if transposed else _by_panels(x, weight)
+    if kind == GATHERED:
+        return _gathered(x, weight, functions)
+    named, described = functions
+    if kind == COMPILED_PANELS:
+        shape = weight.rows, weight.columns
+        if isinstance(weight, NumberRows):
+            return panels.product(x, shape, weight.values)
+        return panels.product(x, shape, described, named("numbers"))
     x = x.contiguous()
     y = x.new_empty(len(x), weight.columns if transposed else weight.rows)
-    named, described = functions
     function = named("transposed" if transposed else "product")
     _check(function(ctypes.byref(described), x.data_ptr(), KINDS[x.dtype], len(x), y.data_ptr()))
     return y

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WIDE
@@ -19,21 +21,6 @@ enum { FLOAT32, BFLOAT16, INT8 };
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64)));
-
-INLINE float from_bfloat16(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* to the nearest, the even one of two; not a number stays so */
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 INLINE float number(const void *from, int64_t at, int kind) {
     if (kind == INT8) return ((const int8_t *)from)[at];
@@ -59,15 +46,8 @@ INLINE float total(Lanes of) {
 INLINE void put_lanes(void *to, int64_t at, int kind, Lanes of, int columns) {
     if (columns == LANES && kind == FLOAT32)
         *(Lanes *)((float *)to + at) = of;
-#if defined(WIDE)
-    else if (columns == LANES && kind == BFLOAT16) {
-        __m512i bits = _mm512_castps_si512((__m512)of), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __mmask16 none = _mm512_cmp_ps_mask((__m512)of, (__m512)of, _CMP_UNORD_Q);
-        __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        near = _mm512_mask_or_epi32(near, none, bits, _mm512_set1_epi32(0x400000));
-        _mm256_storeu_si256((__m256i *)((uint16_t *)to + at), _mm512_cvtepi32_epi16(_mm512_srli_epi32(near, 16)));
-    }
-#endif
+    else if (columns == LANES && kind == BFLOAT16)
+        put_bfloat16((uint16_t *)to + at, of);
     else
         for (int l = 0; l < columns; l++) put(to, at + l, kind, of[l]);
 }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lrcompress.kernels import panels
 from lrcompress.kernels.native import library
 
 ROWS, COLUMNS = 16, 32
@@ -117,9 +118,12 @@ def _plain_codes(held: Tiles) -> Tensor:
         (strip * ROWS + place % ROWS, across * COLUMNS + place // ROWS), held.far.long() >> 9, accumulate=True
     )
     out = matrix.new_empty(held.shape, dtype=torch.int32)
-    natural = torch.arange(held.shape[0], device=width.device) // BLOCK * BLOCK + held.row_order.long()
-    out[natural[:, None], _columns(held)] = matrix[: held.shape[0], : held.shape[1]].to(torch.int32)
+    out[_rows(held)[:, None], _columns(held)] = matrix[: held.shape[0], : held.shape[1]].to(torch.int32)
     return out
+
+
+def _rows(held: Tiles) -> Tensor:
+    return torch.arange(held.shape[0], device=held.row_order.device) // BLOCK * BLOCK + held.row_order.long()
 
 
 def _columns(held: Tiles) -> Tensor:
@@ -157,9 +161,9 @@ def _typed(native: ctypes.CDLL) -> ctypes.CDLL:
     native.tiles_unpack.argtypes = [held, long, long, pointer, integer, integer, integer]
     native.tiles_rows.argtypes = [held, pointer, long, pointer, integer]
     native.tiles_sort.argtypes = [held, pointer, long, pointer, integer, integer]
-    for function in (native.tiles_pack, native.tiles_unpack, native.tiles_rows, native.tiles_sort):
+    for function in (native.tiles_pack, native.tiles_unpack, native.tiles_rows):
         function.restype = None
-    native.tiles_multiply.restype = integer
+    native.tiles_multiply.restype = native.tiles_sort.restype = integer
     return native
 
 
@@ -207,23 +211,31 @@ def _linear(x: Tensor, *tensors: Tensor) -> Tensor:
     if few or x.dtype not in KINDS:
         flat = flat.float()
     flat = flat.contiguous()
-    y = flat.new_empty(count, own.rows)
     if not few:
-        _by_panels(native, own, flat, held.head.shape[1] * COLUMNS, y)
-    elif native.tiles_multiply(own, flat.data_ptr(), count, y.data_ptr(), torch.get_num_threads()):
-        raise MemoryError("no memory left to multiply by coded weights")
+        return _by_panels(native, held, own, flat).to(x.dtype).reshape(*x.shape[:-1], own.rows)
+    y = flat.new_empty(count, own.rows)
+    _check(native.tiles_multiply(own, flat.data_ptr(), count, y.data_ptr(), torch.get_num_threads()))
     return y.to(x.dtype).reshape(*x.shape[:-1], own.rows)
 
 
-def _by_panels(native: ctypes.CDLL, own: _Held, x: Tensor, width: int, y: Tensor) -> None:
-    """y (n, out) = x (n, in) times the weight, of which BLOCK rows are there unpacked at any time."""
-    threads, kind = torch.get_num_threads(), KINDS[x.dtype]
-    ordered, panel = x.new_empty(len(x), width), x.new_empty(min(BLOCK, own.rows), width)
-    native.tiles_sort(own, x.data_ptr(), len(x), ordered.data_ptr(), kind, threads)
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory left to multiply by coded weights")
+
+
+def _by_panels(native: ctypes.CDLL, held: Tiles, own: _Held, x: Tensor) -> Tensor:
+    """x (n, in) times the weight, (n, out), of which at most BLOCK rows are there unpacked at any time."""
+    threads, kind, width = torch.get_num_threads(), KINDS[x.dtype], held.head.shape[1] * COLUMNS
+    ordered = x.new_empty(len(x), width)
+    _check(native.tiles_sort(own, x.data_ptr(), len(x), ordered.data_ptr(), kind, threads))
+    if x.dtype == torch.bfloat16 and panels.fast():
+        return panels.product(ordered, (own.rows, width), own, native.tiles_numbers, held.row_order, BLOCK)
+    y, panel = x.new_empty(len(x), own.rows), x.new_empty(min(BLOCK, own.rows), width)
     for first in range(0, own.rows, BLOCK):
         count = min(BLOCK, own.rows - first)
         native.tiles_unpack(own, first, count, panel.data_ptr(), kind, 1, threads)
         torch.mm(ordered, panel[:count].T, out=y[:, first : first + count])
+    return y
 
 
 def _dense(*arguments: Any) -> Tensor:

@@ -1,51 +1,58 @@
 /* Codes in tiles as a matrix of numbers, panels and rows of it, and what is multiplied by panels. */
 #pragma once
 
+#include <stdlib.h>
 #include <string.h>
 
+#include "bfloat16.h"
 #include "tiles_codes.h"
 
-static inline uint16_t bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+static inline void store(void *to, int64_t at, Floats value, int kind) {
+    if (kind == FLOAT32)
+        *(Floats *)((float *)to + at) = value;
+    else
+        put_bfloat16((uint16_t *)to + at, value);
 }
 
-static inline void store(void *to, int64_t at, Floats value, int kind) {
-    if (kind == FLOAT32) {
-        *(Floats *)((float *)to + at) = value;
-        return;
+/* The rows of a strip, times their scales, their columns as they are held: row r to out at[r], of a kind */
+static inline void unpack_strip(const Held *held, int64_t strip, const int64_t *at, void *out, int kind, int scaled) {
+    const int64_t tiles = tiles_of(held), left = held->rows - ROWS * strip;
+    float made[CODES], scale[ROWS];
+    const uint8_t *head = held->head + 2 * strip * tiles;
+    const Words *tile = held->tiles + held->start[2 * strip];
+    const int16_t *far = held->far + held->start[2 * strip + 1];
+    for (int r = 0; r < ROWS && r < left; r++)
+        scale[r] = scaled ? held->row_scale[held->row_index[row_at(held, ROWS * strip + r)]] : 1;
+    for (int64_t t = 0; t < tiles; t++, head += 2) {
+        numbers(head, tile, far, made);
+        for (int r = 0; r < ROWS && r < left; r++)
+            for (int half = 0; half < 2; half++)
+                store(out, at[r] + COLUMNS * t + 16 * half, *(Floats *)(made + 32 * r + 16 * half) * scale[r], kind);
+        tile += head[0];
+        far += head[1];
     }
-    const Words bits = (Words)value;
-    *(Halves *)((uint16_t *)to + at) = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
 }
 
 /* Rows `first` to first + count, both whole blocks but for the last, times their scales, their columns as they are
    held, padded to whole tiles: out (count, tiles 32) of a kind. Rows are where they belong. */
 void tiles_unpack(const Held *held, int64_t first, int64_t count, void *out, int kind, int scaled, int threads) {
-    const int64_t tiles = tiles_of(held), width = tiles * COLUMNS;
+    const int64_t width = tiles_of(held) * COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t strip = first / ROWS; strip < (first + count + ROWS - 1) / ROWS; strip++) {
-        float made[CODES];
-        const uint8_t *head = held->head + 2 * strip * tiles;
-        const Words *tile = held->tiles + held->start[2 * strip];
-        const int16_t *far = held->far + held->start[2 * strip + 1];
-        const int64_t left = held->rows - ROWS * strip;
         int64_t at[ROWS];
-        float scale[ROWS];
-        for (int r = 0; r < ROWS && r < left; r++) {
-            int64_t row = row_at(held, ROWS * strip + r);
-            at[r] = (row - first) * width;
-            scale[r] = scaled ? held->row_scale[held->row_index[row]] : 1;
-        }
-        for (int64_t t = 0; t < tiles; t++, head += 2) {
-            numbers(head, tile, far, made);
-            for (int r = 0; r < ROWS && r < left; r++)
-                for (int half = 0; half < 2; half++)
-                    store(out, at[r] + COLUMNS * t + 16 * half, *(Floats *)(made + 32 * r + 16 * half) * scale[r], kind);
-            tile += head[0];
-            far += head[1];
-        }
+        for (int r = 0; r < ROWS && ROWS * strip + r < held->rows; r++)
+            at[r] = (row_at(held, ROWS * strip + r) - first) * width;
+        unpack_strip(held, strip, at, out, kind, scaled);
+    }
+}
+
+/* Rows [start, stop) of whole strips, in the order that they are held in: for panels.c */
+void tiles_numbers(const Held *held, int64_t start, int64_t stop, void *out, int32_t kind) {
+    const int64_t width = tiles_of(held) * COLUMNS;
+    for (int64_t strip = start / ROWS; strip * ROWS < stop; strip++) {
+        int64_t at[ROWS];
+        for (int r = 0; r < ROWS; r++) at[r] = (ROWS * strip + r - start) * width;
+        unpack_strip(held, strip, at, out, kind, 1);
     }
 }
 
@@ -79,21 +86,40 @@ void tiles_rows(const Held *held, const int64_t *wanted, int64_t n, float *out, 
     }
 }
 
-/* x (n, columns) of a kind, its columns scaled and in their order, zeros behind them: out (n, tiles 32) of that kind */
-void tiles_sort(const Held *held, const void *x, int64_t n, void *out, int kind, int threads) {
+/* Numbers of a row of x (columns) in the order of the columns: to (columns) */
+#define ORDERED(TYPE)                                                                                       \
+    for (int64_t j = 0; j < columns; j++) ((TYPE *)own)[j] = ((const TYPE *)x)[i * columns + held->column_order[j]]
+
+/* x (n, columns) of a kind, its columns scaled and in their order, zeros behind them: out (n, tiles 32) of that kind.
+   0, or 1 without memory. */
+int tiles_sort(const Held *held, const void *x, int64_t n, void *out, int kind, int threads) {
     const int64_t width = tiles_of(held) * COLUMNS, columns = held->columns;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < width; j++) {
-            const int64_t column = j < columns ? held->column_order[j] : 0;
-            const float scale = j < columns ? held->column_scale[held->column_index[column]] : 0;
-            if (kind == FLOAT32)
-                ((float *)out)[i * width + j] = ((const float *)x)[i * columns + column] * scale;
-            else {
-                const uint32_t bits = (uint32_t)((const uint16_t *)x)[i * columns + column] << 16;
-                float value;
-                memcpy(&value, &bits, sizeof value);
-                ((uint16_t *)out)[i * width + j] = bfloat16(value * scale);
+    float *scale = calloc((size_t)width, sizeof(float));
+    int failed = !scale;
+    for (int64_t j = 0; scale && j < columns; j++) scale[j] = held->column_scale[held->column_index[held->column_order[j]]];
+#pragma omp parallel num_threads(threads)
+    {
+        void *own = calloc((size_t)width, sizeof(float));
+        if (!own) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            if (!own || !scale) continue;
+            if (kind == FLOAT32) {
+                ORDERED(float);
+                for (int64_t j = 0; j < width; j++) ((float *)out)[i * width + j] = ((float *)own)[j] * scale[j];
+            } else {
+                ORDERED(uint16_t);
+                for (int64_t j = 0; j < width; j += 16) {
+                    const Words bits = __builtin_convertvector(*(Halves *)((uint16_t *)own + j), Words) << 16;
+                    store(out, i * width + j, (Floats)bits * *(Floats *)(scale + j), kind);
+                }
             }
         }
+        free(own);
+    }
+    free(scale);
+    return failed;
 }

@@ -5,9 +5,19 @@ import shutil
 import pytest
 import torch
 
-from lrcompress.kernels import products
+from lrcompress.kernels import panels, products
 from lrcompress.kernels.placing import placed
-from lrcompress.kernels.products import COMPILED, DENSE_PRODUCT, FEW, GATHERED, PANELS, PLAIN, way
+from lrcompress.kernels.products import (
+    COMPILED,
+    COMPILED_PANELS,
+    DENSE_PRODUCT,
+    FEW,
+    GATHERED,
+    MANY_OF_NUMBERS,
+    PANELS,
+    PLAIN,
+    way,
+)
 from lrcompress.kernels.rows import NumberRows, QuantizedRows
 from lrcompress.model.device import resolve_device
 from tests.commands import run_code
@@ -61,21 +71,26 @@ def test_products_on_other_processors(settings):
 def test_compiled_panels_are_the_numbers_bit_for_bit(shape, dtype, monkeypatch):
     monkeypatch.setattr(products, "PANEL", 3 * shape[1] * dtype.itemsize)  # rows three by three
     for name, weight in examples.weights(*shape, dtype):
-        panels = [(start, panel.clone()) for start, panel in products._panels(weight, dtype)]
-        assert [start for start, _ in panels] == list(range(0, shape[0], 3))
-        assert torch.equal(torch.cat([panel for _, panel in panels]), weight.numbers(0, shape[0])), name
+        found = [(start, panel.clone()) for start, panel in products._panels(weight, dtype)]
+        assert [start for start, _ in found] == list(range(0, shape[0], 3))
+        assert torch.equal(torch.cat([panel for _, panel in found]), weight.numbers(0, shape[0])), name
 
 
 @needs_compiler
-def test_what_is_compiled_is_taken():
+@pytest.mark.parametrize("fast", [False, True], ids=["torch multiplies panels", "compiled code does"])
+def test_what_is_compiled_is_taken(fast, monkeypatch):
+    monkeypatch.setattr(panels, "fast", lambda: fast)
     for dtype in (torch.float32, torch.bfloat16):
+        by_panels = COMPILED_PANELS if fast and dtype == torch.bfloat16 else PANELS
         for name, weight in examples.weights(24, 40, dtype):
             odd, plain = "groups of 7" in name, name == "as they are"
             assert way(weight, 1, dtype) == (PLAIN if odd else COMPILED), name
             few = "numbers" in name and dtype == torch.float32 and not name.startswith("40 ")
-            many = DENSE_PRODUCT if plain else PLAIN if odd else PANELS
+            many = DENSE_PRODUCT if plain else PLAIN if odd else by_panels
             assert way(weight, 100, dtype) == (GATHERED if few else many), name
-            assert way(weight, 100, dtype, transposed=True) == many
+            assert way(weight, 100, dtype, transposed=True) == (PANELS if many == COMPILED_PANELS else many)
+            whole = by_panels if plain and by_panels == COMPILED_PANELS else many
+            assert way(weight, MANY_OF_NUMBERS, dtype) == (GATHERED if few else whole), name
             assert way(weight, 1, torch.float16) == (DENSE_PRODUCT if plain else PLAIN)
 
 

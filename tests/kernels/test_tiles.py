@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrcompress.kernels import tiles
+from lrcompress.kernels import panels, tiles
 from lrcompress.kernels.native import FLAGS, library
 from tests.commands import run_code
 
@@ -76,10 +76,16 @@ def test_every_width_comes_back(size):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "fast"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False),
+     (torch.float64, False)],
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [0, 1, 2, tiles.FEW, tiles.FEW + 1, 40])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_those_of_the_weight(shape, rows, dtype):
+def test_products_are_those_of_the_weight(shape, rows, dtype, fast, monkeypatch):
+    """fast: compiled code multiplies panels of bfloat16, not torch."""
+    monkeypatch.setattr(panels, "fast", lambda: fast)
     codes, levels, indices, weight = example(shape, dtype=torch.int8)
     held = packed(codes)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
