@@ -26,7 +26,7 @@ from lrcompress.formats import StoredLinear
 from lrcompress.meta import on_meta
 from lrcompress.model.device import release_freed
 from lrcompress.model.experts import linear_experts, linearise
-from lrcompress.model.surgery import connect, densify, install
+from lrcompress.model.surgery import connect, densify, install, speed_up_dense
 
 
 class LrcompressConfig(QuantizationConfigMixin):
@@ -78,6 +78,7 @@ class LrcompressQuantizer(HfQuantizer):
         # Streams of coded weights are decoded, by code that lets other threads run.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(partial(_lay_out, model), self.quantization_config.manifest().modules))
+        speed_up_dense(model)
         release_freed()
         release_unused(model)
 

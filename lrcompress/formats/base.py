@@ -156,8 +156,8 @@ empty_bias = property(_empty_bias)
 """`bias` of formats that store theirs in a layer within; some architectures initialise it by its name when loading."""
 
 
-class Factor(nn.Linear):
-    """A factor that is kept as numbers; see kernels/products.py: linear."""
+class KernelLinear(nn.Linear):
+    """A layer of numbers, a factor or what stayed dense, that our kernels multiply; see kernels/products.py: linear."""
 
     def kernel(self, rows: int) -> str:
         return way(NumberRows(self.weight), rows, self.weight.dtype)

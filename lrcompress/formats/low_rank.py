@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.formats.base import (
     FORMATS,
-    Factor,
     FactorPair,
+    KernelLinear,
     StoredLinear,
     added_bias_bytes,
     check_rank,
@@ -39,8 +39,8 @@ class LowRank(StoredLinear):
         rank = spec.parameters["rank"]
         self._owner: tuple[StoredLinear, ...] = ()
         if spec.owner is None:
-            self.A = Factor(self.in_features, rank, bias=False, dtype=dtype)
-        self.B = Factor(rank, self.out_features, bias=spec.bias, dtype=dtype)
+            self.A = KernelLinear(self.in_features, rank, bias=False, dtype=dtype)
+        self.B = KernelLinear(rank, self.out_features, bias=spec.bias, dtype=dtype)
 
     @classmethod
     def check(cls, spec: Spec) -> None:

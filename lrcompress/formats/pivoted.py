@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lrcompress.formats.base import (
     FORMATS,
-    Factor,
     FactorPair,
+    KernelLinear,
     StoredLinear,
     added_bias_bytes,
     check_rank,
@@ -40,8 +40,8 @@ class Pivoted(StoredLinear):
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
         rank = spec.parameters["rank"]
-        self.pivot = Factor(self.in_features, rank, bias=spec.bias, dtype=dtype)
-        self.rest = Factor(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
+        self.pivot = KernelLinear(self.in_features, rank, bias=spec.bias, dtype=dtype)
+        self.rest = KernelLinear(rank, self.out_features - rank, bias=spec.bias, dtype=dtype)
         self.register_buffer("order", torch.empty(self.out_features, dtype=index_dtype(self.out_features)))
         self._checked: tuple[Tensor, tuple[int, int], bool] | None = None
 

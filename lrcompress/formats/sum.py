@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lrcompress.errors import InputError
 from lrcompress.formats.base import (
     FORMATS,
-    Factor,
     FactorPair,
+    KernelLinear,
     StoredLinear,
     added_bias_bytes,
     build,
@@ -49,8 +49,8 @@ class Sum(StoredLinear):
         self.base.register_buffer("weight", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
         self.rank, self.bits = spec.parameters["correction"]["rank"], spec.parameters["correction"]["bits"]
         if self.bits == 16:
-            self.A = Factor(self.in_features, self.rank, bias=False, dtype=dtype)
-            self.B = Factor(self.rank, self.out_features, bias=False, dtype=dtype)
+            self.A = KernelLinear(self.in_features, self.rank, bias=False, dtype=dtype)
+            self.B = KernelLinear(self.rank, self.out_features, bias=False, dtype=dtype)
         else:
             for name, width in (("A_codes", self.in_features), ("B_codes", self.out_features)):
                 shape = (self.rank, packed_length(width, self.bits))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear, build
+from lrcompress.formats.base import KernelLinear
 from lrcompress.formats.table import Table, TableEmbedding, TiedHead, table_like
 from lrcompress.meta import on_meta
 from lrcompress.model.experts import fuse
@@ -68,8 +69,18 @@ def densify(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for name, head in [*model.named_modules()]:
         if isinstance(head, TiedHead):
             model.set_submodule(name, _tied_layer(head, made[head.table]))
+    for layer in model.modules():
+        if type(layer) is KernelLinear:
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
     fuse(model)
     return model
+
+
+def speed_up_dense(model: nn.Module) -> None:
+    """Let our kernels multiply by what stayed dense: torch's product with one row does not reach the memory's speed."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = KernelLinear
 
 
 def stored_layers(model: nn.Module) -> dict[str, StoredLinear]:

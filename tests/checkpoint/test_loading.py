@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
+from lrcompress.formats.base import KernelLinear
 from lrcompress.model.surgery import dense_parts, stored_layers
 from tests.conftest import ARCHITECTURES, compress_tiny
 
@@ -95,6 +96,21 @@ def test_dtype_at_load(compressed, dtype):
     factors = [p for m in model.modules() if isinstance(m, StoredLinear) for p in m.parameters()]
     assert {p.dtype for p in factors} == {dtype}
     assert torch.isfinite(logits(model, IDS)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stayed_dense_is_multiplied_by_our_kernels(compressed, dtype):
+    model = load(compressed(), dtype=dtype)
+    head = model.get_output_embeddings()
+    assert type(head) is KernelLinear
+    for rows in (1, 3, 300):
+        x = torch.randn(rows, head.in_features, dtype=dtype)
+        torch.testing.assert_close(head(x), torch.nn.functional.linear(x, head.weight), rtol=2**-7, atol=1e-5)
+    x = torch.randn(2, head.in_features, dtype=dtype, requires_grad=True)
+    head(x).sum().backward()
+    torch.testing.assert_close(head.weight.grad, x.detach().sum(0).expand_as(head.weight), rtol=2**-7, atol=2**-7)
+    dense = model.dequantize()
+    assert not [name for name, module in dense.named_modules() if isinstance(module, KernelLinear)]
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
