@@ -58,14 +58,13 @@ class Progress:
         return sum(entry["step"] > self.best_step for entry in self.history)
 
 
-def held_out_loss(model: nn.Module, rows: Rows, dtype: torch.dtype, share: slice = slice(None)) -> Tensor:
-    """(2,) float64: summed negative log-likelihood of the rows' targets in nats, and how many there are."""
-    device = next(model.parameters()).device
-    found, tail = torch.zeros(2, dtype=torch.float64), Tail(model)
+def held_out_loss(tail: Tail, rows: Rows, dtype: torch.dtype, share: slice = slice(None)) -> Tensor:
+    """(2,) float64: the tail's model's summed negative log-likelihood of targets in nats, and how many there are."""
+    found, device = torch.zeros(2, dtype=torch.float64), next(tail.model.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for row, asked in zip(rows.ids[share], rows.targets[share], strict=True):
             ids, targets = row[None].to(device), asked[None].to(device)
-            hidden = tail.run(model, ids)
+            hidden = tail.run(tail.model, ids)
             for part in tail.parts(ids, hidden):
                 loss = negative_log_likelihood(tail.logits(ids[:, part], hidden[:, part]), targets[:, part])
                 found += torch.tensor([float(loss), float((targets[:, part] != IGNORED).sum())], dtype=torch.float64)
@@ -81,7 +80,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 def mean_loss(model: nn.Module, rows: Rows, dtype: torch.dtype) -> float:
     """Mean negative log-likelihood of a target of the rows, in nats; a non-finite one is an ArithmeticError."""
-    total, count = held_out_loss(model.eval(), rows, dtype).tolist()
+    total, count = held_out_loss(Tail(model.eval()), rows, dtype).tolist()
     if not math.isfinite(total):
         raise ArithmeticError("the checkpoint puts out non-finite logits")
     return float(total / count)
@@ -188,7 +187,7 @@ class Healer(Trainer):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.trainable.model.eval()
         with self.trainable.as_stored():
-            sums = held_out_loss(self.trainable.model, self.held_out, self.dtype, slice(rank, None, world))
+            sums = held_out_loss(self.tail, self.held_out, self.dtype, slice(rank, None, world))
         total, count = self._added(sums)
         self.control.should_evaluate = False  # not again at the end of the epoch
         loss, progress = total / count, self.progress

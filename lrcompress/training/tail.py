@@ -23,7 +23,7 @@ class Tail:
 
     def __init__(self, model: nn.Module) -> None:
         names = find_blocks(model)
-        self._model = model
+        self.model = model
         self._blocks = [model.get_submodule(name) for name in names]
         inside = tuple(f"{name}." for name in names)
         self._trained = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
@@ -49,7 +49,7 @@ class Tail:
         for block, length in zip(self._blocks, self._lengths, strict=True):
             block.forward = lambda *_, length=length, **__: passed_on(hidden, length)
         try:
-            found: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return found
         finally:
             for block in self._blocks:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lrcompress.training import tail as tails
-from lrcompress.training.loop import negative_log_likelihood
-from lrcompress.training.rows import IGNORED
+from lrcompress.training.loop import held_out_loss, negative_log_likelihood
+from lrcompress.training.rows import IGNORED, Rows
 from lrcompress.training.tail import Tail
 from tests.checkpoint.test_loading import load
 
@@ -53,3 +53,22 @@ def test_few_logits_are_asked_for_and_blocks_are_given_back(llama):
     hidden = tail.run(model, ids)
     assert made == [1]
     torch.testing.assert_close(tail.logits(ids[:, 2:5], hidden[:, 2:5]), model(input_ids=ids).logits[:, 2:5])
+
+
+def test_a_held_out_loss_is_measured_again_by_the_same_tail(llama, monkeypatch):
+    """As after every few steps of a training: with weights that have changed, and no block looked for again."""
+    monkeypatch.setattr(tails, "POSITIONS", 5)
+    model = load(llama)
+    ids = torch.randint(2, 300, (3, 13), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = targets[0, :4] = IGNORED
+    tail = Tail(model)
+    monkeypatch.setattr(tails, "find_blocks", None)
+    for _ in range(2):
+        with torch.no_grad():
+            whole = negative_log_likelihood(model(input_ids=ids[1:]).logits, targets[1:])
+            found = held_out_loss(tail, Rows(ids, targets), torch.float32, slice(1, None))
+            torch.testing.assert_close(
+                found, torch.tensor([float(whole), 24.0], dtype=torch.float64), rtol=1e-5, atol=0
+            )
+            model.lm_head.weight.mul_(-2)
