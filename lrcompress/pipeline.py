@@ -101,7 +101,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     check_judges(opened)
     find_block_types(opened, scratch, reporter)
     artefacts = profile_model(opened, scratch, reporter)
-    more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(request)}
+    more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(opened)}
     if artefacts is not None and request.method.sizes_are_estimates:
         more["rates"] = rate_curve(opened, artefacts)
     if request.recipe.max_loss is not None:

@@ -13,6 +13,7 @@ import transformers as t
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lrcompress.calibration import corpus
 from lrcompress.calibration.collect import token_weights
 from lrcompress.calibration.corpus import documents, parse_source, split_held_out, tokenise
 from lrcompress.errors import InputError, ResourceError
@@ -352,6 +353,35 @@ def recipe_of(folder, pairs, output, **more):
         "model": str(folder), "method": {"name": "lord", "metric": "input"}, "ratio": 0.2, "output": str(output),
         "calibration": {"source": str(pairs), "samples": 4, "seqlen": 64, **more.pop("text", {})}, **more,
     })  # fmt: skip
+
+
+def test_records_are_read_once(multimodal, pairs, tmp_path, monkeypatch):
+    """By a run; of a finished one that is asked for again only where they name images, which may have changed."""
+    reads, read = [], corpus.read_records
+    monkeypatch.setattr(corpus, "read_records", lambda path, wanted: reads.append(path) or read(path, wanted))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"a sentence of number {n} " * 9}) + "\n" for n in range(40)))
+    for source, again in ((pairs, [pairs]), (text, [])):
+        asked = recipe_of(multimodal("llava"), source, tmp_path / source.stem)
+        report = compress(asked).report
+        assert ("calibration images" in report["made_from"]) == (source == pairs)
+        assert reads == [source]
+        assert compress(asked, resume=True).report == report
+        assert reads == [source, *again]
+        reads.clear()
+
+
+def test_images_of_held_out_records_are_watched_where_no_text_is_calibrated_on(multimodal, pairs, tmp_path):
+    shutil.copytree(pairs.parent, tmp_path / "own")
+    own = tmp_path / "own" / "pairs.jsonl"
+    asked = recipe_of(multimodal("llava"), own, tmp_path / "out", method={"name": "lord", "metric": "plain"})
+    report = compress(asked).report
+    assert compress(asked, resume=True).report == report
+    picture(own.parent / "0.png", 70)  # of a record that is not held out
+    assert compress(asked, resume=True).report == report
+    picture(own.parent / "4.png", 71)
+    with pytest.raises(InputError, match="calibration images changed"):
+        compress(asked, resume=True)
 
 
 def test_another_image_is_other_calibration_data(multimodal, pairs, tmp_path):

@@ -32,13 +32,15 @@ MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
 class Calibration:
     """samples: to gather statistics on; unseen: held-out windows, one or two a source; length: the longest may have.
 
-    notes: what to say of how they were made.
+    notes: what to say of how they were made; pictures: the digest of what image files held, by the source that names
+    them.
     """
 
     samples: list[Sample]
     unseen: list[Sample]
     length: int
     notes: list[str] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
 
     @property
     def ids(self) -> Tensor:
@@ -85,12 +87,14 @@ def calibration_blocks(
     one; without it they are an InputError.
     """
     chosen, held_out, notes, longest = list[Sample](), list[Sample](), list[str](), 1
+    pictures = dict[str, str]()
     for source, samples, seqlen in sources:
-        windows = held_out_windows or min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
+        windows = held_out_windows or windows_beside(samples)
         records = records_of(source)
         if looker is not None and (first := first_with_images(records)) is not None:
             drawn = drawn_rows(source, records, samples, windows, seed)
             reader = looker(f"record {first} of {source.path}")
+            pictures[source.name] = _images_digest(drawn)
             found = _look(reader, source, drawn, seqlen, notes)
         elif source.name == "self":
             blocks = sample_from_model(
@@ -103,7 +107,12 @@ def calibration_blocks(
         chosen += found[0]
         held_out += found[1]
         longest = max(longest, seqlen)
-    return Calibration(chosen, held_out, longest, notes)
+    return Calibration(chosen, held_out, longest, notes, pictures)
+
+
+def windows_beside(samples: int) -> int:
+    """Held-out windows beside so many samples of a source."""
+    return min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
 
 
 def _blocks(
@@ -142,15 +151,19 @@ def drawn_rows(
 
 
 def images_drawn(source: Source, samples: int, seed: int) -> str:
-    """sha256 of the image files of the records that `drawn_rows` takes, "" where the source has no images."""
+    """The digest that `calibration_blocks` makes of the source's image files; "" where it has no images."""
     records = records_of(source)
     if first_with_images(records) is None:
         return ""
+    return _images_digest(drawn_rows(source, records, samples, windows_beside(samples), seed))
+
+
+def _images_digest(drawn: tuple[list[Row], list[Row]]) -> str:
+    """sha256 of what the image files of rows hold; nothing of those that are not there."""
     digest = hashlib.sha256()
-    for rows in drawn_rows(source, records, samples, MOST_HELD_OUT, seed):
-        for image in (image for row in rows for image in row.images):
-            content = image if isinstance(image, bytes) else image.read_bytes() if image.is_file() else b""
-            digest.update(hashlib.sha256(content).digest())
+    for image in (image for rows in drawn for row in rows for image in row.images):
+        content = image if isinstance(image, bytes) else image.read_bytes() if image.is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 

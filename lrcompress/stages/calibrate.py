@@ -27,10 +27,9 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
-    sources = [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in opened.request.sources]
     windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
     opened.calibration = calibration_blocks(
-        sources,
+        opened.request.drawn,
         tokenizer,
         recipe.seed,
         opened.model.folder,

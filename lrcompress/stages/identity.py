@@ -13,12 +13,15 @@ from lrcompress.stages.opened import Opened
 from lrcompress.stages.request import Request
 from lrcompress.stages.workspace import files_identity, model_identity, refuse_changed, texts_identity
 
+IMAGES = "calibration images"
+"""Under which their digests are kept, where there are any."""
+
 
 def identity(opened: Opened) -> dict[str, Any]:
     """What resumed work must agree with: recipe, files, text, number of processes, versions."""
     return {
         "recipe": opened.request.recipe.identity(),
-        **made_from(opened.request),
+        **made_from(opened),
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
         "number of processes": processes().size,
         "kind of device": [opened.request.device.type, str(opened.walker.dtype)],
@@ -26,18 +29,19 @@ def identity(opened: Opened) -> dict[str, Any]:
     }
 
 
-def made_from(request: Request) -> dict[str, Any]:
+def made_from(opened: Opened) -> dict[str, Any]:
     """The files that a recipe names, so far as they can be told apart without opening them: a finished run's too."""
+    return _made_from(opened.request, {} if opened.calibration is None else opened.calibration.pictures)
+
+
+def _made_from(request: Request, images: dict[str, str]) -> dict[str, Any]:
+    """The same, from the digests of the images that sources name."""
     base = request.method.existing_base
-    drawn = (
-        (source.name, images_drawn(source, samples, request.recipe.seed)) for source, samples, _ in request.sources
-    )
-    images = {name: digest for name, digest in drawn if digest}
     return {
         "model files": model_identity(request.recipe.model),
         "base files": None if base is None else files_identity(base.folder),
         "calibration files": texts_identity(source for source, _, _ in request.sources),
-        **({"calibration images": images} if images else {}),
+        **({IMAGES: images} if images else {}),
     }
 
 
@@ -61,12 +65,17 @@ def finished(folder: Path, request: Request) -> dict[str, Any] | None:
     report = load_report(folder)
     if report is None:
         return None
-    before, now = report["recipe"], request.recipe.model_dump(mode="json")
-    changed = sorted(key for key in request.recipe.identity() if before.get(key) != now[key])
+    recipe = request.recipe
+    before, now = report["recipe"], recipe.model_dump(mode="json")
+    changed = sorted(key for key in recipe.identity() if before.get(key) != now[key])
     if changed:
         raise InputError(
             f"{folder} holds a finished run of another recipe ({', '.join(changed)} differ): choose another -o, or "
             "pass --overwrite without --resume"
         )
-    refuse_changed(folder, report.get("made_from"), made_from(request))
+    made, images = report.get("made_from"), dict[str, str]()
+    if isinstance(made, dict) and IMAGES in made:  # otherwise the same files have none now either
+        drawn = ((source.name, images_drawn(source, samples, recipe.seed)) for source, samples, _ in request.drawn)
+        images = {name: digest for name, digest in drawn if digest}
+    refuse_changed(folder, made, _made_from(request, images))
     return {**report, "recipe": now}

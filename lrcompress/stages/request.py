@@ -36,6 +36,12 @@ class Request:
         return self.searched if self.recipe.ratio is None else self.recipe.ratio
 
     @property
+    def drawn(self) -> list[tuple[Source, int, int]]:
+        """The sources as they are drawn from: of a method that needs no statistics held-out windows alone."""
+        wanted = self.method.needs_statistics
+        return [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in self.sources]
+
+    @property
     def sequential(self) -> bool:
         """Whether blocks are decomposed on what the compressed ones before them give."""
         return self.method.options.propagation == "sequential" and self.method.needs_statistics
