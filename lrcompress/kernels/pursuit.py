@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.kernels.native import library
-from lrcompress.linalg.sparse_coding import Pursuit
+from lrcompress.linalg.pursuit import Pursuit
 
 
 class NativePursuit(Pursuit):

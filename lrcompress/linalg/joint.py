@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.dictionary import RIDGES, SparseCode, check_finite, least_squares_dictionary, stalled
-from lrcompress.linalg.sparse_coding import RELAXATION, Pursuit, htp
+from lrcompress.linalg.pursuit import Alternation, Pursuit
+from lrcompress.linalg.sparse_coding import RELAXATION, htp
 from lrcompress.linalg.whitening import symmetric_root
 
 FIRST_ROUNDS = 4
@@ -83,35 +84,33 @@ def joint_htp(
     grams: Sequence[Tensor | None],
     atoms: int,
     nonzeros: int,
-    rounds: int,
-    tolerance: float = 0.0,
-    kind: type[Pursuit] | None = None,
+    turns: Alternation,
 ) -> JointCode:
     """`htp` of several weights (n_b, p) with one dictionary (atoms, p), atoms <= n_b. No round raises the sum."""
     for weight in weights:
         check_finite(weight)
-    code = _first(weights, grams, atoms, nonzeros, min(rounds, FIRST_ROUNDS))
+    code = _first(weights, grams, atoms, nonzeros, Alternation(min(turns.rounds, FIRST_ROUNDS), pursuit=turns.pursuit))
     sizes = [len(w) for w in weights]
     dictionary = code.dictionary
     codes, supports = list(code.codes.split(sizes)), list(code.support.split(sizes))
     shared = SharedDictionary(weights, grams)
     energies = [(s * w).double().sum() for s, w in zip(shared.seen, weights, strict=True)]
-    pursuits = [(kind or Pursuit)(w, nonzeros, energy=e) for w, e in zip(weights, energies, strict=True)]
+    pursuits = [turns.pursuit(w)(w, nonzeros, energy=e) for w, e in zip(weights, energies, strict=True)]
     objectives: list[Tensor] = []
-    for _ in range(rounds):
+    for _ in range(turns.rounds):
         best = shared.solve(codes, dictionary, DICTIONARY_STEPS)
         dictionary = torch.lerp(dictionary, best, RELAXATION)
         for b, pursuit in enumerate(pursuits):
             codes[b], supports[b] = _pursue(pursuit, dictionary, grams[b], shared.seen[b], codes[b], supports[b])
         objectives.append(torch.stack([p.error for p in pursuits]).sum())
-        if stalled(objectives, tolerance):
+        if stalled(objectives, turns.tolerance):
             break
     # The relaxed dictionary went past the best one for the last codes.
     return JointCode(shared.solve(codes, dictionary, DICTIONARY_STEPS), codes, supports, objectives)
 
 
 def _first(
-    weights: Sequence[Tensor], grams: Sequence[Tensor | None], atoms: int, nonzeros: int, rounds: int
+    weights: Sequence[Tensor], grams: Sequence[Tensor | None], atoms: int, nonzeros: int, turns: Alternation
 ) -> SparseCode:
     """A code of the stacked weights in the mean of the metrics."""
     stacked = torch.cat(list(weights))
@@ -119,7 +118,7 @@ def _first(
     target = stacked
     if present:
         target = stacked @ symmetric_root(torch.stack(present).mean(0)).to(stacked.dtype)
-    code = htp(target, atoms, nonzeros, rounds)
+    code = htp(target, atoms, nonzeros, turns)
     dictionary = least_squares_dictionary(stacked.double(), code.codes.double()).to(stacked.dtype)
     return SparseCode(dictionary, code.codes, code.support)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.dictionary import SparseCode, check_finite, normalised, stalled
+from lrcompress.linalg.pursuit import Alternation
 
 POWER_ITERATIONS = 8
 SEED = 42
@@ -11,14 +12,14 @@ PURSUIT_NUMBERS = 2**25
 """Most numbers that the pursuit keeps at once; rows are taken in parts of that size."""
 
 
-def ksvd(target: Tensor, atoms: int, nonzeros: int, rounds: int, tolerance: float = 0.0) -> SparseCode:
-    """Y (..., n, p) ≈ C D by `rounds` of pursuit and atom updates, from random rows of Y as atoms <= n.
+def ksvd(target: Tensor, atoms: int, nonzeros: int, turns: Alternation) -> SparseCode:
+    """Y (..., n, p) ≈ C D by rounds of greedy pursuit and atom updates, from random rows of Y as atoms <= n.
 
     As published, but a row keeps its codes where the greedy pursuit finds worse ones, so no round raises the objective.
     """
     check_finite(target)
     if target.dim() > 2:
-        parts = [ksvd(part, atoms, nonzeros, rounds, tolerance) for part in target]
+        parts = [ksvd(part, atoms, nonzeros, turns) for part in target]
         return SparseCode(
             torch.stack([part.dictionary for part in parts]),
             torch.stack([part.codes for part in parts]),
@@ -30,14 +31,14 @@ def ksvd(target: Tensor, atoms: int, nonzeros: int, rounds: int, tolerance: floa
     dictionary, _ = normalised(target[chosen], none.new_zeros(len(target), atoms))
     codes, support = pursue(target, dictionary, nonzeros)
     objectives = [_squared(target - codes @ dictionary).double().sum()]
-    for _ in range(rounds):
+    for _ in range(turns.rounds):
         dictionary, codes = update_atoms(target, dictionary, codes, support)
         fresh, positions = pursue(target, dictionary, nonzeros)
         old = _squared(target - codes @ dictionary)
         better = (_squared(target - fresh @ dictionary) < old)[:, None]
         codes, support = torch.where(better, fresh, codes), torch.where(better, positions, support)
         objectives.append(_squared(target - codes @ dictionary).double().sum())
-        if stalled(objectives, tolerance):
+        if stalled(objectives, turns.tolerance):
             break
     return SparseCode(dictionary, codes, support, objectives)
 

@@ -12,7 +12,8 @@ from lrcompress.kernels.pursuit import pursuit_for
 from lrcompress.linalg.coupled import coupled_htp
 from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, refitted_codes
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
-from lrcompress.linalg.sparse_coding import solve
+from lrcompress.linalg.pursuit import Alternation
+from lrcompress.linalg.sparse_coding import SOLVERS
 from lrcompress.linalg.whitening import upper_root
 from lrcompress.methods.dictionary_options import CospadiOptions
 from lrcompress.protocols import Spec
@@ -28,7 +29,7 @@ def encoded(options: CospadiOptions, spec: Spec, artefact: Artefact, bias: Tenso
     """
     target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
     atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
-    code = solve(target, atoms, nonzeros, options.solver, *options.limits, pursuit_for(target))
+    code = SOLVERS[options.solver](target, atoms, nonzeros, _turns(options))
     if "rows" in artefact:
         return _coupled(options, spec, artefact, target, code, bias)
     roots, weight = artefact["roots"][:, None], artefact["weight"].double()
@@ -70,7 +71,7 @@ def encoded_together(
     unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
     scaled = [(w / unit).float() for w in weights]
     atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
-    code = joint_htp(scaled, grams, atoms, nonzeros, *options.limits, pursuit_for(scaled[0]))
+    code = joint_htp(scaled, grams, atoms, nonzeros, _turns(options))
     exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
     codes = [c.double() for c in code.codes]
     dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)
@@ -87,6 +88,10 @@ def encoded_together(
         _stored(options, spec, artefact, dictionary, c, support, bias)
         for spec, artefact, c, support, bias in zip(specs, artefacts, codes, code.supports, biases, strict=True)
     ]
+
+
+def _turns(options: CospadiOptions) -> Alternation:
+    return Alternation(*options.limits, pursuit_for)
 
 
 def _refitted_codes(artefact: Artefact, dictionary: Tensor, codes: Tensor, support: Tensor) -> Tensor:

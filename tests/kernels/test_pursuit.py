@@ -7,7 +7,8 @@ from lrcompress.kernels import pursuit as compiled
 from lrcompress.kernels.pursuit import NativePursuit, pursuit_for
 from lrcompress.linalg.dictionary import largest, normalised
 from lrcompress.linalg.joint import joint_htp
-from lrcompress.linalg.sparse_coding import Pursuit, htp
+from lrcompress.linalg.pursuit import Alternation, Pursuit, in_torch
+from lrcompress.linalg.sparse_coding import htp
 
 needs_compiler = pytest.mark.skipif(pursuit_for(torch.zeros(1, 1)) is Pursuit, reason="no C compiler")
 
@@ -50,11 +51,28 @@ def test_equal_scores_leave_every_row_its_number():
 def test_whole_solvers_come_as_near():
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(200, 64, generator=generator) * torch.logspace(0, -2, 64)
-    errors = [float(htp(target, 50, 20, 12, kind=kind).error(target)) for kind in (Pursuit, NativePursuit)]
+    ways = (in_torch, pursuit_for)
+    errors = [float(htp(target, 50, 20, Alternation(12, pursuit=way)).error(target)) for way in ways]
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
     both, grams = [target[:100], target[100:]], [torch.eye(64), None]
-    sums = [float(joint_htp(both, grams, 50, 20, 6, kind=kind).objectives[-1]) for kind in (Pursuit, NativePursuit)]
+    sums = [float(joint_htp(both, grams, 50, 20, Alternation(6, pursuit=way)).objectives[-1]) for way in ways]
     assert sums[1] == pytest.approx(sums[0], rel=0.01)
+
+
+def test_whatever_a_solver_pursues_is_pursued_as_asked(monkeypatch):
+    """A shared dictionary's first codes, of all weights stacked, as well as those of every weight."""
+    asked = []
+
+    def way(target):
+        asked.append(tuple(target.shape))
+        return Pursuit
+
+    target = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    htp(target, 6, 3, Alternation(2, pursuit=way))
+    assert asked == [(30, 8)]
+    asked.clear()
+    joint_htp([target[:20], target[20:]], [torch.eye(8), None], 6, 3, Alternation(2, pursuit=way))
+    assert asked == [(30, 8), (20, 8), (10, 8)]
 
 
 def test_other_targets_and_machines_without_a_compiler_take_torch(monkeypatch):

@@ -5,6 +5,7 @@ import torch
 
 from lrcompress.linalg.coupled import _refitted, coupled_htp
 from lrcompress.linalg.dictionary import SparseCode
+from lrcompress.linalg.pursuit import Alternation
 from lrcompress.linalg.sparse_coding import htp
 from lrcompress.linalg.truncation import decompose
 from lrcompress.linalg.whitening import damped
@@ -26,7 +27,7 @@ def weighted(outputs, target, code) -> float:
 
 def start(target, outputs, atoms=20, nonzeros=6):
     roots = outputs.diagonal().sqrt()[:, None]
-    code = htp(roots * target, atoms, nonzeros, 24)
+    code = htp(roots * target, atoms, nonzeros, Alternation(24))
     return SparseCode(code.dictionary, code.codes / roots, code.support)
 
 

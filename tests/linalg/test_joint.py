@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lrcompress.linalg.joint import SharedDictionary, joint_htp
+from lrcompress.linalg.pursuit import Alternation
 from lrcompress.linalg.sparse_coding import htp
 from lrcompress.linalg.whitening import symmetric_root
 
@@ -63,7 +64,7 @@ def test_no_step_raises_the_objective_and_unused_atoms_stay():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rounds_never_raise_the_sum_of_the_weights_own_errors(dtype):
     weights, grams = problem()
-    code = joint_htp([w.to(dtype) for w in weights], [g.to(dtype) for g in grams], 10, 4, 15)
+    code = joint_htp([w.to(dtype) for w in weights], [g.to(dtype) for g in grams], 10, 4, Alternation(15))
     assert all(bool((s.sum(1) == 4).all()) for s in code.supports)
     assert not any(c[~s].any() for c, s in zip(code.codes, code.supports, strict=True))
     values = [float(o) for o in code.objectives]
@@ -81,9 +82,9 @@ def test_one_weight_is_as_near_as_the_solver_of_one():
     ratios = []
     for b in range(8):
         weights, grams = [random(60, 24, seed=10 + b)], [gram(24, 20 + b)]
-        code, whitened = joint_htp(weights, grams, 20, 8, 24), weights[0] @ symmetric_root(grams[0])
+        code, whitened = joint_htp(weights, grams, 20, 8, Alternation(24)), weights[0] @ symmetric_root(grams[0])
         error = objective(weights, grams, code.codes, code.dictionary)
-        ratios.append(error / float(htp(whitened, 20, 8, 24).error(whitened)))
+        ratios.append(error / float(htp(whitened, 20, 8, Alternation(24)).error(whitened)))
     assert abs(torch.tensor(ratios).log().mean() - 0.03) < 3 * 0.063 / 8**0.5
 
 
@@ -92,9 +93,9 @@ def test_own_metrics_are_nearer_than_their_mean():
     weights = [random(40, 24, seed=b) for b in range(2)]
     scales = torch.logspace(1, -1, 24).double()
     grams = [torch.diag(scales**2), torch.diag(scales.flip(0) ** 2)]
-    code = joint_htp(weights, grams, 16, 5, 24)
+    code = joint_htp(weights, grams, 16, 5, Alternation(24))
     mean = (grams[0] + grams[1]) / 2
-    stacked = htp(torch.cat(weights) @ symmetric_root(mean), 16, 5, 24)
+    stacked = htp(torch.cat(weights) @ symmetric_root(mean), 16, 5, Alternation(24))
     dictionary = stacked.dictionary @ torch.linalg.inv(symmetric_root(mean))
     averaged = objective(weights, grams, stacked.codes.split(40), dictionary)
     assert objective(weights, grams, code.codes, code.dictionary) < 0.9 * averaged
@@ -115,7 +116,7 @@ def test_singular_metrics_and_weights(kind, dtype):
     elif kind == "zero":
         weights = [torch.zeros_like(w) for w in weights]
     given = [None if kind == "none" else g.to(dtype) for g in grams]
-    code = joint_htp([w.to(dtype) for w in weights], given, 10, 4, 6)
+    code = joint_htp([w.to(dtype) for w in weights], given, 10, 4, Alternation(6))
     assert all(torch.isfinite(t).all() for t in (code.dictionary, *code.codes))
     if kind == "few tokens":  # of rank 3: exact, up to what the solver's directions share
         left = objective(weights, grams, [c.double() for c in code.codes], code.dictionary.double())
@@ -127,4 +128,4 @@ def test_non_finite_weights_are_refused():
     weights, grams = problem(2)
     weights[1][0, 0] = float("nan")
     with pytest.raises(ArithmeticError, match="non-finite"):
-        joint_htp(weights, grams, 4, 2, 2)
+        joint_htp(weights, grams, 4, 2, Alternation(2))

@@ -13,7 +13,8 @@ from lrcompress.linalg.dictionary import (
     refitted_codes,
 )
 from lrcompress.linalg.ksvd import pursue, update_atoms
-from lrcompress.linalg.sparse_coding import SOLVERS, htp, procrustes, solve
+from lrcompress.linalg.pursuit import Alternation, Pursuit
+from lrcompress.linalg.sparse_coding import SOLVERS, htp, procrustes
 
 ALL = sorted(SOLVERS)
 
@@ -58,10 +59,10 @@ def check(code, target: torch.Tensor, atoms: int, nonzeros: int) -> None:
 def test_shapes_counts_and_an_objective_that_never_rises(solver, shape, atoms, nonzeros):
     target = decaying(*shape)
     kept = target.clone()
-    code = solve(target, atoms, nonzeros, solver, 6)
+    code = SOLVERS[solver](target, atoms, nonzeros, Alternation(6))
     check(code, target, atoms, nonzeros)
     assert torch.equal(target, kept)
-    again = solve(target, atoms, nonzeros, solver, 6)
+    again = SOLVERS[solver](target, atoms, nonzeros, Alternation(6))
     assert torch.equal(code.codes, again.codes)
     assert torch.equal(code.dictionary, again.dictionary)
 
@@ -70,10 +71,10 @@ def test_shapes_counts_and_an_objective_that_never_rises(solver, shape, atoms, n
 @pytest.mark.parametrize("nonzeros", [1, 5, 24, 28])
 def test_more_atoms_than_features(solver, nonzeros):
     target = random(60, 20)
-    code = solve(target, 30, nonzeros, solver, 6)
+    code = SOLVERS[solver](target, 30, nonzeros, Alternation(6))
     check(code, target, 30, nonzeros)
     if nonzeros > 1:  # an overcomplete dictionary does no worse than a complete one
-        complete = solve(target, 20, min(nonzeros, 20), solver, 6)
+        complete = SOLVERS[solver](target, 20, min(nonzeros, 20), Alternation(6))
         assert code.error(target) <= complete.error(target) * 1.05 + 1e-9 * target.square().sum()
 
 
@@ -93,7 +94,7 @@ def test_singular_targets(solver, kind, dtype):
     else:
         target[:, ::2] = 0
     target = target.to(dtype)
-    code = solve(target, 12, 6, solver, 4)
+    code = SOLVERS[solver](target, 12, 6, Alternation(4))
     assert (code.support.sum(-1) == 6).all()
     assert torch.isfinite(code.codes).all()
     assert torch.isfinite(code.dictionary).all()
@@ -112,12 +113,12 @@ def test_non_finite_targets_are_refused(solver, bad):
     target = random(12, 8)
     target[3, 2] = bad
     with pytest.raises(ArithmeticError, match="non-finite"):
-        solve(target, 4, 2, solver, 2)
+        SOLVERS[solver](target, 4, 2, Alternation(2))
 
 
 def test_procrustes_keeps_its_dictionary_orthonormal():
     target = decaying(40, 24)
-    code = procrustes(target, 12, 6, 5)
+    code = procrustes(target, 12, 6, Alternation(5))
     torch.testing.assert_close(code.dictionary @ code.dictionary.T, torch.eye(12, dtype=torch.float64))
     torch.testing.assert_close(code.codes, (target @ code.dictionary.T) * code.support)
     u, _, vt = torch.linalg.svd(random(5, 9), full_matrices=False)
@@ -129,8 +130,8 @@ def test_procrustes_keeps_its_dictionary_orthonormal():
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (64, 64)])
 def test_a_free_dictionary_with_refitted_codes_beats_an_orthonormal_one(shape):
     target = decaying(*shape)
-    orthonormal = procrustes(target, 16, 8, 12).error(target)
-    free = htp(target, 16, 8, 12)
+    orthonormal = procrustes(target, 16, 8, Alternation(12)).error(target)
+    free = htp(target, 16, 8, Alternation(12))
     assert free.error(target) < 0.95 * orthonormal
     singular_values = torch.linalg.svdvals(target).square()
     assert singular_values[16:].sum() <= free.error(target) <= singular_values[8:].sum()
@@ -140,19 +141,19 @@ def test_a_free_dictionary_with_refitted_codes_beats_an_orthonormal_one(shape):
 def test_more_coefficients_at_first_and_momentum_save_rounds(shape, monkeypatch):
     """Three fifths of the rounds lead as far as all of them without."""
     target = decaying(*shape)
-    fast = htp(target, 60, 24, 15)
+    fast = htp(target, 60, 24, Alternation(15))
     assert (fast.support.sum(-1) == 24).all()
     assert fast.objectives == sorted(fast.objectives, reverse=True)
     monkeypatch.setattr(sparse_coding, "WIDE", 1.0)
     monkeypatch.setattr(sparse_coding, "MOMENTUM", 0.0)
-    assert fast.error(target) < 1.002 * htp(target, 60, 24, 24).error(target)
+    assert fast.error(target) < 1.002 * htp(target, 60, 24, Alternation(24)).error(target)
 
 
 def test_what_momentum_makes_worse_is_not_kept(monkeypatch):
     """Pushed far beyond reason, the alternation still descends, and each of two weights is judged alone."""
     monkeypatch.setattr(sparse_coding, "MOMENTUM", 2.0)
     targets = torch.stack([decaying(40, 24), random(40, 24, seed=1)])
-    code = htp(targets, 16, 6, 12)
+    code = htp(targets, 16, 6, Alternation(12))
     check(code, targets, 16, 6)
     stays = torch.stack(code.objectives[:-1]).diff(dim=0) == 0
     assert stays.any(), "momentum of this size never overshot: the test shows nothing"
@@ -162,7 +163,7 @@ def test_what_momentum_makes_worse_is_not_kept(monkeypatch):
 def test_ksvd_recovers_a_planted_dictionary_up_to_order_and_sign():
     """Nine of ten atoms, as the K-SVD paper finds them in the same experiment."""
     dictionary, codes, _ = planted(1500, 20, 20, 3)
-    code = solve(codes @ dictionary, 20, 3, "ksvd", 40)
+    code = SOLVERS["ksvd"](codes @ dictionary, 20, 3, Alternation(40))
     found = (code.dictionary @ dictionary.T).abs().amax(0)
     assert (found > 0.99).sum() >= 18
 
@@ -177,8 +178,6 @@ def test_a_planted_dictionary_is_a_fixed_point(solver):
     else:
         start = largest(target @ dictionary.T, 3)
         found = start * (target @ dictionary.T)
-        from lrcompress.linalg.sparse_coding import Pursuit
-
         pursuit, where = Pursuit(target, 3, 20), start
         for _ in range(30):
             step = pursuit.step(dictionary, found, where)
@@ -239,9 +238,9 @@ def test_atom_updates_lower_the_error_and_keep_the_support():
 @pytest.mark.parametrize("solver", ALL)
 def test_weights_of_equal_shape_are_solved_together(solver):
     targets = torch.stack([decaying(20, 12, seed=i) for i in range(3)])
-    together = solve(targets, 8, 4, solver, 3)
+    together = SOLVERS[solver](targets, 8, 4, Alternation(3))
     for i in range(3):
-        alone = solve(targets[i], 8, 4, solver, 3)
+        alone = SOLVERS[solver](targets[i], 8, 4, Alternation(3))
         torch.testing.assert_close(together.error(targets)[i], alone.error(targets[i]))
     check(together, targets, 8, 4)
 
@@ -261,8 +260,8 @@ def test_refitted_codes_are_least_squares_on_their_support():
 @pytest.mark.parametrize("solver", ALL)
 def test_alternations_end_where_they_gain_little(solver):
     target = decaying(40, 24)
-    every = solve(target, 12, 5, solver, 30)
-    few = solve(target, 12, 5, solver, 30, 0.02)
+    every = SOLVERS[solver](target, 12, 5, Alternation(30))
+    few = SOLVERS[solver](target, 12, 5, Alternation(30, 0.02))
     assert len(few.objectives) < len(every.objectives)
     assert few.error(target) <= every.objectives[len(few.objectives) - 1] * 1.03
     gains = [1 - float(b / a) for a, b in zip(few.objectives, few.objectives[1:], strict=False)]
@@ -297,5 +296,5 @@ def test_a_dictionary_that_is_exact_stays_exact(dtype):
 def test_many_rounds_on_an_exact_target_leave_rounding_alone(dtype):
     """A round tells codes apart by their energies, sums of k products each: it takes worse ones by k u of them at most."""
     target = (decaying(30, 20) @ random(20, 3) @ random(3, 20, seed=5)).to(dtype)
-    code = solve(target, 12, 6, "htp", 20)
+    code = SOLVERS["htp"](target, 12, 6, Alternation(20))
     assert code.error(target) <= 12 * torch.finfo(dtype).eps / 2 * target.double().square().sum()
