@@ -12,8 +12,8 @@ from lrcompress.model.device import fast_float32
 from lrcompress.parallel.processes import check_samples, join, processes, refuse_several
 from lrcompress.recipe import Recipe
 from lrcompress.report.card import write_card
-from lrcompress.report.progress import Reporter
-from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, note_errors, summaries
+from lrcompress.report.progress import Reporter, duration
+from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, needs_profile, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.block_types import find_block_types
 from lrcompress.stages.calibrate import calibrate_model
@@ -25,6 +25,7 @@ from lrcompress.stages.naming import output_folder
 from lrcompress.stages.needs import check_memory, needs
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.opening import open_request
+from lrcompress.stages.phases import PROFILE
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
 from lrcompress.stages.rate_curve import rate_curve
@@ -32,6 +33,7 @@ from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
+from lrcompress.stages.time_need import phase_seconds
 from lrcompress.stages.traffic import exchanged
 from lrcompress.stages.workspace import (
     Workspace,
@@ -94,6 +96,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     workspace.claim(identity(opened))
     needed = needs(opened)
     reporter.say(f"needs {needed}")
+    reporter.expect(phase_seconds(opened, processes().size))
     if processes().first:
         workspace.check_room(needed.disk_bytes)
     processes().wait()  # until the first one has made room for all
@@ -216,8 +219,12 @@ def make_plan(recipe: Recipe, *, nodes: int = 1, devices: int = 1, reporter: Rep
         find_block_types(opened, scratch, reporter)
         check_samples(sum(samples for _, samples, _ in request.sources), together)
         needed, artefacts = needs(opened, nodes, devices), None
+        reporter.say(f"compressing needs {needed}")
         check_memory(opened, needed, reporter)
         if needs_artefacts(opened):
+            known = {title: took for title, took in phase_seconds(opened).items() if title in PROFILE}
+            reporter.say(f"the plan depends on the text: reading it takes roughly {duration(sum(known.values()))}")
+            reporter.expect(known)
             if together == 1:
                 calibrate_model(opened, reporter)
             artefacts = profile_model(opened, scratch, reporter)
@@ -231,9 +238,8 @@ def make_plan(recipe: Recipe, *, nodes: int = 1, devices: int = 1, reporter: Rep
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts | None:
     """Statistics and decompositions on the dense model's inputs; None where nothing that follows needs them."""
     request = opened.request
-    if request.sequential and not request.method.needs_gradients and not needs_artefacts(opened):
-        if not opened.embeddings:  # they are rounded before any block, by what the dense model's pass says
-            return None
+    if not needs_profile(opened):
+        return None
     walk = profile_backward if request.method.needs_gradients else profile
     artefacts = walk(opened, scratch, reporter)
     if request.allocator.needs_sensitivity and request.recipe.rank is None:

@@ -17,6 +17,7 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     from lrcompress.evaluation.in_use import planned_in_use
 
     out = console()
+    out.print(f"needs {Needs(**plan['needs'])}")
     out.print(kinds_table(plan, block_kinds([t["name"] for t in plan["targets"]])))
     ratio, size = plan["ratio"], plan["bytes"]
     out.print(
@@ -27,7 +28,6 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     )
     if in_use := planned_in_use(plan):
         out.print(str(in_use))
-    out.print(f"needs {Needs(**plan['needs'])}")
     if said := answer(plan, plan["asked"]):
         out.print(said)
     show_joined(plan, out)

@@ -72,6 +72,14 @@ def needs_artefacts(opened: Opened) -> bool:
     return allocator.needs_errors or allocator.needs_spectrum or joins
 
 
+def needs_profile(opened: Opened) -> bool:
+    """Whether anything reads the dense model's pass: not where every block is decomposed on compressed inputs alone."""
+    request = opened.request
+    # Embeddings are rounded before any block, by what the dense model's pass says.
+    first = request.method.needs_gradients or needs_artefacts(opened) or bool(opened.embeddings)
+    return first or not request.sequential
+
+
 def allocate(opened: Opened, artefacts: Artefacts | None) -> Plan:
     """Choose a level per site: the asked rank's, or the allocator's within what the ratio or the size leaves.
 

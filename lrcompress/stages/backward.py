@@ -1,7 +1,6 @@
 """Profiling with gradients: hidden states forward, then statistics and decompositions from the last block back."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from lrcompress.calibration.collect import collect_outside
@@ -9,10 +8,11 @@ from lrcompress.calibration.gradients import backward_block, loss_gradients, wit
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics
-from lrcompress.report.progress import Reporter, skip
+from lrcompress.report.progress import Reporter, Steps
 from lrcompress.stages.decompose import UNREACHED, decompose_block
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import BACKWARD, DECOMPOSE, FORWARD, PROFILE
 from lrcompress.stages.profile import Artefacts, HiddenWalk
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of, keep_heads, kept_heads
 
@@ -31,8 +31,9 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     kept = KeptStatistics(opened)
     blocks, team = len(opened.blocks), processes()
     known = bool(team.least(kept.complete()))
+    reporter.expect_no(*(PROFILE if known else ()))
     walk = HiddenWalk(opened, scratch / "hidden", calibrate=not known)
-    with reporter.phase("forward", blocks * len(walk)) as tick, reporter.timed("calibrate"):
+    with reporter.phase(FORWARD, blocks * len(walk)) as tick, reporter.timed("calibrate"):
         _forward(opened, walk, tick)
     if known:
         _decompose_known(opened, kept, artefacts, reporter)
@@ -41,10 +42,10 @@ def profile_backward(opened: Opened, scratch: Path, reporter: Reporter) -> Artef
     if not team.least(walk.gradient_path(blocks).exists()):
         with reporter.timed("calibrate"):
             _loss(opened, walk, kept, artefacts, reporter)
-    with reporter.phase("backward and decompose", blocks * walk.calibrated) as tick:
+    with reporter.phase(BACKWARD, blocks * walk.calibrated) as tick:
         for block in reversed(range(blocks)):
             if done[block]:
-                skip(tick, walk.calibrated)
+                tick.skip(walk.calibrated)
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):
@@ -91,7 +92,7 @@ def warn_unreached(opened: Opened, artefacts: Artefacts, reporter: Reporter) -> 
 
 def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts, reporter: Reporter) -> None:
     """Every block with the statistics of an earlier run."""
-    with reporter.phase("decompose", len(opened.blocks)) as tick:
+    with reporter.phase(DECOMPOSE, len(opened.blocks)) as tick:
         for block in range(len(opened.blocks)):
             if not artefacts.done(block):
                 with opened.walker.block(block):
@@ -102,13 +103,12 @@ def _decompose_known(opened: Opened, kept: KeptStatistics, artefacts: Artefacts,
             artefacts.save(outside, decompose_block(opened, outside, kept.load(outside), reporter))
 
 
-def _forward(opened: Opened, walk: HiddenWalk, tick: Callable[[], None]) -> None:
+def _forward(opened: Opened, walk: HiddenWalk, tick: Steps) -> None:
     """Hidden states into every block; files that are there are kept."""
     blocks = len(opened.blocks)
     last = processes().least(max((block for block in range(blocks + 1) if walk.there(block)), default=0))
-    if last == blocks:
-        return
-    first = walk.start(last)
+    first = last if last == blocks else walk.start(last)
+    tick.skip(first * len(walk))
     for block in range(first, blocks):
         with opened.walker.block(block) as module:
             walk.step(block, module, [], tick)

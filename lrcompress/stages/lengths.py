@@ -14,12 +14,13 @@ from lrcompress.formats import DENSE, spec_bytes
 from lrcompress.parallel.processes import processes
 from lrcompress.parallel.side_by_side import side_by_side
 from lrcompress.protocols import Site, Spec
-from lrcompress.report.progress import Reporter, skip
+from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.amount import other_bytes
 from lrcompress.stages.decompose import Found, double_bytes
 from lrcompress.stages.encode import LENGTH, STREAMS, as_encoded, encode_site
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import ENCODE
 from lrcompress.stages.profile import STORED, Artefacts
 
 LARGEST_SHIFT = 0.25
@@ -130,11 +131,11 @@ def encode_all(opened: Opened, plan: Plan, first: Artefacts, scratch: Path, repo
     """Encode every weight before anything is laid out, so that the sizes are known; finished blocks are kept."""
     artefacts, lengths = Artefacts(scratch / "encoded"), Lengths(opened, plan)
     blocks = sorted({site.block for site in opened.sites})
-    with reporter.phase("encode", len(blocks)) as tick:
+    with reporter.phase(ENCODE, len(blocks)) as tick:
         for block in blocks:
             if artefacts.done(block):
                 lengths.recall(artefacts, block)
-                skip(tick, 1)
+                tick.skip(1)
                 continue
             sites = opened.sites_of(block)
             mine = [sites[place] for place in processes().own([float(s.shape[0] * s.shape[1]) for s in sites])]

@@ -14,7 +14,7 @@ from lrcompress.linalg.by_row import GROUPS
 from lrcompress.parallel.processes import processes
 from lrcompress.parallel.side_by_side import is_small, workers_for
 from lrcompress.protocols import Site
-from lrcompress.report.progress import Reporter
+from lrcompress.report.progress import Reporter, duration
 from lrcompress.report.summary import peak_rss_bytes
 from lrcompress.stages.decompose import double_bytes
 from lrcompress.stages.opened import Opened
@@ -46,14 +46,13 @@ class Needs:
 
     def __str__(self) -> str:
         size = f"about {self.memory_bytes / 1e6:.0f} MB of memory and up to {self.disk_bytes / 1e6:.0f} MB of disk"
-        minutes = self.seconds / 60
         if self.nodes * self.devices > 1:
             size = (
                 f"about {self.memory_bytes / 1e6:.0f} MB of memory in each of {self.nodes * self.devices} processes "
                 f"({self.nodes} x {self.devices}), up to {self.disk_bytes / 1e6:.0f} MB of disk, "
                 f"{self.traffic_bytes / 1e6:.0f} MB from each over the network"
             )
-        return f"{size}, roughly {self.seconds:.0f} s" if minutes < 3 else f"{size}, roughly {minutes:.0f} min"
+        return f"{size}, roughly {duration(self.seconds)}"
 
 
 def needs(opened: Opened, nodes: int = 1, devices: int | None = None) -> Needs:

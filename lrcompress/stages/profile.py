@@ -14,10 +14,11 @@ from lrcompress.errors import InputError
 from lrcompress.model.samples import Sample
 from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site
-from lrcompress.report.progress import Reporter, skip
+from lrcompress.report.progress import Reporter
 from lrcompress.stages.decompose import Found, decompose_block
 from lrcompress.stages.kept import KeptStatistics
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import CALIBRATE, PROFILE
 from lrcompress.stages.vocabulary import embedding_statistics, heads_of
 
 SUMMARY = ("errors", "total", "spectrum")
@@ -98,12 +99,13 @@ def profile(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts:
         return artefacts
     kept = KeptStatistics(opened)
     known = bool(processes().least(kept.complete()))
+    reporter.expect_no(*(PROFILE if known else ()))
     walk = HiddenWalk(opened, scratch / "hidden", calibrate=not known)
     first = walk.start(artefacts.leading(blocks))
-    with reporter.phase("calibrate and decompose", blocks * len(walk)) as tick:
+    with reporter.phase(CALIBRATE, blocks * len(walk)) as tick:
         for block in range(blocks):
             if block < first:
-                skip(tick, len(walk))
+                tick.skip(len(walk))
                 continue
             with opened.walker.block(block) as module:
                 with reporter.timed("calibrate"):

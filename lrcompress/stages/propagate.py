@@ -11,12 +11,13 @@ from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.parallel.processes import processes
 from lrcompress.protocols import InputStatistics, Site, Spec
-from lrcompress.report.progress import Reporter, skip
+from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.decompose import Found, decompose_block, decomposition_cost
 from lrcompress.stages.held_out import installed
 from lrcompress.stages.lengths import Lengths
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import PROPAGATE
 from lrcompress.stages.profile import STORED, SUMMARY, Artefacts, HiddenWalk
 
 
@@ -43,10 +44,10 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     start = min(starts)
     for block in range(start):
         lengths.recall(artefacts, block)
-    with reporter.phase("propagate and decompose", blocks * own.calibrated) as tick:
+    with reporter.phase(PROPAGATE, blocks * own.calibrated) as tick:
         for block in range(blocks):
             if block < start:
-                skip(tick, own.calibrated)
+                tick.skip(own.calibrated)
                 continue
             with opened.walker.block(block) as module:
                 sites, before = opened.sites_of(block), own.calibration(block)

@@ -20,6 +20,7 @@ from lrcompress.stages.encode import Encoder
 from lrcompress.stages.held_out import HeldOutCheck
 from lrcompress.stages.layout import Layout, stand_ins_of
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import ENCODE, WRITE
 from lrcompress.stages.profile import Artefacts
 from lrcompress.stages.workspace import write_json
 
@@ -41,7 +42,7 @@ def store(
     if team.size > 1:
         _encode_apart(opened, plan, artefacts, scratch, reporter)
     check = HeldOutCheck(opened, scratch) if team.first else None
-    with ThreadPoolExecutor(1) as disk, reporter.phase("write", len(opened.blocks)) as tick:
+    with ThreadPoolExecutor(1) as disk, reporter.phase(WRITE, len(opened.blocks)) as tick:
         journalled = disk.submit(lambda: None)
         for block in [len(opened.blocks), *range(len(opened.blocks))]:
             tensors = Encoder(opened, plan, artefacts, scratch)
@@ -75,7 +76,7 @@ def _encode_apart(opened: Opened, plan: Plan, artefacts: Artefacts, scratch: Pat
     costs = [sum(decomposition_cost(sites[name]) for name in plan.family(owner)) for owner in owners]
     mine = processes().own(costs)
     encoder = Encoder(opened, plan, artefacts, scratch)
-    with reporter.phase("encode", len(mine)) as tick:
+    with reporter.phase(ENCODE, len(mine)) as tick:
         for place in mine:
             encoder.put_by(owners[place])
             tick()

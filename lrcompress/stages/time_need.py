@@ -14,8 +14,10 @@ from lrcompress.calibration.drawing import MOST_HELD_OUT
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.parallel.processes import Processes
 from lrcompress.protocols import Site
+from lrcompress.stages.allocate import needs_profile
 from lrcompress.stages.decompose import decomposition_cost
 from lrcompress.stages.opened import Opened
+from lrcompress.stages.phases import BACKWARD, CALIBRATE, ENCODE, FORWARD, PROPAGATE, REFINE, SEARCH, WRITE
 from lrcompress.stages.search import WINDOWS
 from lrcompress.stages.traffic import compared, moment
 
@@ -74,22 +76,38 @@ def seconds_need(opened: Opened, size: int = 1) -> float:
     Of `size` processes on as many devices it is that of the one with most to do: of the samples, and of the weights of
     every block.
     """
-    recipe, sequential = opened.request.recipe, opened.request.sequential
-    share = _largest_share(opened, size)
+    return sum(phase_seconds(opened, size).values())
+
+
+def phase_seconds(opened: Opened, size: int = 1) -> dict[str, float]:
+    """`seconds_need` by the phases of stages/phases.py, in their order."""
+    recipe, method, sequential = opened.request.recipe, opened.request.method, opened.request.sequential
+    share, device = _largest_share(opened, size), opened.walker.device
     held_out = MOST_HELD_OUT * sum(seqlen for _, _, seqlen in opened.request.sources)
     tokens = (calibration_tokens(opened) - held_out) * share
+    forward, moments = _forward(opened), _moments(opened) * tokens
     decomposing = _of_all(opened, size, lambda site: _decomposing(opened, site))
-    passes = 1 + 2 * opened.request.method.needs_gradients  # the way back computes a block anew
-    found = _forward(opened) * (tokens * passes) + _moments(opened) * tokens + decomposing
-    written = _forward(opened) * (held_out * share) + _of_all(opened, size, lambda site: _encoding(opened, site))
-    if sequential:
-        written += _forward(opened) * (2 * tokens) + _moments(opened) * tokens + decomposing
-    if recipe.max_loss is not None:
-        written += _forward(opened) * (WINDOWS / MOST_HELD_OUT * held_out)
-        written *= CANDIDATES
+    encoding = _of_all(opened, size, lambda site: _encoding(opened, site))
     apart = PER_WEIGHT * _of_all(opened, size, lambda _: Work(float32=1.0)).float32
-    again = (1 + sequential) * (CANDIDATES if recipe.max_loss is not None else 1)
-    return (found + written).seconds(opened.walker.device) + apart * (1 + again)
+    found: dict[str, float] = {}
+    if method.needs_gradients:
+        found[FORWARD] = (forward * tokens).seconds(device)
+        # The way back computes a block anew.
+        found[BACKWARD] = (forward * (2 * tokens) + moments + decomposing).seconds(device) + apart
+    elif needs_profile(opened):
+        found[CALIBRATE] = (forward * tokens + moments + decomposing).seconds(device) + apart
+    written: dict[str, float] = {}
+    if sequential:
+        written[PROPAGATE] = (forward * (2 * tokens) + moments + decomposing).seconds(device) + apart
+    first = ENCODE if method.sizes_are_estimates and not sequential else WRITE
+    written[first] = encoding.seconds(device) + apart
+    written[WRITE] = written.get(WRITE, 0.0) + (forward * (held_out * share)).seconds(device)
+    if recipe.max_loss is not None:
+        measured = (forward * (WINDOWS / MOST_HELD_OUT * held_out)).seconds(device)
+        found[SEARCH] = (CANDIDATES - 1) * sum(written.values()) + CANDIDATES * measured
+    if recipe.refine is not None:
+        written[REFINE] = 60 * recipe.refine
+    return found | written
 
 
 def calibration_tokens(opened: Opened) -> int:
