@@ -30,7 +30,7 @@ from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
 from lrcompress.stages.rate_curve import rate_curve
 from lrcompress.stages.request import Request, check_request
-from lrcompress.stages.search import reachable, search
+from lrcompress.stages.search import as_held_out, reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
 from lrcompress.stages.store import store
 from lrcompress.stages.time_need import phase_seconds
@@ -115,7 +115,7 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
             return written
 
         found = search(opened, artefacts, scratch, reporter, write)
-        more["search"] = found
+        more |= {"search": found, "held_out": as_held_out(found, max(length for _, _, length in request.sources))}
         opened = replace(opened, request=replace(request, searched=found["ratio"]))
     report = write_checkpoint(opened, artefacts, workspace.partial, scratch, reporter, start, more)
     if request.recipe.refine is not None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lrcompress  # noqa: F401
 from lrcompress.budget import kept_bytes, removed
+from lrcompress.cli.show import in_one_line
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.formats import FORMATS, build, spec_multiplies
 from lrcompress.methods.lord import Lord
@@ -259,6 +260,9 @@ def test_a_loss_that_is_not_exceeded(llama, tmp_path, tokenizer, text, changes):
     dense = held_out_perplexity(llama, tokenizer, text)
     assert found["dense_perplexity"] == pytest.approx(dense, rel=1e-4)
     assert found["windows"] == 8
+    judged = {"windows": 8, "perplexity": found["perplexity"], "before": found["dense_perplexity"]}
+    assert judged.items() <= result.report["held_out"].items()  # one figure, whatever tells it
+    assert f"× {1 + found['loss']:.2f} on 8 windows of held-out" in in_one_line(result.report, result.folder)
     loss = held_out_perplexity(result.folder, tokenizer, text) / dense - 1
     assert loss == pytest.approx(found["loss"], abs=1e-4)
     assert loss <= limit

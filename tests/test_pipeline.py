@@ -1,6 +1,8 @@
 """Compression from end to end on tiny models: bytes, statistics, resume, refusals."""
 
 import json
+import math
+import statistics
 import struct
 
 import pytest
@@ -11,6 +13,7 @@ from lrcompress.calibration.collect import InputCollector, token_weights
 from lrcompress.calibration.corpus import parse_source
 from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.reader import CheckpointReader
+from lrcompress.cli.show import in_one_line
 from lrcompress.errors import InputError
 from lrcompress.export.source import open_compressed
 from lrcompress.methods.spectral import SpectralMethod
@@ -192,7 +195,7 @@ def test_a_useless_result_is_announced(llama, tmp_path, monkeypatch):
     for way in ("leave --method out", f"more than these {result.report['ratio']['bpw']:.2f} bits", "lrcompress heal"):
         assert way in warning
     card = (result.folder / "README.md").read_text()
-    assert f"{held_out['perplexity'] / held_out['before']:.3f} times, {held_out['windows']} windows" in card
+    assert f"{held_out['perplexity'] / held_out['before']:.3f} times, 1 window" in card
     assert f"**Warning**: {warning}" in card
 
 
@@ -218,6 +221,24 @@ def test_the_held_out_perplexity_is_that_of_the_written_model(llama, tmp_path):
     card = (result.folder / "README.md").read_text()
     assert "64 tokens of context" in card
     assert "16 tokens of context" in card
+
+
+def test_a_held_out_ratio_has_the_error_of_its_windows(llama, tmp_path):
+    calibration = {"source": "python-docs", "samples": 24, "seqlen": 64}
+    result = compress_tiny(llama, tmp_path / "out", calibration=calibration)
+    held_out, tokenizer = result.report["held_out"], AutoTokenizer.from_pretrained(llama)
+    windows = calibration_blocks([(parse_source("python-docs"), 24, 64)], tokenizer, 0, llama).held_out
+    assert len(windows) == held_out["windows"] == 3
+    models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (llama, result.folder)]
+    with torch.no_grad():
+        before, after = ([float(m(input_ids=w[None], labels=w[None]).loss) for w in windows] for m in models)
+    rises = [b - a for a, b in zip(before, after, strict=True)]
+    ratio = held_out["perplexity"] / held_out["before"]
+    error = ratio * statistics.stdev(rises) / math.sqrt(3)
+    assert held_out["ratio_stderr"] == pytest.approx(error, rel=0.02)
+    said = f"{ratio:.3f} ± {held_out['ratio_stderr']:.3f}"
+    assert f"perplexity × {said} on 3 windows of held-out" in in_one_line(result.report, result.folder)
+    assert f"{said} times, 3 windows" in (result.folder / "README.md").read_text()
 
 
 def test_another_seed_reads_other_text(llama, tmp_path):

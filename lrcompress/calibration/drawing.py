@@ -24,13 +24,18 @@ from lrcompress.calibration.pictures import Looker, Row, first_with_images, row_
 from lrcompress.errors import InputError
 from lrcompress.model.samples import Sample, as_rows, samples_of
 
-MOST_HELD_OUT, SAMPLES_A_WINDOW = 2, 32
+MOST_HELD_OUT, SAMPLES_A_WINDOW = 4, 8
 """Held-out windows a source that the result is judged by: one for so many calibration samples."""
+
+
+def windows_for(samples: int) -> int:
+    """Held-out windows of a source of so many samples; it may have less text."""
+    return min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """samples: to gather statistics on; unseen: held-out windows, one or two a source; length: the longest may have.
+    """samples: to gather statistics on; unseen: held-out windows of every source; length: the longest may have.
 
     notes: what to say of how they were made; pictures: the digest of what image files held, by the source that names
     them.
@@ -89,7 +94,7 @@ def calibration_blocks(
     chosen, held_out, notes, longest = list[Sample](), list[Sample](), list[str](), 1
     pictures = dict[str, str]()
     for source, samples, seqlen in sources:
-        windows = held_out_windows or windows_beside(samples)
+        windows = held_out_windows or windows_for(samples)
         records = records_of(source)
         if looker is not None and (first := first_with_images(records)) is not None:
             drawn = drawn_rows(source, records, samples, windows, seed)
@@ -108,11 +113,6 @@ def calibration_blocks(
         held_out += found[1]
         longest = max(longest, seqlen)
     return Calibration(chosen, held_out, longest, notes, pictures)
-
-
-def windows_beside(samples: int) -> int:
-    """Held-out windows beside so many samples of a source."""
-    return min(MOST_HELD_OUT, max(1, samples // SAMPLES_A_WINDOW))
 
 
 def _blocks(
@@ -150,12 +150,12 @@ def drawn_rows(
     return chosen, judged
 
 
-def images_drawn(source: Source, samples: int, seed: int) -> str:
+def images_drawn(source: Source, samples: int, windows: int, seed: int) -> str:
     """The digest that `calibration_blocks` makes of the source's image files; "" where it has no images."""
     records = records_of(source)
     if first_with_images(records) is None:
         return ""
-    return _images_digest(drawn_rows(source, records, samples, windows_beside(samples), seed))
+    return _images_digest(drawn_rows(source, records, samples, windows, seed))
 
 
 def _images_digest(drawn: tuple[list[Row], list[Row]]) -> str:

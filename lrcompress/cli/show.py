@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lrcompress.report.held_out import times_dense, windows_in_words
 from lrcompress.report.inspection import removed_by_block, sparkline
 from lrcompress.report.summary import (
     answer,
@@ -94,7 +95,7 @@ def in_one_line(report: dict[str, Any], folder: Path) -> str:
     before = size["checkpoint"] - size["targets_stored"] + size["targets_dense"]
     said = f"{_megabytes(before)} → {_megabytes(size['checkpoint'])} MB"
     if held_out is not None:
-        said += f", perplexity × {held_out['perplexity'] / held_out['before']:.2f} on held-out calibration text"
+        said += f", perplexity × {times_dense(held_out)} on {windows_in_words(held_out)} of held-out calibration text"
     if report.get("evaluation") is not None or not folder.is_dir():
         return said
     return f"{said}; next: lrcompress eval {folder} --tasks YOUR.txt"

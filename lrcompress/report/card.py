@@ -7,6 +7,7 @@ from lrcompress.budget import FEW_TARGETS
 from lrcompress.checkpoint.manifest import Manifest, read_manifest
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
+from lrcompress.report.held_out import windows_in_words
 from lrcompress.report.serving import serving
 from lrcompress.report.summary import answer, bits_stored, metric_rows, targets_share
 
@@ -32,10 +33,11 @@ def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
     calibration, held_out = report["calibration"], report.get("held_out")
     if held_out is not None:
-        for context in held_out["contexts"]:
-            times = context["perplexity"] / context["before"]
+        for place, context in enumerate(held_out["contexts"]):
+            times, error = context["perplexity"] / context["before"], held_out.get("ratio_stderr")
+            shown = f"{times:.3f}" if error is None or place else f"{times:.3f} ± {error:.3f}"
             what = f"perplexity on held-out calibration text, {context['tokens']} tokens of context"
-            few += f"| {what} | {times:.3f} times, {held_out['windows']} windows |\n"
+            few += f"| {what} | {shown} times, {windows_in_words(held_out)} |\n"
     warnings = "".join(f"**Warning**: {text}\n\n" for text in report["warnings"])
     trained = "".join(f"| {key} | {said} |\n" for key in ("refined", "healed") if (said := training(report.get(key))))
     text = (

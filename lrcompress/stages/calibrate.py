@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.calibration.drawing import MOST_HELD_OUT, Calibration, calibration_blocks
+from lrcompress.calibration.drawing import Calibration, calibration_blocks
 from lrcompress.calibration.pictures import TEXT_ONLY, Looker
 from lrcompress.errors import InputError
 from lrcompress.model.experts import experts_of
@@ -27,13 +27,12 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
-    windows = MOST_HELD_OUT if recipe.refine is not None else None  # training is judged by them too
     opened.calibration = calibration_blocks(
         opened.request.drawn,
         tokenizer,
         recipe.seed,
         opened.model.folder,
-        windows,
+        opened.request.windows,
         trust_remote_code=recipe.trust_remote_code,
         looker=lambda which: _looker(opened, which),
     )

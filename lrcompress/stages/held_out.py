@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lrcompress.budget import bits_per_weight
 from lrcompress.calibration.gradients import CHUNK
 from lrcompress.checkpoint.multiplied import Multiplied
+from lrcompress.evaluation.tokens import standard_error
 from lrcompress.formats import DENSE, restored
 from lrcompress.model.samples import UNSCORED, Sample
 from lrcompress.model.surgery import put
 from lrcompress.protocols import Spec
+from lrcompress.report.held_out import times_dense, windows_in_words
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.encode import Encoder
@@ -73,20 +75,23 @@ class HeldOutCheck:
         contexts = [tokens for tokens in (length, length // SHORT) if any(_scored(s, tokens) for s in self._samples)]
         if not contexts:
             return None
-        before = self._perplexities(self._dense, contexts)
+        lost = self._losses(self._dense)
         with installed(self._opened, self._outside):
-            after = self._perplexities(self._hidden, contexts)
+            found_lost = self._losses(self._hidden)
+        before, after = ([self._perplexity(losses, tokens) for tokens in contexts] for losses in (lost, found_lost))
         (dense, *_), (compressed, *_) = before, after
+        error = self._error(lost, found_lost)
+        found: dict[str, Any] = {"windows": len(self._samples), "perplexity": compressed, "before": dense}
+        found |= {} if error is None else {"ratio_stderr": compressed / dense * error}
         reporter.say(
-            f"held-out calibration text ({len(self._samples)} window{'s' if len(self._samples) > 1 else ''}): "
-            f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{compressed / dense:.2f})"
+            f"held-out calibration text ({windows_in_words(found)}): "
+            f"perplexity {compressed:.4g}, {self._before} {dense:.4g} (x{times_dense(found)})"
         )
         if not compressed <= LOUD_LOSS * dense:
             reporter.warn(
                 f"perplexity on held-out calibration text is {compressed:.4g}, {compressed / dense:.3g} times that of "
                 f"the {self._before} model: {self._ways_out(plan)}"
             )
-        found: dict[str, Any] = {"windows": len(self._samples), "perplexity": compressed, "before": dense}
         found["contexts"] = [
             {"tokens": tokens, "perplexity": own, "before": theirs}
             for tokens, own, theirs in zip(contexts, after, before, strict=True)
@@ -109,8 +114,8 @@ class HeldOutCheck:
         ways.append(f"keep more than these {bits_per_weight(stored, weights):.2f} bits a weight (--bpw)")
         return "; ".join(ways) + "; or train what is stored with lrcompress heal"
 
-    def _perplexities(self, states: list[Tensor], contexts: list[int]) -> list[float]:
-        """Of the first so many tokens of every window, for each of the numbers."""
+    def _losses(self, states: list[Tensor]) -> list[Tensor]:
+        """Nats of every token that a window foretells, 0 of those that do not count."""
         walker, losses = self._opened.walker, []
         for sample, hidden in zip(self._samples, states, strict=True):
             inputs, following = sample.words[:-1].split(CHUNK), sample.labels[1:].split(CHUNK)
@@ -119,11 +124,21 @@ class HeldOutCheck:
                 logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
                 found.append(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu())
             losses.append(torch.cat(found).double())
-        means = []
-        for tokens in contexts:
-            total = sum(float(each[: max(tokens - 1, 0)].sum()) for each in losses)
-            means.append(math.exp(min(total / sum(_scored(s, tokens) for s in self._samples), 700.0)))
-        return means
+        return losses
+
+    def _perplexity(self, losses: list[Tensor], tokens: int) -> float:
+        """Of the first so many tokens of every window."""
+        total = sum(float(each[: max(tokens - 1, 0)].sum()) for each in losses)
+        return math.exp(min(total / sum(_scored(s, tokens) for s in self._samples), 700.0))
+
+    def _error(self, before: list[Tensor], after: list[Tensor]) -> float | None:
+        """Standard error of the mean rise, in nats a token, over the windows; None of less than two.
+
+        Windows differ far more from each other than what compression does to them, so that each is its own measure.
+        """
+        counts = [_scored(sample, len(sample)) for sample in self._samples]
+        rises = [float((b - a).sum()) / n for a, b, n in zip(before, after, counts, strict=True) if n]
+        return standard_error(rises) if len(rises) > 1 else None
 
 
 def _scored(sample: Sample, tokens: int) -> int:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lrcompress.calibration.drawing import images_drawn
+from lrcompress.calibration.drawing import images_drawn, windows_for
 from lrcompress.errors import InputError
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.foreign.opening import check_model
@@ -75,7 +75,8 @@ def finished(folder: Path, request: Request) -> dict[str, Any] | None:
         )
     made, images = report.get("made_from"), dict[str, str]()
     if isinstance(made, dict) and IMAGES in made:  # otherwise the same files have none now either
-        drawn = ((source.name, images_drawn(source, samples, recipe.seed)) for source, samples, _ in request.drawn)
-        images = {name: digest for name, digest in drawn if digest}
+        for source, samples, _ in request.drawn:
+            if digest := images_drawn(source, samples, request.windows or windows_for(samples), recipe.seed):
+                images[source.name] = digest
     refuse_changed(folder, made, _made_from(request, images))
     return {**report, "recipe": now}

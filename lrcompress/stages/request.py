@@ -7,6 +7,7 @@ import torch
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.calibration.corpus import Source, parse_source, shares
+from lrcompress.calibration.drawing import MOST_HELD_OUT, windows_for
 from lrcompress.errors import InputError
 from lrcompress.foreign.existing import check_existing
 from lrcompress.foreign.opening import check_model
@@ -40,6 +41,15 @@ class Request:
         """The sources as they are drawn from: of a method that needs no statistics held-out windows alone."""
         wanted = self.method.needs_statistics
         return [(source, samples if wanted else 0, seqlen) for source, samples, seqlen in self.sources]
+
+    @property
+    def windows(self) -> int | None:
+        """Held-out windows of a source; None where its samples say how many, see `windows_for`."""
+        if self.recipe.refine is not None:
+            return MOST_HELD_OUT  # training is judged by them too
+        if self.method.needs_statistics:
+            return None
+        return max(windows_for(samples) for _, samples, _ in self.sources)
 
     @property
     def sequential(self) -> bool:

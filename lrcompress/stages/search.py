@@ -94,6 +94,12 @@ def search(
     }
 
 
+def as_held_out(found: dict[str, Any], length: int) -> dict[str, Any]:
+    """The `held_out` of report.json, of what a search `found` on windows of `length` tokens: one figure for both."""
+    measured = {"perplexity": found["perplexity"], "before": found["dense_perplexity"]}
+    return {"windows": found["windows"], **measured, "contexts": [{"tokens": length, **measured}]}
+
+
 def _finished(tried: Sequence[dict[str, Any]], low: float, high: float, limit: float) -> bool:
     """Whether another candidate would gain next to nothing, or there were enough."""
     used = any(_within(found, limit) and found["loss"] >= USED * limit for found in tried)

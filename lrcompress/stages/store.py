@@ -41,7 +41,8 @@ def store(
     writer = ShardedWriter(folder, layout.planned, limit, _read_journal(journal), rank=team.rank, size=team.size)
     if team.size > 1:
         _encode_apart(opened, plan, artefacts, scratch, reporter)
-    check = HeldOutCheck(opened, scratch) if team.first else None
+    judged = team.first and opened.request.searched is None  # a search measures what is loaded again, on more text
+    check = HeldOutCheck(opened, scratch) if judged else None
     with ThreadPoolExecutor(1) as disk, reporter.phase(WRITE, len(opened.blocks)) as tick:
         journalled = disk.submit(lambda: None)
         for block in [len(opened.blocks), *range(len(opened.blocks))]:

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from lrcompress.calibration.drawing import MOST_HELD_OUT
+from lrcompress.calibration.drawing import MOST_HELD_OUT, windows_for
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.parallel.processes import Processes
 from lrcompress.protocols import Site
@@ -83,27 +83,28 @@ def phase_seconds(opened: Opened, size: int = 1) -> dict[str, float]:
     """`seconds_need` by the phases of stages/phases.py, in their order."""
     recipe, method, sequential = opened.request.recipe, opened.request.method, opened.request.sequential
     share, device = _largest_share(opened, size), opened.walker.device
-    held_out = MOST_HELD_OUT * sum(seqlen for _, _, seqlen in opened.request.sources)
-    tokens = (calibration_tokens(opened) - held_out) * share
+    tokens = share * sum(samples * seqlen for _, samples, seqlen in opened.request.sources)
+    held_out = sum(windows_for(samples) * seqlen for _, samples, seqlen in opened.request.sources)
     forward, moments = _forward(opened), _moments(opened) * tokens
     decomposing = _of_all(opened, size, lambda site: _decomposing(opened, site))
     encoding = _of_all(opened, size, lambda site: _encoding(opened, site))
     apart = PER_WEIGHT * _of_all(opened, size, lambda _: Work(float32=1.0)).float32
     found: dict[str, float] = {}
     if method.needs_gradients:
-        found[FORWARD] = (forward * tokens).seconds(device)
+        found[FORWARD] = (forward * (tokens + held_out)).seconds(device)
         # The way back computes a block anew.
         found[BACKWARD] = (forward * (2 * tokens) + moments + decomposing).seconds(device) + apart
     elif needs_profile(opened):
-        found[CALIBRATE] = (forward * tokens + moments + decomposing).seconds(device) + apart
+        found[CALIBRATE] = (forward * (tokens + held_out) + moments + decomposing).seconds(device) + apart
     written: dict[str, float] = {}
     if sequential:
         written[PROPAGATE] = (forward * (2 * tokens) + moments + decomposing).seconds(device) + apart
     first = ENCODE if method.sizes_are_estimates and not sequential else WRITE
     written[first] = encoding.seconds(device) + apart
-    written[WRITE] = written.get(WRITE, 0.0) + (forward * (held_out * share)).seconds(device)
+    written[WRITE] = written.get(WRITE, 0.0) + (forward * held_out).seconds(device)
     if recipe.max_loss is not None:
-        measured = (forward * (WINDOWS / MOST_HELD_OUT * held_out)).seconds(device)
+        most = WINDOWS * sum(seqlen for _, _, seqlen in opened.request.sources)
+        measured = (forward * most).seconds(device)
         found[SEARCH] = (CANDIDATES - 1) * sum(written.values()) + CANDIDATES * measured
     if recipe.refine is not None:
         written[REFINE] = 60 * recipe.refine

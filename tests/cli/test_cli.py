@@ -189,7 +189,7 @@ def test_eora_by_rank_into_its_default_folder(llama, tmp_path):
     *_, wrote, last = done.stdout.splitlines()
     assert wrote == f"wrote {out.name}"
     assert last == (
-        f"{sizes[0]:.2g} → {sizes[1]:.2g} MB, perplexity × {times:.2f} on held-out calibration text; "
+        f"{sizes[0]:.2g} → {sizes[1]:.2g} MB, perplexity × {times:.2f} on 1 window of held-out calibration text; "
         f"next: lrcompress eval {out.name} --tasks YOUR.txt"
     )
     measured = run_cli("eval", out, "--tasks", "tokens:python-docs@32", "--limit", 2, "--json", tmp_path / "e.json")
