@@ -17,6 +17,8 @@ def configs() -> dict[str, Any]:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     made = {
         "llama": t.LlamaConfig(tie_word_embeddings=False, **grouped),
+        "olmo": t.OlmoConfig(**grouped),
+        "rwkv": t.RwkvConfig(**{**sizes, "attention_hidden_size": 32}, context_length=256),
         "mistral": t.MistralConfig(sliding_window=16, **grouped),
         "qwen2": t.Qwen2Config(**grouped),
         "qwen3": t.Qwen3Config(
@@ -108,6 +110,10 @@ FAMILIES = [
     "bloom", "mpt", "cohere", "stablelm", "gpt_bigcode", "mamba", "deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss",
     "jamba", "recurrent_gemma", "gemma4",
 ]  # fmt: skip
+
+ALL_CODES = ["olmo", "rwkv"]
+"""Those that once could not be loaded or walked with all of their layers coded: blocks without a parameter of their own,
+and layers that a model fills by the sides of their weights."""
 
 MIXTURES = ["deepseek_v3", "mixtral", "qwen3_moe", "gpt_oss"]
 """Those whose experts are fused."""

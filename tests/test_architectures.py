@@ -34,7 +34,7 @@ from lrcompress.stages.allocate import allocate
 from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import profile
 from lrcompress.stages.request import check_request
-from tests.architectures import CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
+from tests.architectures import ALL_CODES, CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
 from tests.conftest import compress_tiny
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -114,6 +114,15 @@ def test_every_family(make_model, tmp_path, family):
     assert {t["format"] for t in result.report["targets"]} == {"low_rank"}
     assert (logits(loaded) - dense).abs().max() < 1e-4 * dense.abs().max()
     generates(loaded)
+
+
+@pytest.mark.parametrize("family", ALL_CODES)
+def test_blocks_may_be_codes_alone(make_model, tmp_path, family):
+    result = compress_tiny(make_model(family), tmp_path / "out", method="auto", ratio=None, bpw=6, calibration=SHORT)
+    dense, loaded = load(make_model(family)), load(result.folder)
+    assert find_blocks(loaded) == find_blocks(dense)
+    expected = logits(with_dense_weights(dense, loaded))
+    assert (logits(loaded) - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
 def generates(model):

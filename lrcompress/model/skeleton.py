@@ -239,7 +239,8 @@ def find_blocks(model: nn.Module) -> list[str]:
 
     Members of several classes are blocks too, as in models that mix attention with other layers, where they are as many
     as the config says. Beside a language model there may be towers for images and sound: its own blocks share most of
-    their path with the embeddings of its tokens, and are as many as its config says.
+    their path with the embeddings of its tokens, and are as many as its config says. Blocks whose weights are all held
+    as codes have no parameters, only buffers.
     """
     best: tuple[tuple[int, bool, int], str, int] = ((0, False, 0), "", 0)
     language = text_config(getattr(model, "config", None))
@@ -250,7 +251,7 @@ def find_blocks(model: nn.Module) -> list[str]:
             if len({type(m) for m in module}) > 1 and len(module) != count:
                 continue
             lists += [name] if len(module) > 1 else []
-            size = sum(p.numel() for p in module.parameters())
+            size = sum(p.numel() for p in module.parameters()) or sum(b.numel() for b in module.buffers())
             score = (_shared(name.split("."), text), len(module) == count, size)
             if size and score > best[0]:
                 best = (score, name, len(module))

@@ -17,7 +17,10 @@ from lrcompress.protocols import Spec
 def install(model: nn.Module, name: str, spec: Spec, dtype: torch.dtype) -> None:
     """Replace module `name` by the format of `spec`, on the meta device, its tensors to be loaded."""
     with on_meta():
-        put(model, name, build(spec, dtype))
+        stored = build(spec, dtype)
+    # Some models fill every nn.Linear by the two sides of its weight, which a format need not have.
+    stored._is_hf_initialized = True  # type: ignore[assignment]
+    put(model, name, stored)
 
 
 def put(model: nn.Module, name: str, stored: StoredLinear, heads: Sequence[str] = ()) -> None:
