@@ -11,16 +11,20 @@ VOCABULARY = 544
 
 TEXT: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embedding_size", "emb_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dim_ff", "ffn_hidden_size"), 96),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_intermediate_size", "ffn_intermediate_size"), 96),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "dim_ff"), 96),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "shared_intermediate_size"), 96),
+    **dict.fromkeys(("ffn_hidden_size", "ffn_intermediate_size"), 96),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"), 4),
     **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("swa_num_attention_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "v_head_dim", "attention_head_dim", "global_head_dim", "d_kv", "index_head_dim"), 16),
     **dict.fromkeys(("moe_intermediate_size", "expert_intermediate_size", "shared_expert_intermediate_size"), 24),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "intermediate_size_mlp", "expert_ffn_hidden_size"), 24),
+    **dict.fromkeys(("swa_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 24),
+    **dict.fromkeys(("intermediate_size_mlp", "expert_ffn_hidden_size"), 24),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
@@ -69,6 +73,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots3_note_text": {
+        "per_layer_config": {
+            place: {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+            | {"head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_rope_head_dim": 8}
+            for place in ("2", "3")
+        }
+    },
     "dots1": {"layer_types": None, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
