@@ -17,7 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* The inner loop makes TALL rows of x times WIDE rows of the weight: TALL * WIDE / LANES sums in registers. */
-enum { LANES = 16, TALL = 6, WIDE = 64, HEIGHT = 128, DEPTH = 2048, MOST = 4096, MOST_IN_ORDER = 1024, SHARED = 8 };
+enum { LANES = 16, TALL = 6, WIDE = 64, HEIGHT = 128, DEPTH = 2048, FEWEST = 128, MOST = 4096, MOST_IN_ORDER = 1024, SHARED = 8 };
 enum { BFLOAT16 = 1 };
 
 typedef float Floats __attribute__((vector_size(64), aligned(64), may_alias));
@@ -94,8 +94,10 @@ static void pack_panel(const uint16_t *rows, int64_t count, int64_t columns, int
     }
 }
 
-/* sums (TALL, HEIGHT) += TALL rows of x times WIDE rows of the weight, of so many pairs; = where `first` */
-INLINE void multiply(const Pair *const *x, int64_t at, const uint32_t *weight, int64_t pairs, float *sums, int first) {
+/* sums (TALL, HEIGHT) += TALL rows of x times WIDE rows of the weight, of so many pairs; = where `first`. Where `y` is
+   given, with `stride` numbers from row to row, the sums of the first `tall` rows go there instead. */
+INLINE void multiply(const Pair *const *x, int64_t at, const uint32_t *weight, int64_t pairs, float *sums, int first,
+                     uint16_t *y, int64_t stride, int64_t tall) {
     enum { ACROSS = WIDE / LANES };
     Floats own[TALL][ACROSS];
     for (int i = 0; i < TALL; i++)
@@ -111,8 +113,15 @@ INLINE void multiply(const Pair *const *x, int64_t at, const uint32_t *weight, i
             for (int j = 0; j < ACROSS; j++) own[i][j] = with_pairs(own[i][j], factor, there[j]);
         }
     }
-    for (int i = 0; i < TALL; i++)
-        for (int j = 0; j < ACROSS; j++) *(Floats *)(sums + i * HEIGHT + j * LANES) = own[i][j];
+    if (y)
+#pragma GCC unroll 6
+        for (int i = 0; i < TALL; i++) {
+            if (i < tall)
+                for (int j = 0; j < ACROSS; j++) put_bfloat16(y + i * stride + j * LANES, own[i][j]);
+        }
+    else
+        for (int i = 0; i < TALL; i++)
+            for (int j = 0; j < ACROSS; j++) *(Floats *)(sums + i * HEIGHT + j * LANES) = own[i][j];
 }
 
 /* Number j of every row of y (count, rows) becomes number order[j] of its block: for the threads of a team. */
@@ -136,23 +145,30 @@ int panels_product(Numbers numbers, const void *weight, int64_t rows, int64_t co
     const int64_t strips = (count + TALL - 1) / TALL, pairs = (columns + 1) / 2;
     const int64_t height = rows < SHARED * HEIGHT * threads ? WIDE : HEIGHT; /* few panels are shared out better in halves */
     const int64_t panels = (rows + height - 1) / height;
-    /* Where threads are many, rows of x are shared out too, and each share decodes for itself. */
-    int64_t shares = (threads + panels - 1) / panels;
+    /* Where panels are few, rows of x are shared out too, and each share decodes for itself. */
+    int64_t shares = (SHARED * threads + panels - 1) / panels;
+    if (shares > (count + FEWEST - 1) / FEWEST) shares = (count + FEWEST - 1) / FEWEST;
     if (shares < (count + MOST - 1) / MOST) shares = (count + MOST - 1) / MOST;
+    if (shares < 1) shares = 1;
     const int64_t share = (strips + shares - 1) / shares;
     /* A row ends with a whole pair, and there are whole strips of rows. */
-    Pair *none = calloc((size_t)pairs, 4), *even = columns % 2 ? calloc((size_t)(count * pairs), 4) : NULL;
+    Pair *none = calloc((size_t)pairs, 4), *even = columns % 2 ? malloc((size_t)(count * pairs) * 4) : NULL;
     const int ready = none && (even || columns % 2 == 0);
     int failed = !ready;
-    for (int64_t r = 0; even && r < count; r++) memcpy(even + r * pairs, x + r * columns, (size_t)columns * 2);
+#pragma omp parallel for num_threads(threads) schedule(static) if (even != NULL)
+    for (int64_t r = 0; r < count; r++) {
+        if (!even) continue;
+        memcpy(even + r * pairs, x + r * columns, (size_t)columns * 2);
+        ((uint16_t *)(even + r * pairs))[columns] = 0;
+    }
     const Pair *input = even ? even : (const Pair *)x;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t depth = columns < DEPTH ? columns : DEPTH;
-        uint16_t *decoded = aligned_alloc(64, (size_t)(HEIGHT * columns) * 2);
+        uint16_t *decoded = numbers ? aligned_alloc(64, (size_t)(HEIGHT * columns) * 2) : NULL;
         uint32_t *packed = aligned_alloc(64, (size_t)((depth + 1) / 2 * HEIGHT) * 4);
         float *sums = aligned_alloc(64, (size_t)(share * TALL * HEIGHT) * 4);
-        const int there = ready && decoded && packed && sums;
+        const int there = ready && (decoded || !numbers) && packed && sums;
         if (!there) {
 #pragma omp atomic write
             failed = 1;
@@ -170,16 +186,18 @@ int panels_product(Numbers numbers, const void *weight, int64_t rows, int64_t co
                 for (int64_t i = from; i < to; i++) {
                     const Pair *own[TALL];
                     for (int r = 0; r < TALL; r++) own[r] = i * TALL + r < count ? input + (i * TALL + r) * pairs : none;
-                    for (int64_t j = 0; j < stop - start; j += WIDE)
-                        multiply(own, first / 2, packed + j * half, half, sums + (i - from) * TALL * HEIGHT + j, !first);
+                    for (int64_t j = start; j < stop; j += WIDE) {
+                        const int whole = first + DEPTH >= columns && stop - j >= WIDE;
+                        multiply(own, first / 2, packed + (j - start) * half, half,
+                                 sums + (i - from) * TALL * HEIGHT + j - start, !first,
+                                 whole ? y + i * TALL * rows + j : NULL, rows, count - i * TALL);
+                    }
                 }
             }
-            for (int64_t r = from * TALL; r < to * TALL && r < count; r++) {
-                const float *own = sums + (r - from * TALL) * HEIGHT;
-                int64_t j = start;
-                for (; j + LANES <= stop; j += LANES) put_bfloat16(y + r * rows + j, *(const Sixteen *)(own + j - start));
-                for (; j < stop; j++) y[r * rows + j] = to_bfloat16(own[j - start]);
-            }
+            /* what is less than WIDE rows of the weight */
+            for (int64_t r = from * TALL; r < to * TALL && r < count; r++)
+                for (int64_t j = start + (stop - start) / WIDE * WIDE; j < stop; j++)
+                    y[r * rows + j] = to_bfloat16(sums[(r - from * TALL) * HEIGHT + j - start]);
         }
         if (order) order_rows(y, count, rows, order, block);
         free(decoded);
