@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lrcompress.calibration.corpus import Source, split_source
+from lrcompress.calibration.corpus import Source, narrow_text, split_source
 from lrcompress.checkpoint.beside import files_in_folders
 from lrcompress.checkpoint.folder import load_tokenizer
 from lrcompress.checkpoint.manifest import read_manifest
@@ -87,6 +87,8 @@ def heal(spec: HealSpec, *, overwrite: bool = False, resume: bool = False, repor
         if team.first:
             _begin(workspace, source, spec, made_from)
         team.wait()
+        if narrow := narrow_text(sources, "--data"):
+            reporter.say(narrow)
         train, held_out = _rows(spec, source, dense, sources)
         teacher = None
         if settings.distill != "none":

@@ -13,6 +13,7 @@ from lrcompress.parallel.processes import check_samples, join, processes, refuse
 from lrcompress.recipe import Recipe
 from lrcompress.report.card import write_card
 from lrcompress.report.progress import Reporter, duration
+from lrcompress.report.summary import caution
 from lrcompress.stages.allocate import Plan, allocate, needs_artefacts, needs_profile, note_errors, summaries
 from lrcompress.stages.backward import profile_backward, warn_unreached
 from lrcompress.stages.block_types import find_block_types
@@ -102,6 +103,8 @@ def _compress(request: Request, workspace: Workspace, reporter: Reporter) -> dic
     processes().wait()  # until the first one has made room for all
     check_memory(opened, needed, reporter)
     check_judges(opened)
+    if said := caution(request.method.metric, request.method.base, general=True):
+        reporter.say(said)
     find_block_types(opened, scratch, reporter)
     artefacts = profile_model(opened, scratch, reporter)
     more: dict[str, Any] = {"needs": needed.as_json(), "made_from": made_from(opened)}

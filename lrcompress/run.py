@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.folder import read_config_file
+from lrcompress.checkpoint.folder import load_tokenizer, read_config_file
 from lrcompress.errors import InputError, LrcompressError
 from lrcompress.evaluation.compare import check_chat_template, check_expectations, evaluate
 from lrcompress.evaluation.gates import parse_expectation
-from lrcompress.evaluation.tasks import parse_tasks
+from lrcompress.evaluation.tasks import Task, parse_tasks, task_blocks, was_calibrated_on
 from lrcompress.foreign.opening import check_model, open_model
 from lrcompress.parallel.processes import processes
 from lrcompress.pipeline import Result, compress_request
@@ -35,7 +35,20 @@ def check_run(recipe: Recipe) -> Request:
         read_config_file(open_model(other).folder)
     check_chat_template(spec, [recipe.model, other], trust_remote_code=recipe.trust_remote_code)
     check_expectations(expectations, tasks, ("bytes", "stored_ratio", "bpw"), compared=spec.against is not None)
+    _check_texts(tasks, recipe, spec)
     return request
+
+
+def _check_texts(tasks: Sequence[Task], recipe: Recipe, spec: EvaluateSpec) -> None:
+    """InputError where a text holds no whole block of tokens, known before anything is compressed."""
+    trust, calibrated = recipe.trust_remote_code, {"recipe": recipe.model_dump(mode="json")}
+    for task in tasks:
+        if task.kind == "tokens" and task.source is not None and task.source.name != "self":
+            folder = open_model(recipe.model).folder
+            task_blocks(
+                task, load_tokenizer(folder, trust_remote_code=trust), folder, limit=spec.limit,
+                held_out_only=was_calibrated_on(task.source, calibrated), trust_remote_code=trust,
+            )  # fmt: skip
 
 
 def measure(

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lrcompress.calibration import corpus
 from lrcompress.calibration.collect import token_weights
 from lrcompress.calibration.corpus import documents, parse_source, split_held_out, tokenise
+from lrcompress.calibration.pictures import Looker
 from lrcompress.errors import InputError, ResourceError
 from lrcompress.model.probing import check_look
 from lrcompress.pipeline import compress
@@ -442,6 +443,15 @@ def test_records_that_cannot_be_read_are_named(multimodal, pairs, tmp_path, row,
         compress(recipe_of(multimodal("llava"), tmp_path / "a.jsonl", tmp_path / "out", text={"samples": 1}))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_there_are_missed_before_any_is_read(multimodal, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Looker, "sample", lambda *args: pytest.fail("it read one"))
+    shutil.copy(pairs.parent / "0.png", tmp_path / "0.png")
+    rows = [{"image": name, "text": "a"} for name in ("0.png", "none.png")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    with pytest.raises(InputError, match="record 2 of .*none.png does not exist"):
+        compress(recipe_of(multimodal("llava"), tmp_path / "a.jsonl", tmp_path / "out", text={"samples": 2}))
 
 
 def test_what_cannot_read_images_says_so(multimodal, pairs, llama, tmp_path):

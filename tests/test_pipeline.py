@@ -14,7 +14,7 @@ from lrcompress.calibration.corpus import parse_source
 from lrcompress.calibration.drawing import calibration_blocks
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.cli.show import in_one_line
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, Interrupted
 from lrcompress.export.source import open_compressed
 from lrcompress.methods.spectral import SpectralMethod
 from lrcompress.pipeline import make_plan
@@ -188,15 +188,46 @@ def test_a_useless_result_is_announced(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("lrcompress.stages.held_out.LOUD_LOSS", 0.5)
     result = compress_tiny(llama, tmp_path / "out")
     (warning,) = [text for text in result.report["warnings"] if "held-out" in text]
-    held_out, tokens = result.report["held_out"], result.report["calibration"]["tokens"]
+    held_out = result.report["held_out"]
     assert f"{held_out['perplexity'] / held_out['before']:.3g} times that of the dense model" in warning
-    widest = max(target["shape"][1] for target in result.report["targets"])
-    assert (f"{tokens} tokens are few for inputs of {widest} numbers" in warning) == (tokens < 4 * widest)
     for way in ("leave --method out", f"more than these {result.report['ratio']['bpw']:.2f} bits", "lrcompress heal"):
         assert way in warning
     card = (result.folder / "README.md").read_text()
     assert f"{held_out['perplexity'] / held_out['before']:.3f} times, 1 window" in card
     assert f"**Warning**: {warning}" in card
+
+
+@pytest.mark.parametrize("samples", [2, 40])
+def test_what_is_known_of_the_text_is_said_once_and_before_the_work(llama, tmp_path, monkeypatch, samples):
+    said = []
+    monkeypatch.setattr(Reporter, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(Reporter, "warn", lambda self, line: said.append(line))
+
+    def began(*args):
+        said.append("the work")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrcompress.pipeline.profile_model", began)
+    with pytest.raises(Interrupted):
+        compress_tiny(llama, tmp_path / "out", calibration={"source": "python-docs", "samples": samples, "seqlen": 64})
+    assert said[-1] == "the work"
+    assert sum("not general text" in line for line in said) == 1
+    widest = max(p.shape[1] for n, p in AutoModelForCausalLM.from_pretrained(llama).named_parameters() if "_proj" in n)
+    assert 2 * 64 < 4 * widest < 40 * 64
+    few = [line for line in said if "calibration tokens are few" in line]
+    needed = math.ceil(4 * widest / 64)
+    assert (few == []) == (samples >= needed)
+    assert all(f"{64 * samples} calibration tokens" in line and f"--samples {needed}" in line for line in few)
+
+
+def test_no_text_is_waited_for_where_another_is_too_short(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "lrcompress.calibration.drawing.sample_from_model", lambda *args, **rest: pytest.fail("it wrote")
+    )
+    (tmp_path / "short.txt").write_text("a few words")
+    sources = [{"source": name, "samples": 2, "seqlen": 64} for name in ("self", str(tmp_path / "short.txt"))]
+    with pytest.raises(InputError, match=r"short\.txt is too short"):
+        compress_tiny(llama, tmp_path / "out", calibration=sources)
 
 
 def test_the_held_out_perplexity_is_that_of_the_written_model(llama, tmp_path):

@@ -24,6 +24,8 @@ BAD_TOKENIZER = (
     "are the model's tokenizer files whole, and is the text valid Unicode?",
 )
 BUILT_IN = ("wikitext2", "c4", "python-docs", "self")
+NARROW = {"python-docs": "Python's documentation (python-docs)", "self": "text of the model's own (self)"}
+"""Built-in sources that are not what most models will read, in words."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ def parse_source(spec: str) -> Source:
     return source
 
 
+def narrow_text(sources: Sequence[Source], option: str) -> str | None:
+    """A word of caution where a source is not general text; `option` names a better one."""
+    names = dict.fromkeys(NARROW[source.name] for source in sources if source.name in NARROW)
+    if not names:
+        return None
+    return f"reading {' and '.join(names)}, which is not general text: give your own with {option} YOUR.txt"
+
+
 def split_source(spec: str) -> Source:
     """`NAME`, `PATH`, `PATH:field` where that holds records, each with `*WEIGHT`, apart; without a look at the disk."""
     text, star, share = spec.rpartition("*")
@@ -66,6 +76,12 @@ def split_source(spec: str) -> Source:
     if colon and holds_records(Path(head)):
         name, field = head, tail
     return Source(name, field, weight)
+
+
+def sampled_last(sources: Sequence[Source]) -> list[int]:
+    """The places of the sources in the order to read them: what a model must write first takes minutes, a file that is
+    too short shows at once."""
+    return sorted(range(len(sources)), key=lambda place: sources[place].name == "self")
 
 
 def documents(

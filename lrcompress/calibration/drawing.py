@@ -16,11 +16,12 @@ from lrcompress.calibration.corpus import (
     cut_blocks,
     documents,
     records_of,
+    sampled_last,
     split_held_out,
     tokenise,
 )
 from lrcompress.calibration.own_text import sample_from_model
-from lrcompress.calibration.pictures import Looker, Row, first_with_images, row_of
+from lrcompress.calibration.pictures import Looker, Row, check_files, first_with_images, row_of
 from lrcompress.errors import InputError
 from lrcompress.model.samples import Sample, as_rows, samples_of
 
@@ -91,9 +92,11 @@ def calibration_blocks(
     is an InputError that says how many tokens there are. looker(which) reads records with images, of which `which` is
     one; without it they are an InputError.
     """
-    chosen, held_out, notes, longest = list[Sample](), list[Sample](), list[str](), 1
+    asked, notes, longest = list(sources), list[str](), 1
     pictures = dict[str, str]()
-    for source, samples, seqlen in sources:
+    drawn_by = dict[int, tuple[list[Sample], list[Sample]]]()
+    for place in sampled_last([source for source, _, _ in asked]):
+        source, samples, seqlen = asked[place]
         windows = held_out_windows or windows_for(samples)
         records = records_of(source)
         if looker is not None and (first := first_with_images(records)) is not None:
@@ -109,9 +112,9 @@ def calibration_blocks(
         else:
             texts = documents(source, tokenizer=tokenizer, records=records)
             found = _blocks(source, texts, samples, windows, seqlen, tokenizer, seed)
-        chosen += found[0]
-        held_out += found[1]
+        drawn_by[place] = found
         longest = max(longest, seqlen)
+    chosen, held_out = ([sample for place in sorted(drawn_by) for sample in drawn_by[place][part]] for part in (0, 1))
     return Calibration(chosen, held_out, longest, notes, pictures)
 
 
@@ -171,6 +174,8 @@ def _look(
     reader: Looker, source: Source, drawn: tuple[list[Row], list[Row]], seqlen: int, notes: list[str]
 ) -> tuple[list[Sample], list[Sample]]:
     """A sample of every row; what there is to say of them goes to `notes`."""
+    for row in (row for rows in drawn for row in rows):  # before the first of them takes its time
+        check_files(row)
     chosen, judged = ([reader.sample(row, seqlen) for row in rows] for rows in drawn)
     if chosen:
         lengths, images = [len(sample) for sample, _ in chosen], sum(sample.images for sample, _ in chosen)

@@ -200,12 +200,17 @@ def _cut(value: Any, length: int, seqlen: int | None) -> Any:
     return value[:, :seqlen] if whole else value
 
 
+def check_files(row: Row) -> None:
+    """InputError where a file that the row names is not there."""
+    for image in row.images:
+        if isinstance(image, Path) and not image.is_file():
+            raise InputError(f"{row.where}: image {image} does not exist: name it from the folder of that file on")
+
+
 def _opened(row: Row, image: Path | bytes) -> Any:
     from PIL import Image, ImageOps
 
     named = "its image" if isinstance(image, bytes) else f"image {image}"
-    if isinstance(image, Path) and not image.is_file():
-        raise InputError(f"{row.where}: {named} does not exist: name it from the folder of that file on")
     with library_errors(f"{row.where}: {named} cannot be read", "is it a whole picture?"):
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")

@@ -17,7 +17,6 @@ from lrcompress.report.inspection import removed_by_block, sparkline
 from lrcompress.report.summary import (
     answer,
     block_kinds,
-    caution,
     change,
     kinds_table,
     measurements,
@@ -81,10 +80,6 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     show_joined(report, out)
     if in_use := stored_in_use(report, folder):
         out.print(str(in_use))
-    calibration = report["calibration"]
-    general = calibration is None or calibration["general"]
-    if text := caution(report["metric"], report["base"], general=general):
-        out.print(text)
     out.print(f"wrote {folder}")
     out.print(in_one_line(report, folder))
 

@@ -89,6 +89,12 @@ class _Comparison:
         self.tokens = [task for task in tasks if task.kind == "tokens"]
         self.others = [task for task in tasks if task.kind != "tokens"]
         self.readers = {task.key: self._readers(task) for task in tasks}
+        # All are read before the first is measured: one that is too short is found at once.
+        self._written = {task.key: self._texts(task) for task in self.others}
+        ready = [task for task in self.tokens if task.source is not None and task.source.name != "self"]
+        self._cut: dict[tuple[int, str], Tensor] = {}
+        for task in ready:
+            self._cut |= {(place, task.key): self._blocks(place, task) for place in range(len(self.labels))}
         self.loaded: dict[int, LoadedModel] = {}
         self.ours: dict[str, Results] = {}
         self.theirs: dict[str, Results] = {}
@@ -148,7 +154,7 @@ class _Comparison:
 
     def _lm_eval(self, which: int, task: Task) -> Measured:
         self.reporter.say(f"running {task.given}")
-        return run_lm_eval(self._load(which), task, self.spec, texts=self._texts(task), warn=self.reporter.warn)
+        return run_lm_eval(self._load(which), task, self.spec, texts=self._written[task.key], warn=self.reporter.warn)
 
     def _second(self, task: Task) -> Measured:
         kept = KeptTask(self._digests[1], task, self.items[task.key].asked, self._how)
@@ -169,6 +175,8 @@ class _Comparison:
         return circumstances(self.spec, self.options["device"])
 
     def _blocks(self, which: int, task: Task) -> Tensor:
+        if (which, task.key) in self._cut:
+            return self._cut[which, task.key]
         folder = self.folders[which]
         trust = self.options["trust_remote_code"]
         tokenizer, held_out_only = load_tokenizer(folder, trust_remote_code=trust), bool(self.readers[task.key])

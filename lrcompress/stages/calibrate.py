@@ -1,11 +1,13 @@
 """Reading the calibration text, and grouping the targets by what they read."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from lrcompress.calibration.corpus import narrow_text
 from lrcompress.calibration.drawing import Calibration, calibration_blocks
 from lrcompress.calibration.pictures import TEXT_ONLY, Looker
 from lrcompress.errors import InputError
@@ -18,6 +20,9 @@ from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.opened import Opened
 
+FEW_TOKENS = 4
+"""Calibration tokens for every number of the widest input, below which its second moment is mostly chance."""
+
 
 def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     """Read the text, probe the model with its first block of tokens, group the sites by their inputs.
@@ -27,6 +32,8 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     recipe = opened.request.recipe
     tokenizer = opened.model.tokenizer(trust_remote_code=recipe.trust_remote_code)
     wanted = opened.request.method.needs_statistics
+    if wanted and (narrow := narrow_text([source for source, _, _ in opened.request.sources], "--calibration")):
+        reporter.say(narrow)
     opened.calibration = calibration_blocks(
         opened.request.drawn,
         tokenizer,
@@ -44,6 +51,8 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
     check_tokens(torch.cat([sample.words for sample in samples]), opened.vocabulary, recipe.model)
     if warning := length_warning(opened.skeleton, max(map(len, samples))):
         reporter.warn(f"--seqlen: {warning}")
+    if wanted:
+        _warn_few_tokens(opened, opened.calibration, reporter)
     text = next((sample for sample in samples if sample.look is None), samples[0])  # whose calls serve for all of text
     looked = next((sample for sample in samples if sample.look is not None), None)
     cure = "are its config and its code those of its files? --method ecsq --set metric=plain runs no block"
@@ -59,6 +68,17 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
         opened.calibration = Calibration([], [], opened.calibration.length)
         return
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
+
+
+def _warn_few_tokens(opened: Opened, calibration: Calibration, reporter: Reporter) -> None:
+    """Said before the work: how many tokens there are, and how wide the inputs, is known by then."""
+    widest = max(site.shape[1] for site in opened.sites)
+    if calibration.tokens < FEW_TOKENS * widest:
+        samples = math.ceil(FEW_TOKENS * widest / calibration.length)
+        reporter.warn(
+            f"{calibration.tokens} calibration tokens are few for inputs of {widest} numbers: take at least "
+            f"{FEW_TOKENS * widest} (--samples {samples}), more if you have them"
+        )
 
 
 def _looker(opened: Opened, which: str) -> Looker:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.budget import Ratio
+from lrcompress.calibration.corpus import NARROW
 from lrcompress.checkpoint.experts import ExpertReader
 from lrcompress.checkpoint.manifest import counted
 from lrcompress.formats import DENSE
@@ -12,8 +13,6 @@ from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import peak_rss_bytes, versions
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.opened import Opened
-
-NARROW_SOURCES = ("python-docs", "self")
 
 
 def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -72,5 +71,5 @@ def _calibration(opened: Opened) -> dict[str, Any] | None:
         "tokens": opened.calibration.tokens,
         **({"images": opened.calibration.images} if opened.calibration.images else {}),
         "sha256": opened.calibration.digest(),
-        "general": not any(source.name in NARROW_SOURCES for source, _, _ in opened.request.sources),
+        "general": not any(source.name in NARROW for source, _, _ in opened.request.sources),
     }

@@ -30,9 +30,6 @@ LOUD_LOSS = 2.0
 SHORT = 4
 """Perplexity is told of whole windows, and of the first of so many parts of each: little context, another answer."""
 
-FEW_TOKENS = 4
-"""Calibration tokens for every number of the widest input, below which its second moment is mostly chance."""
-
 DEFAULT = "auto"
 """The method that is taken where none is named."""
 
@@ -100,13 +97,9 @@ class HeldOutCheck:
 
     def _ways_out(self, plan: Plan) -> str:
         """What would help, by what was asked for and what is known."""
-        opened, calibration = self._opened, self._opened.calibration
-        method, ways = opened.request.method, []
+        opened, ways = self._opened, list[str]()
+        method = opened.request.method
         stored, weights = sum(plan.bytes.values()), sum(site.shape[0] * site.shape[1] for site in opened.sites)
-        widest = max(site.shape[1] for site in opened.sites)
-        if calibration is not None and method.needs_statistics and calibration.tokens < FEW_TOKENS * widest:
-            tokens = calibration.tokens
-            ways.append(f"calibrate on more text ({tokens} tokens are few for inputs of {widest} numbers: --samples)")
         if not method.needs_statistics and method.base is None:
             ways.append("use a method or a metric that reads text")
         if method.name != DEFAULT:

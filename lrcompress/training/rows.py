@@ -15,6 +15,7 @@ from lrcompress.calibration.corpus import (
     bos_prefix,
     cut_blocks,
     documents,
+    sampled_last,
     shares,
     split_held_out,
     tokenise,
@@ -75,8 +76,9 @@ def gather(
 
     `folder` is the model that the source `self` is sampled from. Sources share the samples by their weights.
     """
-    train, held_out = [], []
-    for source, share in zip(sources, shares([s.weight for s in sources], samples), strict=True):
+    read_by, counts = dict[int, tuple[Rows, Rows]](), shares([source.weight for source in sources], samples)
+    for place in sampled_last(sources):
+        source, share = sources[place], counts[place]
         most = max(1, HELD_OUT_ROWS // len(sources))
         if source.name == "self":
             made = sample_from_model(folder, tokenizer, share + most, seqlen, seed, trust_remote_code=trust_remote_code)
@@ -86,8 +88,8 @@ def gather(
             found, kept = read(source, share, most, seqlen, tokenizer, seed)
         if not len(found) or not len(kept):
             raise InputError(f"data {source.name} is too short to train on and to hold out a tenth: use more text")
-        train.append(found)
-        held_out.append(kept)
+        read_by[place] = found, kept
+    train, held_out = ([read_by[place][part] for place in range(len(sources))] for part in (0, 1))
     order = torch.randperm(sum(map(len, train)), generator=torch.Generator().manual_seed(seed))
     whole = _joined(train)
     return Rows(whole.ids[order], whole.targets[order]), _joined(held_out)

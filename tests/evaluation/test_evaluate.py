@@ -19,7 +19,8 @@ from lrcompress.evaluation.compare import evaluate
 from lrcompress.evaluation.generation import NEW_TOKENS, continuations
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.evaluation.tokens import score_both
-from lrcompress.recipe import EvaluateSpec
+from lrcompress.recipe import EvaluateSpec, make_recipe
+from lrcompress.run import check_run
 from tests.commands import run_cli
 from tests.conftest import compress_tiny
 
@@ -48,6 +49,21 @@ def test_token_perplexity_equals_a_loop_over_blocks(llama, text_file):
     assert result["blocks"] == len(ids) // 64
     assert result["tokens"] == len(losses)
     assert result["token_perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_texts_are_read_before_the_first_is_measured(llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrcompress.evaluation.compare.load_model", lambda *args, **rest: pytest.fail("it loaded"))
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(InputError, match=r"short\.txt.* no whole block of 64 tokens"):
+        evaluate(str(llama), EvaluateSpec(tasks=[f"tokens:{text_file}@32", f"tokens:{tmp_path}/short.txt@64"]))
+    recipe = {"model": str(llama), "method": "lord", "ratio": 0.2, "output": str(tmp_path / "out")}
+    (tmp_path / "longer.txt").write_text("a few words " * 40)  # whose last tenth is not
+    judged = {"source": f"{tmp_path}/longer.txt", "samples": 1, "seqlen": 64}
+    for name, calibration in (("short", {}), ("longer", {"calibration": judged})):
+        tasks = {"tasks": [f"tokens:{tmp_path}/{name}.txt@64"]}
+        with pytest.raises(InputError, match="no whole block"):
+            check_run(make_recipe({**recipe, **calibration, "evaluate": tasks}))
+    check_run(make_recipe({**recipe, "evaluate": tasks}))
 
 
 def test_limit_takes_the_first_blocks(llama, text_file):
