@@ -37,6 +37,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.tiny import VOCABULARY, tiny_config
 from benchmarks.toys import tokenizer_of
 from lrcompress.errors import InputError, LrcompressError
+from lrcompress.kernels.native import FOLDER
 from lrcompress.model.experts import is_fused
 from lrcompress.model.skeleton import find_blocks, language_model, library_errors, text_config
 from lrcompress.model.surgery import dense_parts, stored_layers
@@ -151,7 +152,7 @@ def tried(mapping: str, kind: str, name: str, methods: list[str]) -> list[Verdic
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory(prefix="architectures-") as temporary:
         folder = Path(temporary)
-        os.environ["LRCOMPRESS_CACHE"] = str(folder / "cache")
+        os.environ["LRCOMPRESS_CACHE"] = str(cache_for(folder))
         try:
             with library_errors("no such model"):
                 build(kind, name, folder / "dense")
@@ -173,6 +174,15 @@ def tried(mapping: str, kind: str, name: str, methods: list[str]) -> list[Verdic
                 one.verdict, one.reason = "wrong", words(error) + place(error.__cause__)
             found.append(one)
         return found
+
+
+def cache_for(folder: Path) -> Path:
+    """A cache of a type's own, but for the compiled kernels, which are the same for all of them."""
+    kernels = Path(tempfile.gettempdir()) / f"architectures-kernels-{os.getuid()}"
+    kernels.mkdir(exist_ok=True)
+    (folder / "cache").mkdir()
+    (folder / "cache" / FOLDER).symlink_to(kernels)
+    return folder / "cache"
 
 
 def cured(folder: Path, method: str) -> tuple[str, str]:
