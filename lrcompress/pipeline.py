@@ -136,6 +136,11 @@ def check_judges(opened: Opened) -> None:
         for asked, use in ((recipe.max_loss, "measure a loss on"), (recipe.refine, "judge a refinement by")):
             if asked is not None:
                 raise InputError(f"the calibration text has no held-out window to {use}: use more text")
+    if opened.unread and recipe.max_loss is not None:
+        raise InputError(
+            f"--max-loss is measured on text, which does not reach {opened.unread[0]}: ask for a --ratio or --bpw, or "
+            "leave it out with --ignore"
+        )
     if calibration is not None and any(sample.look is not None for sample in calibration.samples + calibration.unseen):
         for asked, option in ((recipe.max_loss, "--max-loss"), (recipe.refine, "--refine")):
             if asked is not None:

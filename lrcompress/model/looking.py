@@ -38,6 +38,10 @@ class Looks:
         args, kwargs = self._read(sample) or self._watched(sample, whole)
         return self._decoder(*args, **kwargs)
 
+    def forget(self) -> None:
+        """Make every call anew: the model around the decoder has changed."""
+        self._kept.clear()
+
     def _read(self, sample: Sample) -> Call | None:
         path, empty = self._kept.get(sample, (None, None))
         if path is None or not path.is_file():

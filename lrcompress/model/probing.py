@@ -87,7 +87,7 @@ def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:
 
     Of the blocks that hold layers of the same names and shapes the first one is run, on zeros in the place of its
     weights, and stands for all. An expert counts as called. Blocks that a text does not reach are no longer among
-    `blocks`.
+    `blocks`. What torch's own attention projects its output by is never called, within a block or outside.
     """
     experts = linear_experts(walker.model)
     seen = {name for name in names if experts_of(name, experts) is not None}
@@ -139,7 +139,12 @@ def uncalled(walker: BlockWalker, names: Sequence[str]) -> list[str]:
             "the model never called a block for a text, so that nothing says which weights it multiplies by: save the "
             "language model that it holds with its save_pretrained, and compress that"
         )
-    return [name for name in names if name in own - seen]
+    return [name for name in names if name in own - seen or _read_by_torch(walker.model, name)]
+
+
+def _read_by_torch(model: nn.Module, name: str) -> bool:
+    """Whether a layer is one of torch's own attention, which multiplies by its weight without calling it."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _same_for(walker: BlockWalker, ids: Tensor) -> bool:

@@ -242,3 +242,9 @@ def towers(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
         if module is not head and any(is_linear(layer) for layer in module.modules()):
             found[name] = sum(parameter.numel() for parameter in module.parameters())
     return found
+
+
+def untouched(model: nn.Module, blocks: Sequence[str], compressed: Iterable[str]) -> dict[str, int]:
+    """Those of the `towers` in which no layer is among the compressed ones."""
+    own = [f"{name}." for name in compressed]
+    return {n: size for n, size in towers(model, blocks).items() if not any(name.startswith(f"{n}.") for name in own)}

@@ -15,7 +15,7 @@ from lrcompress.model.experts import experts_of
 from lrcompress.model.limits import check_tokens, length_warning, reads_images
 from lrcompress.model.probing import check_look, probe
 from lrcompress.model.skeleton import library_errors
-from lrcompress.model.targets import group_sites
+from lrcompress.model.targets import group_sites, towers
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.opened import Opened
@@ -67,6 +67,9 @@ def calibrate_model(opened: Opened, reporter: Reporter) -> None:
         reporter.warn(f"not judged by held-out text, for {error}")
         opened.calibration = Calibration([], [], opened.calibration.length)
         return
+    opened.unread = [site.name for site in opened.sites_of(len(opened.blocks)) if site.name not in groups]
+    if wanted and opened.unread:
+        raise InputError(_unread_in_words(opened))
     opened.sites = _by_outputs(group_sites(opened.sites, groups), opened)
 
 
@@ -79,6 +82,19 @@ def _warn_few_tokens(opened: Opened, calibration: Calibration, reporter: Reporte
             f"{calibration.tokens} calibration tokens are few for inputs of {widest} numbers: take at least "
             f"{FEW_TOKENS * widest} (--samples {samples}), more if you have them"
         )
+
+
+def _unread_in_words(opened: Opened) -> str:
+    """Why targets have no statistics, and what to do: by their weights alone, or without them."""
+    first, count = opened.unread[0], len(opened.unread)
+    said = f"no text reaches {first}" + (f" and {count - 1} other targets" if count > 1 else "")
+    alone = "compress by the weights alone, --method ecsq --set metric=plain"
+    if count == len(opened.sites):
+        return f"{said}, so that nothing says what they read: {alone}"
+    beside = towers(opened.skeleton, opened.blocks)
+    parts = {next((part for part in beside if f"{name}.".startswith(f"{part}.")), name) for name in opened.unread}
+    ignored = " ".join(f"--ignore '{part}*'" for part in sorted(parts))
+    return f"{said}, so that nothing says what they read: leave them out with {ignored}, or {alone}"
 
 
 def _looker(opened: Opened, which: str) -> Looker:

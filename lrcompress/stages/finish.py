@@ -55,7 +55,7 @@ def make_report(opened: Opened, plan: Plan, folder: Path, reporter: Reporter) ->
         "peak_rss_bytes": peak_rss_bytes(),
         "targets": entries,
         **({"joined": plan.joined()} if plan.joins else {}),
-        "left_dense": [{"name": name, "parameters": numbers} for name, numbers in opened.towers.items()],
+        "left_dense": opened.left_dense(),
         "loads_with": auto_class(opened.skeleton.config).__name__,
         "warnings": list(reporter.warnings),
         "versions": versions(),

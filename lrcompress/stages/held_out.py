@@ -58,6 +58,8 @@ class HeldOutCheck:
         stored = {s.name: (plan.specs[s.name], encoder(s.name)) for s in compressed}
         if block == len(opened.blocks):
             self._outside = stored
+            if stored.keys() & {*opened.unread}:
+                walker.looks.forget()
             with installed(opened, stored):
                 self._hidden = [walker.embed(sample) for sample in self._samples]
             return
@@ -67,10 +69,15 @@ class HeldOutCheck:
 
     @torch.no_grad()
     def judge(self, plan: Plan, reporter: Reporter) -> dict[str, Any] | None:
-        """The `held_out` of report.json, None without windows; a warning where the compressed model is much worse."""
+        """The `held_out` of report.json, None without windows, or where they reach nothing that is compressed.
+
+        A warning where the compressed model is much worse, or where windows do not reach all of it.
+        """
         length = max(map(len, self._samples), default=0)
         contexts = [tokens for tokens in (length, length // SHORT) if any(_scored(s, tokens) for s in self._samples)]
         if not contexts:
+            return None
+        if self._unread(plan, reporter):
             return None
         lost = self._losses(self._dense)
         with installed(self._opened, self._outside):
@@ -94,6 +101,18 @@ class HeldOutCheck:
             for tokens, own, theirs in zip(contexts, after, before, strict=True)
         ]
         return found
+
+    def _unread(self, plan: Plan, reporter: Reporter) -> bool:
+        """Whether the windows reach none of the compressed weights; a warning where they do not reach some."""
+        compressed = [name for name, spec in plan.specs.items() if spec.format != DENSE]
+        unread = [name for name in compressed if name in {*self._opened.unread}]
+        if not unread or any(sample.images for sample in self._samples):
+            return False
+        reporter.warn(
+            f"held-out text says nothing of {len(unread)} of the {len(compressed)} compressed weights, {unread[0]} "
+            "first, for it does not reach them: see what the model says of images"
+        )
+        return len(unread) == len(compressed)
 
     def _ways_out(self, plan: Plan) -> str:
         """What would help, by what was asked for and what is known."""

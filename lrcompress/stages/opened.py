@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from lrcompress.foreign.opening import OpenedModel
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.experts import LinearExperts
 from lrcompress.model.limits import known_tokens
-from lrcompress.model.targets import towers
+from lrcompress.model.targets import untouched
 from lrcompress.protocols import Site
 from lrcompress.stages.costs import Costs, costs
 from lrcompress.stages.request import Request
@@ -32,6 +33,8 @@ class Opened:
     calibration: Calibration | None
     experts: dict[str, LinearExperts] = field(default_factory=dict)
     """The modules that hold experts, which the dense model has fused."""
+    unread: list[str] = field(default_factory=list)
+    """Targets outside the blocks that no text reaches, as those of what sees images; known once it is calibrated."""
 
     @property
     def blocks(self) -> list[str]:
@@ -41,9 +44,11 @@ class Opened:
     @property
     def towers(self) -> dict[str, int]:
         """Parameters of every part with layers that lies beside the language model's blocks and has no target."""
-        own = [site.name for site in self.sites]
-        found = towers(self.skeleton, self.blocks)
-        return {n: size for n, size in found.items() if not any(f"{site}.".startswith(f"{n}.") for site in own)}
+        return untouched(self.skeleton, self.blocks, [site.name for site in self.sites])
+
+    def left_dense(self) -> list[dict[str, Any]]:
+        """The `towers` as plan.json and report.json have them."""
+        return [{"name": name, "parameters": numbers} for name, numbers in self.towers.items()]
 
     @property
     def vocabulary(self) -> int:

@@ -60,7 +60,9 @@ def open_parts(request: Request, reporter: Reporter) -> Opened:
     warn_few_targets(opened.skeleton, opened.sites, reporter)
     total = sum(parameter.numel() for parameter in opened.skeleton.parameters())
     for name, numbers in opened.towers.items():
-        reporter.say(f"left dense beside the language model: {name}, {numbers / total:.1%} of the model's parameters")
+        reporter.say(
+            f"left dense beside the language model's blocks: {name}, {numbers / total:.1%} of the model's parameters"
+        )
     open_base(opened)
     return opened
 
