@@ -278,5 +278,6 @@ def plan_json(opened: Opened, plan: Plan) -> dict[str, Any]:
         ),
         "bytes": {"targets_dense": dense, "targets_stored": stored, "checkpoint": whole - dense + stored},
         "targets": plan.entries(opened.sites),
+        "left_dense": opened.left_dense(),
         **({"joined": plan.joined()} if plan.joins else {}),
     }  # fmt: skip

@@ -15,6 +15,11 @@ from lrcompress.evaluation.loading import load_model
 from lrcompress.export.dense import export_dense
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import dense_parts, stored_layers
+from lrcompress.pipeline import make_plan
+from lrcompress.recipe import make_recipe
+from lrcompress.report.finished import read_finished
+from lrcompress.report.inspection import inspect_model
+from lrcompress.report.page import make_page
 from tests.architectures import wrappers
 from tests.conftest import compress_tiny
 
@@ -113,6 +118,35 @@ def test_targets_that_no_text_reaches_are_refused_before_the_work_with_cures_tha
     assert result.report["held_out"]["perplexity"] > 0
     with pytest.raises(InputError, match="--max-loss is measured on text, which does not reach model.vision_tower"):
         compress_tiny(tmp_path / "dense", tmp_path / "lost", **{**plain, "ratio": None, "max_loss": 0.1})
+
+
+def parts(model, names):
+    """The parameters of each, counted from the model."""
+    return [{"name": n, "parameters": sum(p.numel() for p in model.get_submodule(n).parameters())} for n in names]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llava", ["model.vision_tower", "model.multi_modal_projector"]),
+        ("qwen3_vl", ["model.visual"]),
+        ("smolvlm", ["model.vision_model", "model.connector"]),
+        ("gemma4", ["model.vision_tower", "model.language_model.per_layer_model_projection", "model.embed_vision"]),
+    ],
+)
+def test_what_stays_dense_is_named_and_counted(tokenizer, tmp_path, kind, names):
+    folder, out = tmp_path / "dense", tmp_path / "out"
+    expected = parts(saved(wrappers()[kind][0], tokenizer, folder), names)
+    assert inspect_model(str(folder))["left_dense"] == expected
+    plain = {"name": "lord", "metric": "plain"}
+    report = compress_tiny(folder, out, calibration=SHORT, method=plain).report
+    assert report["left_dense"] == inspect_model(str(out))["left_dense"] == expected
+    asked = {"model": str(folder), "method": plain, "ratio": 0.2, "calibration": SHORT, "output": str(tmp_path / "no")}
+    assert make_plan(make_recipe(asked))["left_dense"] == expected
+    page = make_page(read_finished(str(out), out), out).replace("<wbr>", "")
+    for part in expected:
+        assert f"{part['name']} ({part['parameters'] / 1e6:.3g} M parameters)" in (out / "README.md").read_text()
+        assert f"<dd>{part['name']}, {part['parameters']} parameters</dd>" in page
 
 
 @pytest.mark.parametrize("kind", list(wrappers()))

@@ -18,6 +18,7 @@ from lrcompress.report.summary import (
     answer,
     block_kinds,
     change,
+    dense_parts_in_words,
     kinds_table,
     measurements,
     narrow_table,
@@ -222,6 +223,8 @@ def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:
     size = result["bytes"]
     frozen = f", {result['frozen']} dense weights marked frozen" if result["frozen"] else ""
     out.print(f"{result['dtype']}, checkpoint {size['checkpoint'] / 1e6:.1f} MB{frozen}")
+    if dense := dense_parts_in_words(result["left_dense"]):
+        out.print(f"left dense beside the blocks: {dense}")
     if size["targets_stored"] != size["targets_dense"]:
         out.print(_removed_table(result))
     products = Counter(t["product"] for t in result["targets"] if "product" in t)

@@ -9,7 +9,7 @@ from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
 from lrcompress.report.held_out import windows_in_words
 from lrcompress.report.serving import serving
-from lrcompress.report.summary import answer, bits_stored, metric_rows, targets_share
+from lrcompress.report.summary import answer, bits_stored, dense_parts_in_words, metric_rows, targets_share
 
 
 def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:
@@ -31,6 +31,8 @@ def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     asked = f"| how much | {said} |\n" if said else ""
     share = targets_share(report)
     few = f"| compressed weights, of the dense checkpoint's bytes | {share:.2%} |\n" if share < FEW_TARGETS else ""
+    if dense := dense_parts_in_words(report.get("left_dense", [])):
+        few += f"| left dense beside the blocks | {dense} |\n"
     calibration, held_out = report["calibration"], report.get("held_out")
     if held_out is not None:
         for place, context in enumerate(held_out["contexts"]):

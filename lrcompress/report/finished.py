@@ -69,6 +69,13 @@ class Sizes(pydantic.BaseModel):
         return self.checkpoint + self.targets_dense - self.targets_stored
 
 
+class Part(pydantic.BaseModel):
+    """What lies beside the blocks and stays dense."""
+
+    name: str
+    parameters: pydantic.NonNegativeInt
+
+
 class Calibration(pydantic.BaseModel):
     """The text that was read."""
 
@@ -129,6 +136,7 @@ class Finished(pydantic.BaseModel):
     seconds: dict[str, pydantic.FiniteFloat] = {}
     peak_rss_bytes: pydantic.NonNegativeInt | None = None
     targets: list[Target] = pydantic.Field(min_length=1)
+    left_dense: list[Part] = []
     warnings: list[str] = []
     versions: dict[str, str] = {}
     evaluation: Evaluation | None = None

@@ -14,7 +14,7 @@ from lrcompress.foreign.opening import open_model
 from lrcompress.formats import restored
 from lrcompress.formats.sparse_dictionary import SparseDictionary, product
 from lrcompress.model.skeleton import checkpoint_names, find_blocks
-from lrcompress.model.targets import find_sites
+from lrcompress.model.targets import find_sites, untouched
 from lrcompress.protocols import Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.report.summary import block_and_kind
@@ -25,16 +25,19 @@ SPARKS = "▁▂▃▄▅▆▇█"
 def inspect_model(
     model: str, *, spectra: bool = False, trust_remote_code: bool = False, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Every linear layer of the blocks as it is stored; with `spectra`, 16 quantiles of its singular values."""
+    """Every linear layer of the blocks as it is stored, and the parts beside them that are dense.
+
+    With `spectra` also 16 quantiles of every layer's singular values.
+    """
     opened = open_model(model)
     said = remark(opened.folder)
     if said is not None and reporter is not None:
         reporter.warn(said)
     manifest = read_manifest(opened.folder) or Manifest("dense", {})
     skeleton, reader = open_skeleton(opened.folder, manifest.modules, trust_remote_code=trust_remote_code)
-    named = sorted(manifest.modules)
-    sites = find_sites(skeleton, find_blocks(skeleton), named, [], tokens=True) if named else []
-    inside = [s for s in find_sites(skeleton, find_blocks(skeleton), [], []) if s.name not in manifest.modules]
+    named, blocks = sorted(manifest.modules), find_blocks(skeleton)
+    sites = find_sites(skeleton, blocks, named, [], tokens=True) if named else []
+    inside = [s for s in find_sites(skeleton, blocks, [], []) if s.name not in manifest.modules]
     size, sizes = reader.dtype.itemsize, counted(reader.metas(), sites)
     targets = []
     for site in [*sites, *inside]:
@@ -59,6 +62,7 @@ def inspect_model(
             "checkpoint": reader.bytes,
         },
         "targets": targets,
+        "left_dense": [{"name": n, "parameters": count} for n, count in untouched(skeleton, blocks, named).items()],
     }
 
 

@@ -150,6 +150,12 @@ def targets_share(report: dict[str, Any]) -> float:
     return float(size["targets_dense"] / (size["checkpoint"] - size["targets_stored"] + size["targets_dense"]))
 
 
+def dense_parts_in_words(parts: Sequence[dict[str, Any]]) -> str | None:
+    """The parts beside the blocks that stay dense, with their parameters; None where there are none."""
+    named = [f"{part['name']} ({part['parameters'] / 1e6:.3g} M parameters)" for part in parts]
+    return ", ".join(named) or None
+
+
 def removed_in_words(report: dict[str, Any]) -> str:
     """How much smaller it is: the whole model first where the targets are a small part of it."""
     ratio, share = report["ratio"], targets_share(report)
