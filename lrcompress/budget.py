@@ -74,6 +74,10 @@ def kept_bytes(dense_bytes: Iterable[int], ratio: float) -> int:
     return int((1 - Fraction(repr(ratio))) * sum(dense_bytes))
 
 
+SMALLEST = 1000
+"""Bytes below which a number without a unit is a forgotten unit: no file of weights is so small."""
+
+
 def parse_size(text: str) -> int:
     """Bytes of '200MB', '1.5GB', '4096'; MB is 10^6 bytes and MiB is 2^20."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -85,6 +89,8 @@ def parse_size(text: str) -> int:
         number = 0.0
     if match is None or unit not in units or not 0 < number < 2**63:
         raise InputError(f"size {text!r} is not understood: write it like 200MB or 1.5GB")
+    if not unit and number < SMALLEST:
+        raise InputError(f"size {text!r} is {number:g} bytes: did you mean {number:g}MB?")
     return int(number * units[unit])
 
 

@@ -29,6 +29,14 @@ class Interrupted(LrcompressError):
     exit_code = 130
 
 
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A question that names the known word nearest to `word`, "" where none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """A hint naming the known word nearest to `word`, or all of them."""
     import difflib

@@ -29,7 +29,7 @@ from lrcompress.stages.opening import open_request
 from lrcompress.stages.phases import PROFILE
 from lrcompress.stages.profile import Artefacts, profile
 from lrcompress.stages.propagate import propagate
-from lrcompress.stages.rate_curve import rate_curve
+from lrcompress.stages.rate_curve import predicted_loss, rate_curve, unit_of
 from lrcompress.stages.request import Request, check_request
 from lrcompress.stages.search import as_held_out, reachable, search
 from lrcompress.stages.sensitivity import measure_sensitivities
@@ -240,7 +240,10 @@ def make_plan(recipe: Recipe, *, nodes: int = 1, devices: int = 1, reporter: Rep
         if together > 1:
             sent = exchanged(opened, plan, together)
             needed = replace(needed, traffic_bytes=needed.traffic_bytes + sent)
-        return {**plan_json(opened, plan), "needs": needed.as_json()}
+        found = {**plan_json(opened, plan), "needs": needed.as_json()}
+        if artefacts is not None and request.method.needs_gradients and not plan.joins:
+            found["predicted"] = {"unit": unit_of(opened), "loss": predicted_loss(opened, plan, artefacts)}
+        return found
 
 
 def profile_model(opened: Opened, scratch: Path, reporter: Reporter) -> Artefacts | None:

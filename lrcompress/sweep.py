@@ -203,7 +203,7 @@ def _measure(recipe: Sweep, asked: list[tuple[Point, Request]], folder: Path, re
     possible = []
     for point, request in asked:
         try:
-            check_amount(replace(opened, request=request))
+            check_amount(replace(opened, request=request), reporter)
             possible.append((point, request))
         except InputError as error:
             _note_error(folder, point, error, reporter)

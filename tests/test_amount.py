@@ -12,16 +12,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lrcompress  # noqa: F401
-from lrcompress.budget import kept_bytes, removed
+from lrcompress.budget import kept_bytes, parse_size, removed
 from lrcompress.cli.show import in_one_line
+from lrcompress.cli.show_plan import predicted_in_words
 from lrcompress.errors import InputError, Interrupted
+from lrcompress.evaluation.gates import parse_expectation
 from lrcompress.formats import FORMATS, build, spec_multiplies
 from lrcompress.methods.lord import Lord
+from lrcompress.overview import overview
 from lrcompress.pipeline import compress, make_plan
 from lrcompress.protocols import Spec
 from lrcompress.recipe import Recipe, dump_recipe, load_recipe, make_recipe
 from lrcompress.report.ci import markdown_summary
+from lrcompress.report.progress import Reporter
 from lrcompress.stages.naming import output_folder
+from lrcompress.stages.opening import open_request
+from lrcompress.stages.request import check_request
 from tests.commands import run_cli
 from tests.conftest import ARCHITECTURES, compress_tiny
 from tests.products import multiply_adds
@@ -421,6 +427,38 @@ def test_what_needs_text_is_refused_where_none_is_read(llama, method):
         changes = {"method": {"name": "lord", "metric": "plain"}, "allocator": "sensitivity"}
     with pytest.raises(InputError, match="metric plain reads none"):
         make_plan(recipe(llama, ratio=0.2, **changes))
+
+
+def test_a_forgotten_unit_is_asked_for():
+    for parse, text in ((parse_size, "60"), (parse_size, "1.5"), (parse_expectation, "bytes <= 200")):
+        with pytest.raises(InputError, match=r"bytes: did you mean [0-9.]+MB\?"):
+            parse(text)
+    assert parse_size("4096") == 4096
+
+
+@pytest.mark.parametrize(("amount", "hopeless"), [({"bpw": 1.9}, True), ({"bpw": 2.5}, False)])
+def test_a_hopeless_amount_is_warned_of_before_the_text_is_read(llama, tmp_path, monkeypatch, amount, hopeless):
+    said = []
+    monkeypatch.setattr("lrcompress.stages.amount.FEW_BITS", 2.0)  # a toy of float32 cannot have fewer than 1.5
+    monkeypatch.setattr("lrcompress.stages.opening.calibrate_model", lambda *args: said.append("text"))
+    monkeypatch.setattr(Reporter, "warn", lambda self, line: said.append(line))
+    open_request(check_request(recipe(llama, ratio=None, method="auto", **amount)), Reporter(quiet=True))
+    numbers = sum(p.numel() for n, p in AutoModelForCausalLM.from_pretrained(llama).named_parameters() if "_proj" in n)
+    assert said[-1] == "text"
+    assert (len(said) == 2) == hopeless
+    if hopeless:
+        assert f"1.90 bits for each of the {numbers / 1e6:.4g} million weights" in said[0]
+
+
+def test_a_plan_says_what_will_be_lost(llama):
+    """As the table of sizes has it; a plan of too few bits says that the model is lost."""
+    calibration = {"source": "python-docs", "samples": 4, "seqlen": 64}
+    asked = recipe(llama, ratio=None, bpw=3, method="auto", calibration=calibration)
+    plan = make_plan(asked)
+    by_size = {choice.bits: choice.loss for choice in overview(asked, predict="yes").choices}
+    assert plan["predicted"] == {"unit": "nats", "loss": pytest.approx(by_size[3.0], rel=1e-6)}
+    assert predicted_in_words(0.1).endswith("perplexity about × 1.11")
+    assert "cannot keep the model" in predicted_in_words(3.0)
 
 
 def test_a_ratio_may_be_percent(llama):

@@ -25,7 +25,7 @@ from lrcompress.cli import (
     squeeze,
     sweep,
 )
-from lrcompress.errors import InputError, LrcompressError
+from lrcompress.errors import InputError, LrcompressError, did_you_mean
 from lrcompress.parallel.processes import refuse_several, several
 
 
@@ -35,6 +35,9 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in self.commands and _names_model(args[0]):
             args = ["about", *args]
+        elif args[0] not in self.commands:
+            known = [name for name, command in self.commands.items() if not command.hidden]
+            ctx.fail(f"No such command {args[0]!r}. {did_you_mean(args[0], [*known, 'demo']).capitalize()}".rstrip())
         return super().resolve_command(ctx, args)
 
 

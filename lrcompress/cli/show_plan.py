@@ -1,5 +1,6 @@
 """Printing what could be done: a plan, or what every size would take and give."""
 
+import math
 from typing import Any
 
 from rich.table import Table
@@ -8,6 +9,9 @@ from lrcompress.cli.show import console, show_joined
 from lrcompress.overview import BITS, Choice, Overview
 from lrcompress.report.summary import answer, bits_stored, block_kinds, kinds_table
 from lrcompress.stages.needs import Needs
+
+LOST = 1.0
+"""Nats a token beyond which a prediction says no more than that it is too much."""
 
 
 def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
@@ -28,9 +32,19 @@ def show_plan(plan: dict[str, Any], *, quiet: bool) -> None:
     )
     if in_use := planned_in_use(plan):
         out.print(str(in_use))
+    if "predicted" in plan:
+        out.print(predicted_in_words(plan["predicted"]["loss"]))
     if said := answer(plan, plan["asked"]):
         out.print(said)
     show_joined(plan, out)
+
+
+def predicted_in_words(nats: float) -> str:
+    """What a rise of the loss by so many nats a token does to perplexity."""
+    said = f"predicted: the loss on the calibration text rises by {nats:.2g} nats a token"
+    if nats > LOST:
+        return f"{said}: this size cannot keep the model, take a larger one (lrcompress plan MODEL shows some)"
+    return f"{said}, perplexity about × {math.exp(nats):.3g}"
 
 
 def show_model(found: Overview) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lrcompress.checkpoint.beside import CODE, SUFFIXES, VERSIONED
-from lrcompress.errors import InputError
+from lrcompress.errors import InputError, did_you_mean
 from lrcompress.model.skeleton import library_errors
 
 HUB_FILES = ("*.safetensors", *(f"*{suffix}" for suffix in (*SUFFIXES, CODE)), f"*{VERSIONED}*")
@@ -26,6 +26,15 @@ def download(model: str) -> Path:
     return folder
 
 
+def similar(model: str) -> str:
+    """A question that names a model here whose name is nearly MODEL's; "" where there is none."""
+    path, known = Path(model), ["demo"] if "/" not in model else []
+    with contextlib.suppress(OSError, ValueError):
+        models = [found for found in path.parent.iterdir() if found.suffix == ".gguf" or found.is_dir()]
+        known += [str(found) for found in models if not found.name.startswith(".")]
+    return did_you_mean(model, known)
+
+
 def _hub_trouble(model: str, error: BaseException) -> str:
     """What to tell the user where the hub gives no files: by its answer, or for want of one."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -44,11 +53,12 @@ def _hub_trouble(model: str, error: BaseException) -> str:
         return f"the hub is busy or fails at model {model} ({status}): try again in a few minutes"
     if unknown or status == 404:
         return (
-            f"model {model} is neither a local folder or .gguf file nor a repository of the hub ({status}): check the "
-            "name, and log in with `hf auth login` if it is private"
+            f"model {model} is neither a local folder or .gguf file nor a repository of the hub ({status}): "
+            f"{similar(model) or 'check the name, and log in with `hf auth login` if it is private'}"
         )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-    return f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: check the name"
+    hint = similar(model) or "check the name"
+    return f"model {model} is neither a local folder or .gguf file nor reachable on the hub{offline}: {hint}"
 
 
 def _no_safetensors(model: str) -> str:

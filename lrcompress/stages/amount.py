@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from lrcompress.allocators.base import check_possible, largest_ratio
-from lrcompress.budget import kept_bytes, parse_size
+from lrcompress.budget import bits_per_weight, kept_bytes, parse_size
 from lrcompress.errors import InputError
 from lrcompress.formats import stored_tensors
 from lrcompress.methods.ggml import GgmlBlocks
 from lrcompress.protocols import Curve
+from lrcompress.report.progress import Reporter
 from lrcompress.stages.costs import Costs
 from lrcompress.stages.opened import Opened
 
@@ -135,9 +136,20 @@ def header_bytes(opened: Opened) -> int:
     return total
 
 
-def check_amount(opened: Opened) -> None:
-    """Refuse a ratio or a size that cannot be reached, before any text is read."""
+FEW_BITS, SOME_BITS = 1.0, 2.0
+"""Bits for each weight, fewer than a sign takes, below which little of a model can be left; and what to try instead."""
+
+
+def check_amount(opened: Opened, reporter: Reporter) -> None:
+    """Refuse a ratio or a size that cannot be reached, before any text is read; a warning where it is hopeless."""
     recipe = opened.request.recipe
     blocks = isinstance(opened.request.method, GgmlBlocks)  # whose types are still to be found
     if recipe.rank is None and recipe.max_loss is None and not blocks:
-        budget_of(opened, opened.costs())
+        budget, numbers = budget_of(opened, opened.costs()), sum(s.shape[0] * s.shape[1] for s in opened.sites)
+        bits = bits_per_weight(budget, numbers)
+        if recipe.ratio_of == "bytes" and bits < FEW_BITS:
+            reporter.warn(
+                f"this leaves {bits:.2f} bits for each of the {numbers / 1e6:.4g} million weights, of which each sign "
+                f"alone takes one: hardly anything of the model will be left. {SOME_BITS:g} bits (--bpw "
+                f"{SOME_BITS:g}) are {numbers * SOME_BITS / 8e6:.3g} MB"
+            )

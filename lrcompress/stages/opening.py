@@ -47,7 +47,7 @@ NOTEWORTHY = 0.1
 def open_request(request: Request, reporter: Reporter, *, calibrate: bool = True) -> Opened:
     """Open the model, probe it with real tokens, find sites and groups."""
     opened = open_parts(request, reporter)
-    check_amount(opened)
+    check_amount(opened, reporter)
     if calibrate:
         calibrate_model(opened, reporter)
     return opened

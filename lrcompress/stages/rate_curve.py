@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lrcompress.budget import bits_per_weight
-from lrcompress.stages.allocate import allocated, summaries
+from lrcompress.stages.allocate import Plan, allocated, summaries
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.profile import Artefacts
 
@@ -53,6 +53,12 @@ def squared_errors(opened: Opened, known: Known) -> float:
     """Of all weights together, in the method's metric, as the request's amount leaves them; `known`: the summaries."""
     plan = allocated(opened, known)
     return sum(float(known[name]["errors"][level]) for name, level in plan.levels.items())
+
+
+def predicted_loss(opened: Opened, plan: Plan, artefacts: Artefacts) -> float:
+    """What a plan will lose, in the unit of `loss_of`."""
+    known = summaries(opened, artefacts)
+    return loss_of(opened, sum(float(known[name]["errors"][level]) for name, level in plan.levels.items()), known)
 
 
 def losses(opened: Opened, known: Known, every: Sequence[float]) -> list[float]:

@@ -600,7 +600,12 @@ def test_a_model_alone_says_what_could_be_done(llama, compressed, tmp_path):
     assert lines[4] == f"begin: lrcompress compress {llama} --bpw 4 --calibration YOUR.txt"
     done = run_cli(compressed(method="lord"), cwd=tmp_path)
     assert "compressed by lord" in done.stdout
-    assert run_cli("compres").returncode == 2
+    assert "Did you mean compress?" in run_cli("compres").stderr
+    assert "Did you mean demo?" in run_cli("demmo").stderr
+    assert "did you mean demo?" in run_cli("plan", "demmo", "--bpw", 3, cwd=tmp_path).stderr
+    (tmp_path / "smollm").mkdir()
+    for misspelt in ("smolm", "./smolm"):
+        assert "did you mean smollm?" in run_cli("inspect", misspelt, cwd=tmp_path).stderr
     assert "No such command" in run_cli("nothing-of-this-name").stderr
 
 
