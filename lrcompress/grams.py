@@ -6,17 +6,39 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lrcompress.precision import exact, squares, wide
+
 PANELS, NARROWEST = 16, 128
 """A Gram is added up in so many panels of columns at most, none narrower."""
 
 
-def add_gram(upper: Tensor, rows: Tensor) -> None:
-    """Add Xᵀ X of rows X (t, n) to the upper triangle of `upper` (n, n), any dtype.
+def add_gram(upper: Tensor, rows: Tensor, rest: Tensor | None = None) -> None:
+    """Add Xᵀ X of rows X (t, n) to the upper triangle of `upper` (n, n), any dtype; see `add` for `rest`.
 
     Panel by panel from the diagonal on, which saves nearly half of the products; what is below it is left undefined.
     """
     for begin, end in _panels(rows.shape[1]):
-        upper[begin:end, begin:].add_(rows[:, begin:end].T @ rows[:, begin:])
+        own = None if rest is None else rest[begin:end, begin:]
+        add(upper[begin:end, begin:], rows[:, begin:end].T @ rows[:, begin:], own)
+
+
+def add(total: Tensor, part: Tensor, rest: Tensor | None = None) -> None:
+    """Add `part` to `total`; what that rounds off to `rest`, where it is given: total + rest has twice the digits.
+
+    Knuth's sum of two numbers and its error (The Art of Computer Programming 2, 4.2.2), which holds for any sizes.
+    """
+    if rest is None:
+        total.add_(part)
+        return
+    found = total + part
+    added = found - total
+    rest.add_((total - (found - added)) + (part - added))
+    total.copy_(found)
+
+
+def no_rest(total: Tensor) -> Tensor | None:
+    """Zeros for what is rounded off a sum that begins at `total`; None where that is float64."""
+    return None if total.dtype == torch.float64 else torch.zeros_like(total)
 
 
 def quadratic(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
@@ -32,15 +54,16 @@ def quadratic(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
 
 def energy(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
-    """tr(A G Aᵀ), float64, of A (m, n) and a symmetric G (n, n), the identity if None; products are in A's dtype."""
+    """tr(A G Aᵀ), `exact`, of A (m, n) and a symmetric G (n, n), the identity if None; products are in A's dtype."""
     if gram is None:
-        return matrix.double().square().sum()
-    found = torch.zeros((), dtype=torch.float64, device=matrix.device)
+        return squares(matrix)
+    dtype = wide(matrix.device)
+    found = torch.zeros((), dtype=dtype, device=matrix.device)
     for begin, end in _panels(len(gram)):
         own, panel = matrix[:, begin:end], gram[begin:, begin:end].to(matrix.dtype)
-        found += ((matrix[:, begin:end] @ panel[: end - begin]) * own).sum(dtype=torch.float64)
-        found += 2 * ((matrix[:, end:] @ panel[end - begin :]) * own).sum(dtype=torch.float64)
-    return found
+        found += ((matrix[:, begin:end] @ panel[: end - begin]) * own).sum(dtype=dtype)
+        found += 2 * ((matrix[:, end:] @ panel[end - begin :]) * own).sum(dtype=dtype)
+    return exact(found)
 
 
 def _panels(n: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
-from lrcompress.grams import add_gram, symmetric
+from lrcompress.grams import add, add_gram, no_rest, symmetric
+from lrcompress.precision import exact, wide, widened
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ class Curve:
 class Lookups:
     """What a text says of the matrix that its tokens are looked up in.
 
-    counts: (vocabulary,) float64, how often each token was, with gradients a time whose gradient is of mean squared
-    size being one; gradients: (width, width) float64 second moment of the loss's gradients at the rows, None where none
+    counts: (vocabulary,) wide, how often each token was, with gradients a time whose gradient is of mean squared
+    size being one; gradients: (width, width) wide second moment of the loss's gradients at the rows, None where none
     were gathered.
     """
 
@@ -147,11 +148,12 @@ class Lookups:
 class InputStatistics:
     """Exact sums over the rows x of a layer's input: they add up across batches and processes.
 
-    count: sum of the rows' weights w; total: (in,) float64 sum of w x; second: (in, in) float64 sum of w x xᵀ,
-    in its upper triangle: what is below means nothing. With `of_outputs` it is the (out, out) sum of w y yᵀ, y = W x.
-    gradients: float64 second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
+    count: sum of the rows' weights w; total: (in,) `exact` sum of w x; second: (in, in) wide sum of w x xᵀ, in its
+    upper triangle: what is below means nothing. With `of_outputs` it is the (out, out) sum of w y yᵀ, y = W x.
+    rest: what rounding took from `second` where that is float32, to be added to it.
+    gradients: wide second moment of the loss's gradient at the layer's output (out, out), or its diagonal (out,),
     where it was asked for.
-    drift: (in, in) float64 sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
+    drift: (in, in) wide sum of w (d - x) xᵀ, where every row x has a counterpart d, the dense model's.
     lookups: of the input embeddings, which have no inputs; where a head multiplies by the same matrix, the others are
     the head's.
     rows: how many there were, whatever their weights; share: the part of the block's tokens that they count for, less
@@ -162,6 +164,7 @@ class InputStatistics:
     total: Tensor
     second: Tensor
     gradients: Tensor | None = None
+    rest: Tensor | None = None
     drift: Tensor | None = None
     rows: int = 0
     share: float = 1.0
@@ -172,13 +175,10 @@ class InputStatistics:
     @classmethod
     def zeros(cls, features: int, device: torch.device | str = "cpu", outputs: int | None = None) -> "InputStatistics":
         """No rows seen yet; of `outputs` outputs where that is given."""
-        size = features if outputs is None else outputs
-        return cls(
-            0.0,
-            torch.zeros(features, dtype=torch.float64, device=device),
-            torch.zeros(size, size, dtype=torch.float64, device=device),
-            of_outputs=outputs is not None,
-        )
+        size, device = features if outputs is None else outputs, torch.device(device)
+        second = torch.zeros(size, size, dtype=wide(device), device=device)
+        total = exact(second.new_zeros(features))
+        return cls(0.0, total, second, rest=no_rest(second), of_outputs=outputs is not None)
 
     @classmethod
     def of(cls, site: Site, device: torch.device | str = "cpu") -> "InputStatistics":
@@ -194,32 +194,34 @@ class InputStatistics:
     ) -> None:
         """Add `rows` (..., in), each counted `weights` (rows,) times (once if None); dense: their counterparts.
 
-        outputs: (..., out) W x of every row, for statistics of outputs, whose products are summed in float64, others
-        in float32 within a call.
+        outputs: (..., out) W x of every row, for statistics of outputs, whose products are summed in the wide dtype,
+        others in float32 within a call.
         """
         rows = rows.detach().flatten(0, -2).float()
         if dense is not None:
             away = dense.detach().flatten(0, -2).float() - rows
             away = away if weights is None else away * weights[:, None]
-            self.drift = (0.0 if self.drift is None else self.drift) + (away.T @ rows).double()
+            self.drift = (0.0 if self.drift is None else self.drift) + widened(away.T @ rows)
         self.rows += rows.shape[0]
         if weights is None:
             self.count += rows.shape[0]
-            self.total += rows.sum(0)
+            self.total += exact(rows.sum(0))
         else:
             self.count += float(weights.sum())
-            self.total += weights @ rows
+            self.total += exact(weights @ rows)
         if outputs is not None:
-            # In float64: rounded sums have directions that W has not, and its own weakest ones would drown in them.
-            rows = outputs.detach().flatten(0, -2).double()
-        add_gram(self.second, rows if weights is None else rows * weights.sqrt()[:, None])
+            # Rounded sums have directions that W has not, and its own weakest ones would drown in them.
+            rows = widened(outputs.detach().flatten(0, -2))
+        add_gram(self.second, rows if weights is None else rows * weights.sqrt()[:, None], self.rest)
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another batch or process."""
         self.count += other.count
         self.rows += other.rows
         self.total += other.total
-        self.second += other.second
+        add(self.second, other.second, self.rest)
+        if self.rest is not None and other.rest is not None:
+            self.rest += other.rest
         if other.drift is not None:
             self.drift = other.drift if self.drift is None else self.drift + other.drift
 
@@ -230,8 +232,12 @@ class InputStatistics:
         return self.gradients if self.gradients.dim() == 1 else self.gradients.diagonal()
 
     def mean(self) -> Tensor:
-        """(in,) mean input."""
+        """(in,) mean input, `exact`."""
         return self.total / self.count
+
+    def mean_output(self, weight: Tensor) -> Tensor:
+        """(out,) mean of W x, `exact`, for W (out, in)."""
+        return exact(weight) @ self.mean()
 
     def gram(self, *, centred: bool = False) -> Tensor:
         """(in, in) second moment per row, or the covariance; ValueError where there are only those of outputs."""
@@ -242,14 +248,14 @@ class InputStatistics:
     def output_moment(self, weight: Tensor, *, centred: bool = False) -> Tensor:
         """(out, out) second moment per row of W x, or the covariance, for the weight W (out, in) that gave them."""
         assert self.of_outputs
-        return self._moment(weight.double() @ self.mean() if centred else None)
+        return self._moment(self.mean_output(weight) if centred else None)
 
     def _moment(self, mean: Tensor | None) -> Tensor:
-        moment = symmetric(self.second) / self.count
+        moment = exact(symmetric(self.second), None if self.rest is None else symmetric(self.rest)) / self.count
         if mean is not None:
             moment -= torch.outer(mean, mean)
             moment.diagonal().clamp_(min=0)  # rounding, where a number is always the same
-        return moment
+        return moment.to(self.second.device, wide(self.second.device))
 
 
 class TensorSource(Protocol):

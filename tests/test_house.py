@@ -13,6 +13,7 @@ LAYERS = [
         "budget",
         "recipe",
         "registry",
+        "precision",
         "protocols",
         "parallel",
         "grams",

@@ -23,7 +23,7 @@ def opened(model, samples=8, seqlen=64, **changes):
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
-    monkeypatch.setattr(time_need, "_rate", lambda dtype, device: RATES[dtype])
+    monkeypatch.setattr(time_need, "rate", lambda dtype, device: RATES[dtype])
 
 
 @pytest.fixture

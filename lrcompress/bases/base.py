@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
@@ -13,6 +12,7 @@ from lrcompress.formats import restored
 from lrcompress.formats.semi_sparse import PATTERN, SemiSparse
 from lrcompress.linalg.packing import UNITS
 from lrcompress.linalg.whitening import check_gram
+from lrcompress.precision import wide, widened
 from lrcompress.protocols import Spec
 from lrcompress.registry import Registry
 
@@ -29,7 +29,7 @@ class BaseOptions:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A weight in a base's format: spec, stored tensors, and what they multiply by, (out, in) float64."""
+    """A weight in a base's format: spec, stored tensors, and what they multiply by, (out, in) wide."""
 
     spec: Spec
     tensors: dict[str, Tensor]
@@ -77,14 +77,14 @@ class ComputedBase(Base):
 
     @abstractmethod
     def encode(self, weight: Tensor, gram: Tensor | None) -> dict[str, Tensor]:
-        """The stored tensors of weight (out, in) float64, finite; gram (in, in) float64 where needs_gram."""
+        """The stored tensors of weight (out, in) wide, finite; gram (in, in) wide where needs_gram."""
 
     def compress(self, weight: Tensor, gram: Tensor | None, site: str = "") -> Compressed:
-        weight = weight.double()
+        weight = widened(weight)
         if not all_finite(weight):
             raise ArithmeticError("the weight has non-finite entries")
         if gram is not None:
-            gram = gram.double()
+            gram = widened(gram)
             check_gram(gram, "the inputs")
         elif self.needs_gram:
             raise ValueError(f"base {self.text} needs the Gram of the inputs")
@@ -137,5 +137,5 @@ class SparseBase(ComputedBase):
 
 
 def dense_of(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
-    """What the stored tensors multiply by, (out, in) float64."""
-    return restored(spec, tensors, torch.float64).dense()
+    """What the stored tensors multiply by, (out, in) wide."""
+    return restored(spec, tensors, wide(next(iter(tensors.values())).device)).dense()

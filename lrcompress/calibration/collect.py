@@ -1,5 +1,6 @@
 """Gathering input statistics while a block runs."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from lrcompress.finite import all_finite
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.samples import Sample, sample_of
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import exact, split
 from lrcompress.protocols import InputStatistics, Site
 
 
@@ -83,11 +85,13 @@ class InputCollector:
             if site.group != site.name:
                 continue
             one = self.statistics.get(site.group) or InputStatistics.of(site, device)
-            counts = one.total.new_tensor([one.count, one.rows])
             drift = one.drift if one.drift is not None else torch.zeros_like(one.second) if drifts else None
-            team.add_up([counts, one.total, one.second, *([] if drift is None else [drift])])
+            sums = [split(sum, one.second.device) for sum in (one.total.new_tensor([one.count, one.rows]), one.total)]
+            parts = (*itertools.chain.from_iterable(sums), one.second, one.rest, drift)
+            team.add_up([part for part in parts if part is not None])
+            counts, total = (exact(*parts) for parts in sums)
             if counts[1] > 0:
-                found[site.group] = replace(one, count=float(counts[0]), rows=int(counts[1]), drift=drift)
+                found[site.group] = replace(one, count=float(counts[0]), rows=int(counts[1]), total=total, drift=drift)
         return found
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

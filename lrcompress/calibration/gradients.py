@@ -10,10 +10,11 @@ from lrcompress.calibration.collect import InputCollector
 from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.errors import InputError
 from lrcompress.finite import all_finite
-from lrcompress.grams import add_gram, symmetric
+from lrcompress.grams import add, add_gram, no_rest, symmetric
 from lrcompress.model.blocks import BlockWalker
 from lrcompress.model.samples import UNSCORED, Sample, sample_of
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import wide, widened
 from lrcompress.protocols import InputStatistics, Site
 
 CHUNK = 256
@@ -31,7 +32,7 @@ class GradientCollector:
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], *, gram: bool, whole: bool = True) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._counts: dict[str, int] = {}
         self._model, self._sites, self._gram, self._whole = model, sites, gram, whole
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -47,13 +48,14 @@ class GradientCollector:
             handle.remove()
 
     def moments(self, device: torch.device) -> dict[str, Tensor]:
-        """Site name to the second moment per row, or its diagonal, float64; over the rows of all processes. Once."""
+        """Site name to the second moment per row, or its diagonal, wide; over the rows of all processes. Once."""
         found = {}
         for site in self._sites:
-            total = self._sums.pop(site.name, None)
-            if total is None:
-                total = self._zeros(site, device)
-            elif self._compares(site):
+            known = site.name in self._sums
+            total, rest = self._sums.pop(site.name) if known else self._zeros(site, device)
+            if rest is not None:
+                total.add_(rest)
+            if known and self._compares(site):
                 total = symmetric(total)
             count = total.new_tensor(float(self._counts.get(site.name, 0)))
             processes().add_up([total, count])
@@ -64,23 +66,25 @@ class GradientCollector:
     def _compares(self, site: Site) -> bool:
         return self._gram and not site.of_tokens
 
-    def _zeros(self, site: Site, device: torch.device) -> Tensor:
-        return torch.zeros([site.shape[0]] * (2 if self._compares(site) else 1), dtype=torch.float64, device=device)
+    def _zeros(self, site: Site, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        total = torch.zeros([site.shape[0]] * (2 if self._compares(site) else 1), dtype=wide(device), device=device)
+        return total, no_rest(total)
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def add(gradient: Tensor) -> None:
+        def gather(gradient: Tensor) -> None:
             rows = gradient.detach().flatten(0, -2).float()
             if site.name not in self._sums:
                 self._sums[site.name] = self._zeros(site, rows.device)
+            total, rest = self._sums[site.name]
             if self._compares(site):
-                add_gram(self._sums[site.name], rows)
+                add_gram(total, rows, rest)
             else:
-                self._sums[site.name] += rows.square().sum(0)
+                add(total, rows.square().sum(0), rest)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._counts[site.name] = self._counts.get(site.name, 0) + output[..., 0].numel()
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(gather)
             elif not self._whole:
                 raise InputError(
                     f"{site.name} comes before the blocks, where the loss's gradient is not known: leave it out of the "
@@ -133,10 +137,10 @@ def loss_gradients(
 def lookup_gradients(
     walker: BlockWalker, ids: Tensor | Sequence[Sample], entering: HiddenStates, embeddings: nn.Embedding
 ) -> tuple[Tensor, Tensor]:
-    """(width, width) float64 second moment, per token, of the loss's gradients at what module `embeddings` puts out.
+    """(width, width) wide second moment, per token, of the loss's gradients at what module `embeddings` puts out.
 
     entering: the gradients at the hidden states that enter the first block for samples ids (samples, length); over the
-    rows of all processes. And (vocabulary,) float64: how often each token was looked up, a time with a gradient of
+    rows of all processes. And (vocabulary,) wide: how often each token was looked up, a time with a gradient of
     mean squared size being one.
     """
     reached: list[Tensor] = []
@@ -145,8 +149,8 @@ def lookup_gradients(
         reached.append(output.detach().requires_grad_(True))
         return reached[-1]
 
-    total, count = None, 0
-    energies = torch.zeros(embeddings.num_embeddings, dtype=torch.float64, device=walker.device)
+    total, rest, count = None, None, 0
+    energies = torch.zeros(embeddings.num_embeddings, dtype=wide(walker.device), device=walker.device)
     handle = embeddings.register_forward_hook(start)
     try:
         for sample in range(len(entering)):
@@ -157,14 +161,17 @@ def lookup_gradients(
                 hidden.backward(entering.read(sample).to(walker.device, hidden.dtype))
             rows = torch.cat([part.grad.flatten(0, -2).float() for part in reached if part.grad is not None])
             if total is None:
-                total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-            add_gram(total, rows)
+                total = widened(rows.new_zeros(rows.shape[1], rows.shape[1]))
+                rest = no_rest(total)
+            add_gram(total, rows, rest)
             looked_up = text.words.to(rows.device).repeat(len(rows) // len(text))
-            energies.index_add_(0, looked_up, rows.double().square().sum(1))
+            energies.index_add_(0, looked_up, widened(rows).square().sum(1))
             count += len(text.written)
     finally:
         handle.remove()
     assert total is not None
+    if rest is not None:
+        total.add_(rest)
     total, counted = symmetric(total), total.new_tensor(float(count))
     processes().add_up([total, energies, counted])
     return total / counted, energies * counted / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)

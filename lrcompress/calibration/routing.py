@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lrcompress.grams import no_rest
 from lrcompress.model.experts import experts_of, linear_experts
 from lrcompress.protocols import InputStatistics, Site
 
@@ -88,6 +89,7 @@ def _pooled(known: Sequence[InputStatistics], *, inner_inputs: bool) -> InputSta
     pooled.drift = None
     if inner_inputs:
         pooled.second, pooled.total = _even(pooled.second), torch.zeros_like(pooled.total)
+        pooled.rest = no_rest(pooled.second)
     if known[0].gradients is not None:
         gradients = sum(
             (one.rows * one.gradients for one in known if one.gradients is not None), start=torch.tensor(0.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lrcompress.precision import widened
 from lrcompress.protocols import InputStatistics, Site
 
 
@@ -44,7 +45,7 @@ def _alike(gradients: Tensor | None, value: float) -> Tensor:
 
 def _energy(one: InputStatistics, weight: Tensor, gradients: Tensor | None) -> float:
     """tr(Γ W G Wᵀ) of W (out, in); Γ is the identity where there are no gradients, diagonal where these are (out,)."""
-    weight = weight.detach().to(one.second.device, torch.float64)
+    weight = widened(weight.detach().to(one.second.device))
     if one.of_outputs:
         outputs = one.output_moment(weight)
         if gradients is not None and gradients.dim() == 2:

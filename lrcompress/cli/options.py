@@ -144,7 +144,7 @@ Cache = Annotated[
         "and in a named folder also calibration statistics, which are large.",
     ),
 ]  # fmt: skip
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda; mps where nothing is compressed.", rich_help_panel=OUTPUT)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.", rich_help_panel=OUTPUT)]
 Dtype = Annotated[str, typer.Option(help="Dtype to write: auto, float32, bfloat16, float16.", rich_help_panel=OUTPUT)]
 PerModuleRanks = Annotated[
     bool,

@@ -43,7 +43,7 @@ class Scales:
     @classmethod
     def nearest(cls, rows: Tensor, columns: Tensor) -> "Scales":
         """The scales as they are stored; ValueError where one is not positive and finite."""
-        return cls.read(cls(rows.float(), columns.float()).stored(), len(rows), len(columns))
+        return cls.read(cls(rows.float(), columns.float()).stored().to(rows.device), len(rows), len(columns))
 
     def stored(self) -> Tensor:
         """uint8 (16 + out + in,): both grids, an index for every row and every column."""
@@ -69,7 +69,7 @@ class Scales:
     def levels(stored: Tensor) -> Tensor:
         """The points of both grids (2, 256), float32 as int32 (kernels/tiles.py); InputError as `read`."""
         grid = struct.unpack("<4f", bytes(stored[:GRID_BYTES].tolist()))
-        points = torch.arange(LEVELS + 1, dtype=torch.float64, device=stored.device)
+        points = torch.arange(LEVELS + 1, dtype=torch.float64)
         for low, step in (grid[:2], grid[2:]):
             if not (-126 <= low <= 127 and 0 <= step and low + LEVELS * step <= 127):
                 raise InputError("the grid of a weight's scales is impossible: the checkpoint is damaged, get it again")
@@ -77,6 +77,7 @@ class Scales:
             torch.stack([torch.exp2(low + step * points) for low, step in (grid[:2], grid[2:])])
             .float()
             .view(torch.int32)
+            .to(stored.device)
         )
 
 

@@ -23,6 +23,7 @@ from lrcompress.kernels.products import quantized, way
 from lrcompress.kernels.rows import QuantizedRows
 from lrcompress.linalg.packing import pack, packed_length, unpack
 from lrcompress.linalg.rounding import storable, symmetric_codes
+from lrcompress.precision import widened
 from lrcompress.protocols import Spec
 
 FACTOR_BITS = (16, 8, 4)
@@ -173,15 +174,15 @@ def component_codes(left: Tensor, right: Tensor, bits: int) -> tuple[Tensor, Ten
 
     Component i is scale_i b_i a_iᵀ / 4^(bits-1); it does not depend on the others, so any first r can be stored.
     """
-    a, a_scale = symmetric_codes(right.double(), bits)
-    b, b_scale = symmetric_codes(left.double().T, bits)
+    a, a_scale = symmetric_codes(widened(right), bits)
+    b, b_scale = symmetric_codes(widened(left).T, bits)
     scale = storable((a_scale * b_scale).flatten() * 4.0 ** (bits - 1))
     return a.to(torch.int32), b.to(torch.int32), scale
 
 
 def rounded_factors(left: Tensor, right: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """left (m, r) and right (r, n) as they multiply once stored in `bits` bits, float64; 16 bits change nothing."""
+    """left (m, r) and right (r, n) as they multiply once stored in `bits` bits, wide; 16 bits change nothing."""
     if bits == 16:
-        return left.double(), right.double()
+        return widened(left), widened(right)
     a, b, scale = component_codes(left, right, bits)
-    return b.T * (scale / 4.0 ** (bits - 1)), a.double()
+    return b.T * (scale / 4.0 ** (bits - 1)), widened(a)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrcompress.ggml.blocks import Blocks, BlockType
 from lrcompress.ggml.steps import Run, best_steps, half, held
 from lrcompress.ggml.vectors import Vectors
+from lrcompress.precision import widened
 
 STRIP = 32
 """Rows that are rounded side by side where they are weighed together, and ALONE where each is by itself."""
@@ -251,11 +252,11 @@ class _Strip:
             parts.append((self.dmin, lambda: -self._spread(self.offsets[:, runs])))
         for stored, direction_of in parts:
             direction = direction_of()
-            slope = (moved[:, block] * direction).double().sum(1)
-            curve = ((direction @ gram[block, block]) * direction).double().sum(1)
+            slope = widened(moved[:, block] * direction).sum(1)
+            curve = widened((direction @ gram[block, block]) * direction).sum(1)
             step = slope / torch.where(curve > 0, curve, 1)
             new = half((stored[:, at] - step).float())
-            by = (new - stored[:, at]).double()
+            by = widened(new - stored[:, at])
             good = (curve > 0) & (2 * by * slope + by * by * curve < 0)
             by = torch.where(good, by, 0).float()
             stored[:, at] = torch.where(good, new, stored[:, at])

@@ -11,6 +11,7 @@ from lrcompress.ggml.plain import round_in_strips
 from lrcompress.ggml.types import Blocks, BlockType
 from lrcompress.kernels.native import library
 from lrcompress.linalg.two_sided import unit_factor
+from lrcompress.precision import wide, widened
 
 DAMPING = 0.01
 """Of the inputs' Gram, relative to its mean, and OUTPUT_DAMPING of the outputs'."""
@@ -40,20 +41,20 @@ class Metric:
 
 
 def make_metric(inputs: Tensor, outputs: Tensor | None, run: int, damping: float, output_damping: float) -> Metric:
-    """The metric of Grams inputs (n, n) and outputs (m, m), float64, damped relative to their means.
+    """The metric of Grams inputs (n, n) and outputs (m, m), wide, damped relative to their means.
 
     ArithmeticError where one is not positive semidefinite.
     """
-    factor, diagonal = (part.double() for part in unit_factor(inputs, damping))
-    diagonal = diagonal / diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    factor, diagonal = (widened(part) for part in unit_factor(inputs, damping))
+    diagonal = diagonal / diagonal.mean().clamp_min(torch.finfo(diagonal.dtype).tiny)
     gram = (factor * diagonal) @ factor.T
     spans = torch.stack([part[:, at] for at, part in _diagonal_blocks(gram, run)])
     upper = torch.linalg.cholesky(spans.flip(-1, -2)).flip(-1, -2)
     own = upper.diagonal(dim1=-2, dim2=-1)
     rows = rows_factor = None
     if outputs is not None:
-        rows_factor, weights = (part.double() for part in unit_factor(outputs, output_damping))
-        weights = weights / weights.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        rows_factor, weights = (widened(part) for part in unit_factor(outputs, output_damping))
+        weights = weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)
         rows = ((rows_factor * weights) @ rows_factor.T).float().contiguous()
         rows_factor = rows_factor.float().contiguous()
 
@@ -87,12 +88,12 @@ def round_weight(
     every run of codes is chosen anew, with scales near its own, given all others, until nothing changes.
     """
     m, n = weight.shape
-    identity = torch.eye(n, dtype=torch.float64, device=weight.device)
+    identity = torch.eye(n, dtype=wide(weight.device), device=weight.device)
     order = torch.arange(m, device=weight.device)
     if outputs is not None:
         order = outputs.diagonal().argsort(descending=True, stable=True)
-        outputs = outputs[order][:, order].double()
-    metric = make_metric(identity if inputs is None else inputs.double(), outputs, kind.run, damping, output_damping)
+        outputs = widened(outputs[order][:, order])
+    metric = make_metric(identity if inputs is None else widened(inputs), outputs, kind.run, damping, output_damping)
     target = weight.float()[order].contiguous()
     native = None if weight.device.type != "cpu" else library("blocks")
     if native is None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lrcompress.ggml.blocks import BlockType
 from lrcompress.ggml.vectors import Weighing
+from lrcompress.precision import widened
 
 ROOT = 0.5**0.5
 
@@ -49,13 +50,13 @@ class Run(Weighing):
 
     def refit(self, levels: Tensor, target: Tensor, *, minimum: bool) -> tuple[Tensor, Tensor]:
         """Least-squares scale and offset (rows,) of given levels (rows, b)."""
-        weight = self.diagonal.double()
-        a, t = ((part @ self.factor).double() for part in (levels, target))
+        weight = widened(self.diagonal)
+        a, t = (widened(part @ self.factor) for part in (levels, target))
         aa, at = (weight * a * a).sum(1), (weight * a * t).sum(1)
         alone = torch.where(aa > 0, at / torch.where(aa > 0, aa, 1), 0)
         if not minimum:
             return alone.float(), torch.zeros_like(alone).float()
-        one = self.factor.sum(0).double()
+        one = widened(self.factor.sum(0))
         oo, ao, ot = (weight * one * one).sum(), (weight * a * one).sum(1), (weight * one * t).sum(1)
         det = aa * oo - ao * ao
         fine = det > 1e-6 * aa * oo

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.two_sided import unit_factor
+from lrcompress.precision import widened
 
 GROUPS = 8
 """Of rows with about the same mixture, which have one factor: rows that differ in size alone have equal ones."""
@@ -24,7 +25,7 @@ class RowMetric:
 
     weight (m,): the mean of the diagonal of a row's metric; group (m,) int64; factor (groups, n, n) unit upper
     triangular and diagonal (groups, n), of a metric of which that is 1, the columns in the order `by_column` (n,).
-    All float64 but the factors, which are float32.
+    All wide but the factors, which are float32.
     """
 
     weight: Tensor
@@ -35,7 +36,7 @@ class RowMetric:
 
 
 def row_metric(parts: Sequence[tuple[Tensor, Tensor]], damping: float, groups: int = GROUPS) -> RowMetric:
-    """The metric Σ shares[v] gram of every row v, over one or two `parts`: shares (m,), and gram (n, n), float64.
+    """The metric Σ shares[v] gram of every row v, over one or two `parts`: shares (m,), and gram (n, n), wide.
 
     Rows are put into groups by the first part's share of their metric, as many rows in each; a group has the mixture
     that its rows have on average. The columns' order is that of the largest in the mean over all rows.
@@ -51,7 +52,7 @@ def row_metric(parts: Sequence[tuple[Tensor, Tensor]], damping: float, groups: i
     for mixture in mixtures:
         factor, diagonal = unit_factor(torch.einsum("p,pij->ij", mixture, unit), damping, by_column)
         factors.append(factor.float())
-        diagonals.append(diagonal.double())
+        diagonals.append(widened(diagonal))
     return RowMetric(weight, group, by_column, torch.stack(factors), torch.stack(diagonals))
 
 

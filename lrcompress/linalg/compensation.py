@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrcompress.finite import all_finite
 from lrcompress.linalg.damped import damped_factor
+from lrcompress.precision import widened
 
 DAMPING = 0.01
 """Relative to the mean of the diagonal, as GPTQ and SparseGPT use."""
@@ -19,7 +20,7 @@ It may look ahead as far as its block reaches, not further.
 
 
 def gram_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """V (n, n), upper triangular, with V Vᵀ = G + damping * mean diagonal * I, float64: see `damped_factor`.
+    """V (n, n), upper triangular, with V Vᵀ = G + damping * mean diagonal * I, wide: see `damped_factor`.
 
     It is the inverse of GPTQ's factor of (G + ...)⁻¹, at a quarter of the cost.
     """
@@ -27,13 +28,13 @@ def gram_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def sweep(weight: Tensor, factor: Tensor, block: int, choose: Choose) -> Tensor:
-    """The chosen columns (m, n) of weight (m, n), float64, errors carried to the columns on their right.
+    """The chosen columns (m, n) of weight (m, n), wide, errors carried to the columns on their right.
 
     factor is V of `gram_factor`. The columns F that are left get the errors E of those chosen, A, so that the output
     changes least, F + E V_AF V_FF⁻¹ (GPTQ, arXiv 2210.17323): within `block` columns one by one, beyond it at once,
     when a block is reached. The result does not depend on `block` where `choose` does not look further.
     """
-    rest = weight.double().T.clone(memory_format=torch.contiguous_format).T  # columns are what is worked on
+    rest = widened(weight).T.clone(memory_format=torch.contiguous_format).T  # columns are what is worked on
     chosen = torch.empty_like(rest)
     n = weight.shape[1]
     for start in range(0, n, block):

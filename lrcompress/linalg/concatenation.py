@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.truncation import decompose, tail_energies
+from lrcompress.precision import exact, widened
 
 NEGLIGIBLE = 1e-9
 """Components of less than this share of the largest energy are left out: Grams are summed and kept in float32."""
@@ -54,19 +55,20 @@ def joint(rights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Joint:
     directions that others see, its normal equations get a ridge; ArithmeticError where a large one is not enough.
     """
     present = [gram for gram in grams if gram is not None]
-    mean = torch.stack([gram.double() for gram in present]).mean(0) if present else None
-    spectrum = decompose(torch.cat([right.double() for right in rights]), mean)
+    mean = torch.stack([widened(gram) for gram in present]).mean(0) if present else None
+    spectrum = decompose(torch.cat([widened(right) for right in rights]), mean)
     real = spectrum.energies > NEGLIGIBLE * spectrum.energies[:1]
-    right = spectrum.right[real] / spectrum.energies[real].sqrt()[:, None]
+    sizes = spectrum.energies[real].sqrt()
+    right = spectrum.right[real] / sizes.to(spectrum.right)[:, None]
     errors, products, squares = [], [], []
     for own, gram in zip(rights, grams, strict=True):
-        seen = right if gram is None else right @ gram.double()
+        seen = right if gram is None else right @ widened(gram)
         square, factor = _definite(seen @ right.T)
         squares.append(square)
-        products.append(own.double() @ seen.T)
+        products.append(widened(own) @ seen.T)
         # The Cholesky factor is nested, so its columns give what every further row of R adds.
-        gains = torch.linalg.solve_triangular(factor, products[-1].T, upper=False).square().sum(1)
-        total = _energy(own, gram)
+        gains = exact(torch.linalg.solve_triangular(factor, products[-1].T, upper=False).square().sum(1))
+        total = exact(_energy(own, gram))
         errors.append(torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0))
     return Joint(right, errors, products, squares)
 
@@ -77,8 +79,8 @@ def bounds(energies: Sequence[Tensor], ranks: int) -> tuple[Tensor, Tensor]:
     No part errs less than its own best approximation of that rank; and the pooled components are one of the stack.
     The lower one holds for parts with metrics of their own too.
     """
-    lower = torch.stack([_padded(tail_energies(values.double()), ranks) for values in energies]).sum(0)
-    pooled = torch.cat([values.double() for values in energies]).sort(descending=True).values
+    lower = torch.stack([_padded(tail_energies(exact(values)), ranks) for values in energies]).sum(0)
+    pooled = torch.cat([exact(values) for values in energies]).sort(descending=True).values
     return lower, _padded(tail_energies(pooled), ranks)
 
 
@@ -90,16 +92,16 @@ def estimate(
     The rows of rights[b] are orthogonal in the metric, of squared length energies[b]. What is left out of a part is
     orthogonal to what is kept on both sides, so it adds at most its own energy; both bounds meet as `keep` grows.
     """
-    stack = torch.cat([right[:keep].double() for right in rights])
-    square = stack @ (stack if gram is None else stack @ gram.double()).T
-    values = torch.linalg.eigvalsh((square + square.T) / 2).flip(0).clamp_min(0)
+    stack = torch.cat([widened(right[:keep]) for right in rights])
+    square = stack @ (stack if gram is None else stack @ widened(gram)).T
+    values = torch.linalg.eigvalsh(exact(square + square.T) / 2).flip(0).clamp_min(0)
     lower = _padded(tail_energies(values), ranks)
     return lower, lower + sum(float(values[keep:].sum()) for values in energies)
 
 
 def _energy(right: Tensor, gram: Tensor | None) -> Tensor:
-    right = right.double()
-    return (right * (right if gram is None else right @ gram.double())).sum()
+    right = widened(right)
+    return (right * (right if gram is None else right @ widened(gram))).sum()
 
 
 def _padded(errors: Tensor, ranks: int) -> Tensor:
@@ -111,7 +113,7 @@ def _definite(square: Tensor) -> tuple[Tensor, Tensor]:
     """`square` with the smallest of the ridges that makes it positive definite, and its Cholesky factor."""
     square = (square + square.T) / 2
     size = square.diagonal().mean().clamp_min(torch.finfo(square.dtype).tiny)
-    for ridge in RIDGES:
+    for ridge in (ridge for ridge in RIDGES if ridge > torch.finfo(square.dtype).eps):
         found = square + ridge * size * torch.eye(len(square), dtype=square.dtype, device=square.device)
         factor, failed = torch.linalg.cholesky_ex(found)
         if not int(failed):

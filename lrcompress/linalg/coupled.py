@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrcompress.linalg.dictionary import SparseCode, largest, least_squares_dictionary, normalised
 from lrcompress.linalg.whitening import upper_root
+from lrcompress.precision import squares
 
 REFIT_STEPS = 5
 STEP_GROWTH, STEP_LIMIT = 1.3, 2.0
@@ -30,7 +31,7 @@ def coupled_htp(target: Tensor, output_gram: Tensor, start: SparseCode, nonzeros
         return SparseCode(*normalised(dictionary, codes), support)
 
     def objective(code: SparseCode) -> Tensor:
-        return (root @ (target - code.codes @ code.dictionary)).double().square().sum()
+        return squares(root @ (target - code.codes @ code.dictionary))
 
     best = fitted(start.codes, start.support, start.dictionary)
     objectives, length = [objective(best)], 1.0

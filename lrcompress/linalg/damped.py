@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lrcompress.finite import all_finite
-from lrcompress.linalg.whitening import check_gram
+from lrcompress.linalg.whitening import check_gram, noise
+from lrcompress.precision import wide, widened
 
 ENOUGH = 0.01
 """Of the damping: what rounding to float32 may change of a Gram's eigenvalues."""
@@ -18,20 +19,22 @@ def damped_factor(
     damping: float,
     what: str,
     order: Tensor | None = None,
-    dtypes: tuple[torch.dtype, ...] = (torch.float64,),
+    *,
+    single: bool = False,
 ) -> Tensor:
-    """V (n, n), upper triangular, with V Vᵀ = gram (n, n) in `order` (n,) + damping * its mean diagonal * I.
+    """V (n, n), upper triangular, wide, with V Vᵀ = gram (n, n) in `order` (n,) + damping * its mean diagonal * I.
 
-    The first of `dtypes` that serves: float32 where that changes the sum by little beside the damping (`ENOUGH`). An
-    all-zero gram counts as the identity; damping grows tenfold while rounding leaves the sum indefinite.
+    `single`: float32 where that changes the sum by little beside the damping (`ENOUGH`). An all-zero gram counts as the
+    identity; damping is at least `noise`, and grows tenfold while rounding leaves the sum indefinite.
     ArithmeticError, which names `what`, where gram has non-finite entries or is not positive semidefinite.
     """
     check_gram(gram, what)
     if not bool((gram.diagonal() > 0).any()):
-        gram = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        gram = torch.eye(len(gram), dtype=wide(gram.device), device=gram.device)
     # Cholesky's factor of the matrix turned round, turned back, is upper triangular.
     turned = torch.arange(len(gram), device=gram.device).flip(0) if order is None else order.flip(0)
-    mean = float(gram.diagonal().double().mean())
+    mean, damping = float(widened(gram.diagonal()).mean()), max(damping, noise(gram))
+    dtypes = dict.fromkeys([torch.float32] * single + [wide(gram.device)])
     while damping <= 1:
         for dtype in dtypes:
             lower = _cholesky(gram, turned, damping * mean, dtype)
@@ -50,7 +53,7 @@ def _cholesky(gram: Tensor, order: Tensor, added: float, dtype: torch.dtype) -> 
     lower, failed = torch.linalg.cholesky_ex(_ordered(gram, order, added, dtype))
     if int(failed) or not all_finite(lower):
         return None
-    exact = dtype == torch.float64 or _missed(lower, gram, order, added) <= ENOUGH * added
+    exact = dtype == wide(gram.device) or _missed(lower, gram, order, added) <= ENOUGH * added
     return lower if exact else None
 
 

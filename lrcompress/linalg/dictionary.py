@@ -12,9 +12,15 @@ from torch import Tensor
 
 from lrcompress.finite import all_finite
 from lrcompress.grams import quadratic
+from lrcompress.linalg.eigen import eigh
+from lrcompress.precision import exact, squares, widened
 
 RIDGES = {torch.float32: 1e-5, torch.float64: 1e-11}
 """Added to the unit diagonal of scaled normal equations: above the rounding of their sums."""
+
+STEEPEST = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Smallest eigenvalue, over the largest, from whose vectors a step of Newton and Schulz still makes orthonormal rows:
+epsilon over it is what rounding leaves, the step squares that."""
 
 REFIT_STEPS = 40
 """Conjugate gradient steps of a final refit: ten times those of a round of the pursuit."""
@@ -34,8 +40,8 @@ class SparseCode:
     objectives: list[Tensor] = field(default_factory=list)
 
     def error(self, target: Tensor) -> Tensor:
-        """(...) squared error ‖Y - C D‖², in float64."""
-        return (target - self.codes @ self.dictionary).double().square().sum((-2, -1))
+        """(...) squared error ‖Y - C D‖², `exact`."""
+        return squares(target - self.codes @ self.dictionary)
 
 
 def stalled(objectives: list[Tensor], tolerance: float) -> bool:
@@ -59,22 +65,22 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 def leading_directions(target: Tensor, count: int) -> Tensor:
     """(..., count, p) leading right singular vectors of Y (..., n, p) as rows, count <= p, orthonormal."""
-    exact = target.double()
-    _, vectors = torch.linalg.eigh(exact.mT @ exact)
+    rows = widened(target)
+    _, vectors = eigh(rows.mT @ rows)
     return vectors.flip(-1)[..., :count].mT.to(target.dtype)
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows to (..., k, p), k <= p: U Vᵀ of its SVD, computed in float64.
+    """The nearest matrix with orthonormal rows to (..., k, p), k <= p: U Vᵀ of its SVD, computed in the wide dtype.
 
     From the k x k eigenproblem and one Newton-Schulz step where that is exact enough, else from the SVD.
     """
-    exact = matrix.double()
-    values, vectors = torch.linalg.eigh(exact @ exact.mT)
-    if bool((values[..., 0] <= 1e-10 * values[..., -1]).any()):
-        u, _, vt = torch.linalg.svd(exact, full_matrices=False)
-        return (u @ vt).to(matrix.dtype)
-    rows = (vectors / values.sqrt()[..., None, :]) @ (vectors.mT @ exact)
+    given = widened(matrix)
+    values, vectors = eigh(given @ given.mT)
+    if bool((values[..., 0] <= STEEPEST[given.dtype] * values[..., -1]).any()):
+        u, _, vt = torch.linalg.svd(exact(given), full_matrices=False)
+        return (u @ vt).to(matrix)
+    rows = (vectors / values.sqrt()[..., None, :]) @ (vectors.mT @ given)
     rows = 1.5 * rows - 0.5 * (rows @ rows.mT) @ rows
     return rows.to(matrix.dtype)
 
@@ -111,6 +117,12 @@ def least_squares_dictionary(target: Tensor, codes: Tensor, previous: Tensor | N
     return found if previous is None else previous + found
 
 
+def fitted_dictionary(target: Tensor, codes: Tensor) -> Tensor:
+    """`least_squares_dictionary` of wide Y and C; in float32 a second step takes back what the ridge does."""
+    found = least_squares_dictionary(target, codes)
+    return found if codes.dtype == torch.float64 else least_squares_dictionary(target, codes, found)
+
+
 def least_squares_codes(gram: Tensor, products: Tensor, support: Tensor, start: Tensor, steps: int) -> Tensor:
     """C (..., n, k) on `support` that minimises ‖Y - C D‖²; see `refit`."""
     return refit(gram, products, support, start, steps)[0]
@@ -141,7 +153,7 @@ def refit(gram: Tensor, products: Tensor, support: Tensor, start: Tensor, steps:
 
 
 def refitted_codes(gram: Tensor, products: Tensor, codes: Tensor, support: Tensor) -> Tensor:
-    """`least_squares_codes` to convergence, float64, from codes that were the best of a dictionary near by."""
+    """`least_squares_codes` to convergence, wide, from codes that were the best of a dictionary near by."""
     norms = gram.diagonal().sqrt()
     norms = torch.where(norms > 0, norms, 1.0)
     scaled, right = gram / norms / norms[:, None], products / norms

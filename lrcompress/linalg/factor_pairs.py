@@ -9,8 +9,12 @@ the same space without a choice to be made: of all pairs that make a step in W, 
 import torch
 from torch import Tensor
 
+from lrcompress.linalg.eigen import eigh
+from lrcompress.linalg.whitening import noise
+from lrcompress.precision import widened
+
 DAMPING = 1e-8
-"""Times the mean eigenvalue is added to a Gram before it is solved with."""
+"""Times the mean eigenvalue is added to a Gram before it is solved with; in float32 `noise`."""
 
 
 def closest_step(left: Tensor, right: Tensor, left_grad: Tensor, right_grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,19 +66,19 @@ def scaled_step(
 
 
 def solved(gram: Tensor, rhs: Tensor) -> Tensor:
-    """gram⁻¹ rhs (r, n) of a damped positive gram (r, r), in float64, in the dtype of rhs."""
-    lower = torch.linalg.cholesky(_damped(gram.double()))
-    return torch.cholesky_solve(rhs.double(), lower).to(rhs.dtype)
+    """gram⁻¹ rhs (r, n) of a damped positive gram (r, r), in the wide dtype, in that of rhs."""
+    lower = torch.linalg.cholesky(_damped(widened(gram)))
+    return torch.cholesky_solve(widened(rhs), lower).to(rhs.dtype)
 
 
 def sylvester(left: Tensor, right: Tensor, rhs: Tensor) -> Tensor:
-    """X of left X + X right = rhs, all (r, r), left and right symmetric and positive, in float64."""
-    lefts, u = torch.linalg.eigh(_damped(left.double()))
-    rights, v = torch.linalg.eigh(_damped(right.double()))
-    return (u @ ((u.T @ rhs.double() @ v) / (lefts[:, None] + rights)) @ v.T).to(rhs.dtype)
+    """X of left X + X right = rhs, all (r, r), left and right symmetric and positive, in the wide dtype."""
+    lefts, u = eigh(_damped(widened(left)))
+    rights, v = eigh(_damped(widened(right)))
+    return (u @ ((u.T @ widened(rhs) @ v) / (lefts[:, None] + rights)) @ v.T).to(rhs.dtype)
 
 
 def _damped(gram: Tensor) -> Tensor:
     mean = gram.diagonal().mean()
-    shift = DAMPING * torch.where(mean > 0, mean, torch.ones_like(mean))
+    shift = max(DAMPING, noise(gram)) * torch.where(mean > 0, mean, torch.ones_like(mean))
     return gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -14,6 +14,7 @@ from lrcompress.linalg.dictionary import RIDGES, SparseCode, check_finite, least
 from lrcompress.linalg.pursuit import Alternation, Pursuit
 from lrcompress.linalg.sparse_coding import RELAXATION, htp
 from lrcompress.linalg.whitening import symmetric_root
+from lrcompress.precision import exact, wide, widened
 
 FIRST_ROUNDS = 4
 """Rounds on the stacked weights in the mean metric, where the dictionary begins."""
@@ -94,7 +95,7 @@ def joint_htp(
     dictionary = code.dictionary
     codes, supports = list(code.codes.split(sizes)), list(code.support.split(sizes))
     shared = SharedDictionary(weights, grams)
-    energies = [(s * w).double().sum() for s, w in zip(shared.seen, weights, strict=True)]
+    energies = [_summed(s * w) for s, w in zip(shared.seen, weights, strict=True)]
     pursuits = [turns.pursuit(w)(w, nonzeros, energy=e) for w, e in zip(weights, energies, strict=True)]
     objectives: list[Tensor] = []
     for _ in range(turns.rounds):
@@ -119,7 +120,7 @@ def _first(
     if present:
         target = stacked @ symmetric_root(torch.stack(present).mean(0)).to(stacked.dtype)
     code = htp(target, atoms, nonzeros, turns)
-    dictionary = least_squares_dictionary(stacked.double(), code.codes.double()).to(stacked.dtype)
+    dictionary = least_squares_dictionary(widened(stacked), widened(code.codes)).to(stacked.dtype)
     return SparseCode(dictionary, code.codes, code.support)
 
 
@@ -132,6 +133,12 @@ def _pursue(
     norms = torch.where(norms > norms.max() * RIDGES[codes.dtype], norms, 1.0)
     codes, support = pursuit.advance(squares / norms / norms[:, None], products / norms, codes * norms, support)
     return codes / norms, support
+
+
+def _summed(matrix: Tensor) -> Tensor:
+    if wide(matrix.device) == torch.float64:
+        return matrix.double().sum()
+    return exact(matrix.sum(-1)).sum()
 
 
 def _times(matrix: Tensor, gram: Tensor | None) -> Tensor:

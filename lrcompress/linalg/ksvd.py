@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.dictionary import SparseCode, check_finite, normalised, stalled
+from lrcompress.linalg.dictionary import RIDGES, SparseCode, check_finite, normalised, stalled
 from lrcompress.linalg.pursuit import Alternation
+from lrcompress.precision import exact, widened
 
 POWER_ITERATIONS = 8
 SEED = 42
+RIDGE = 1e-9
+"""Of the chosen atoms' squares, which are of norm 1."""
 PURSUIT_NUMBERS = 2**25
 """Most numbers that the pursuit keeps at once; rows are taken in parts of that size."""
 
@@ -30,14 +33,14 @@ def ksvd(target: Tensor, atoms: int, nonzeros: int, turns: Alternation) -> Spars
     none = target.new_zeros(len(target), 0)
     dictionary, _ = normalised(target[chosen], none.new_zeros(len(target), atoms))
     codes, support = pursue(target, dictionary, nonzeros)
-    objectives = [_squared(target - codes @ dictionary).double().sum()]
+    objectives = [exact(_squared(target - codes @ dictionary)).sum()]
     for _ in range(turns.rounds):
         dictionary, codes = update_atoms(target, dictionary, codes, support)
         fresh, positions = pursue(target, dictionary, nonzeros)
         old = _squared(target - codes @ dictionary)
         better = (_squared(target - fresh @ dictionary) < old)[:, None]
         codes, support = torch.where(better, fresh, codes), torch.where(better, positions, support)
-        objectives.append(_squared(target - codes @ dictionary).double().sum())
+        objectives.append(exact(_squared(target - codes @ dictionary)).sum())
         if stalled(objectives, turns.tolerance):
             break
     return SparseCode(dictionary, codes, support, objectives)
@@ -56,11 +59,11 @@ def pursue(target: Tensor, dictionary: Tensor, nonzeros: int) -> tuple[Tensor, T
     atoms, so that a step costs a row O(s k). Coefficients are solved for exactly at the end.
     """
     gram, products = dictionary @ dictionary.mT, target @ dictionary.mT
-    exact = dictionary.double() @ dictionary.double().mT
+    squares = widened(dictionary) @ widened(dictionary).mT
     part = max(1, PURSUIT_NUMBERS // (nonzeros * len(gram)))
     chosen = torch.cat([_pursue_part(gram, piece, nonzeros) for piece in products.split(part)])
     values = torch.cat([
-        _solve_on(exact, piece, where)
+        _solve_on(squares, piece, where)
         for piece, where in zip(products.split(part), chosen.split(part), strict=True)
     ])  # fmt: skip
     codes = torch.zeros_like(products).scatter_(-1, chosen, values)
@@ -89,14 +92,17 @@ def _pursue_part(gram: Tensor, products: Tensor, nonzeros: int) -> Tensor:
 
 
 def _solve_on(gram: Tensor, products: Tensor, chosen: Tensor) -> Tensor:
-    """(n, s) least-squares coefficients on the chosen atoms (n, s), from D Dᵀ in float64 and Y Dᵀ."""
+    """(n, s) least-squares coefficients on the chosen atoms (n, s), from D Dᵀ, wide, and Y Dᵀ."""
     squares = gram[chosen[:, :, None], chosen[:, None, :]]
-    squares = squares + 1e-9 * torch.eye(chosen.shape[1], dtype=squares.dtype, device=squares.device)
-    factor, failed = torch.linalg.cholesky_ex(squares)
+    ridge = RIDGE if squares.dtype == torch.float64 else RIDGES[squares.dtype]
+    factor, failed = torch.linalg.cholesky_ex(squares + ridge * torch.eye(chosen.shape[1]).to(squares))
     if bool(failed.any()):
         raise ArithmeticError("the chosen atoms have no finite normal equations")
-    right = products.gather(-1, chosen).double()
-    return torch.cholesky_solve(right[..., None], factor).squeeze(-1).to(products.dtype)
+    right = widened(products.gather(-1, chosen))[..., None]
+    found = torch.cholesky_solve(right, factor)
+    if squares.dtype != torch.float64:  # once more, in which the ridge no longer counts
+        found = found + torch.cholesky_solve(right - squares @ found, factor)
+    return found.squeeze(-1).to(products.dtype)
 
 
 def update_atoms(target: Tensor, dictionary: Tensor, codes: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:

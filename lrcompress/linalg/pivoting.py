@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lrcompress.precision import widened
+
 LARGEST = 1.5
 """Coefficients that are larger change their row for a pivot."""
 
@@ -16,7 +18,7 @@ def pivot_rows(basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     the coefficient (maxvol, Goreinov et al. 2010, "How to find a good submatrix").
     """
     m, rank = basis.shape
-    compact, swaps = torch.linalg.lu_factor_ex(basis.double())[:2]
+    compact, swaps = torch.linalg.lu_factor_ex(widened(basis))[:2]
     numbers = list(range(m))
     for place, other in enumerate((swaps - 1).tolist()):  # as LAPACK notes exchanges
         numbers[place], numbers[other] = numbers[other], numbers[place]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg.dictionary import SparseCode, largest, refit
+from lrcompress.precision import exact, squares
 
 REFIT_STEPS = 2
 """Conjugate gradient steps per round: a third makes no difference, with one alone the error is some per cent higher."""
@@ -27,7 +28,7 @@ class Pursuit:
         self.nonzeros, self.refit_steps = nonzeros, refit_steps
         self.length = target.new_ones(*target.shape[:-1], 1)
         self._target, self._narrower = target, False
-        self._energy = target.double().square().sum((-2, -1)) if energy is None else energy
+        self._energy = squares(target) if energy is None else energy
 
     def narrow(self, nonzeros: int) -> None:
         """Let the next step leave every row so many coefficients; where these are fewer, it may get worse."""
@@ -46,7 +47,7 @@ class Pursuit:
             better, self._narrower = torch.ones_like(better), False
         else:
             self.length = torch.where(better, (self.length * STEP_GROWTH).clamp_max(STEP_LIMIT), self.length / 2)
-        explained = torch.where(better, after, before).double().sum((-2, -1))
+        explained = exact(torch.where(better, after, before)).sum((-2, -1))
         self.error = (self._energy - explained).clamp_min(0)
         return torch.where(better, refitted, codes), torch.where(better, proposed, support)
 

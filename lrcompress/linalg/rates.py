@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lrcompress.linalg.triangular import inverse_column_norms
 from lrcompress.linalg.two_sided import expected_at, offsets
+from lrcompress.precision import exact
 
 COARSEST, FINEST = 3, 13
 """Octaves of the steps that are tried above and below the entries' root mean square."""
@@ -26,7 +27,7 @@ CLASSES = 2
 
 
 def rates_of(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(3, steps) float64: bits an entry, strictly decreasing, log2 of the step, and the summed squared error.
+    """(3, steps) `exact`: bits an entry, strictly decreasing, log2 of the step, and the summed squared error.
 
     target (m, n), left (m, m) and right (n, n) as of `round_two_sided`, in steps of 1. What feedback adds to an entry
     before it is rounded is E - T with E = N⁻ᵀ T M⁻¹; T is about white, so that its variance is that of T times the
@@ -60,9 +61,10 @@ def _rates(target: Tensor, row: Tensor, column: Tensor, amplification: Tensor) -
     if scale == 0:
         scale = 1.0
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randn(len(row), generator=generator, dtype=torch.float64).to(target.device)
-    values, spread = target[row, column].double(), (amplification.double() - 1).clamp_min(0).sqrt() * drawn
-    expected = expected_at(target, row, column).double()
+    values = exact(target[row, column])
+    drawn = torch.randn(len(row), generator=generator, dtype=torch.float64).to(values.device)
+    spread = (exact(amplification) - 1).clamp_min(0).sqrt() * drawn
+    expected = exact(expected_at(target, row, column))
     classes = (expected.clamp_min(1e-9).log2() * CLASSES).round().long()
     classes -= classes.min()
     found: list[tuple[float, float, float]] = []

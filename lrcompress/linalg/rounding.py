@@ -5,20 +5,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrcompress.precision import widened
+
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 """Fractions of a range that a search for the best one tries."""
 
 
 @dataclass
 class Grid:
-    """The numbers scale * (code - zero) with codes 0..2^bits - 1; scale and zero (..., 1), float64."""
+    """The numbers scale * (code - zero) with codes 0..2^bits - 1; scale and zero (..., 1), wide."""
 
     scale: Tensor
     zero: Tensor
     bits: int
 
     def codes(self, values: Tensor) -> Tensor:
-        """Codes (..., n) of the grid's numbers nearest to `values` (..., n), float64."""
+        """Codes (..., n) of the grid's numbers nearest to `values` (..., n), wide."""
         return ((values / self.scale).round() + self.zero).clamp(0, 2**self.bits - 1)
 
     def numbers(self, codes: Tensor) -> Tensor:
@@ -32,7 +34,7 @@ class Grid:
 
 def storable(scale: Tensor) -> Tensor:
     """scale rounded to bfloat16: a checkpoint of any dtype then holds it exactly (float16 within its range)."""
-    return scale.to(torch.bfloat16).double()
+    return widened(scale.to(torch.bfloat16))
 
 
 def asymmetric_grid(values: Tensor, bits: int, clip: float | Tensor = 1.0) -> Grid:

@@ -18,6 +18,7 @@ from lrcompress.linalg.dictionary import (
 )
 from lrcompress.linalg.ksvd import ksvd
 from lrcompress.linalg.pursuit import Alternation
+from lrcompress.precision import squares
 
 RELAXATION = 1.98
 """A dictionary step goes this many times as far as the least-squares dictionary. The error for given codes is a
@@ -41,13 +42,13 @@ def procrustes(target: Tensor, atoms: int, nonzeros: int, turns: Alternation) ->
     """
     check_finite(target)
     dictionary = leading_directions(target, atoms)
-    energy = target.double().square().sum((-2, -1))
+    energy = squares(target)
     objectives: list[Tensor] = []
     for step in range(turns.rounds + 1):
         codes = target @ dictionary.mT
         support = largest(codes, nonzeros)
         codes = codes * support
-        objectives.append((energy - codes.double().square().sum((-2, -1))).clamp_min(0))
+        objectives.append((energy - squares(codes)).clamp_min(0))
         if stalled(objectives, turns.tolerance):
             break
         if step < turns.rounds:

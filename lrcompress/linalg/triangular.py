@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lrcompress.precision import exact, wide
+
 PANEL, BLOCK = 512, 256
 """Columns that are worked on at a time, and rows that are solved for at a time."""
 
@@ -27,12 +29,13 @@ def inverse_column_norms(factor: Tensor, panel: int = PANEL, block: int = BLOCK)
 
 
 def energy_between(left: Tensor, matrix: Tensor, right: Tensor, panel: int = PANEL) -> Tensor:
-    """|Nᵀ X M|² (), float64, of X (m, n) between upper triangular left N (m, m) and right M (n, n)."""
-    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    """|Nᵀ X M|² (), `exact`, of X (m, n) between upper triangular left N (m, m) and right M (n, n)."""
+    dtype = wide(matrix.device)
+    total = torch.zeros((), dtype=dtype, device=matrix.device)
     for start in range(0, len(left), panel):
         stop = min(start + panel, len(left))
         rows = left[:stop, start:stop].T @ matrix[:stop]
         for first in range(0, len(right), panel):
             last = min(first + panel, len(right))
-            total += (rows[:, :last] @ right[:last, first:last]).square_().sum(dtype=torch.float64)
-    return total
+            total += (rows[:, :last] @ right[:last, first:last]).square_().sum(dtype=dtype)
+    return exact(total)

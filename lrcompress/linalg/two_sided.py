@@ -18,10 +18,10 @@ LARGEST_SHIFT = 0.15
 def unit_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """M (n, n), unit upper triangular, and d (n,): M diag(d) Mᵀ = gram + damping * its mean * I, in `order` (n,).
 
-    Both float32 where that changes the sum by little beside the damping, float64 otherwise: see `damped_factor`.
+    Both float32 where that changes the sum by little beside the damping, wide otherwise: see `damped_factor`.
     """
     damping = max(damping, torch.finfo(torch.float32).eps)
-    upper = damped_factor(gram, damping, "the layer", order, (torch.float32, torch.float64))
+    upper = damped_factor(gram, damping, "the layer", order, single=True)
     diagonal = upper.diagonal().clone()
     return upper.div_(diagonal), diagonal.square()
 

@@ -15,6 +15,7 @@ from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.dictionary_encoding import encoded, encoded_together
 from lrcompress.methods.dictionary_options import CospadiOptions
+from lrcompress.precision import wide, widened
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 SPARSITY_COST = 0.07
@@ -109,9 +110,9 @@ class Cospadi(Method):
         if statistics is not None and self.metric != "plain":
             gram = statistics.gram(centred=self.metric == "centred")
         if self.options.by_input:
-            return self._decompose_by_input(weight.double(), gram, statistics)
+            return self._decompose_by_input(widened(weight), gram, statistics)
         roots = self._output_roots(weight, statistics)
-        spectrum = decompose(weight.double() * roots[:, None], gram)
+        spectrum = decompose(widened(weight) * roots[:, None], gram)
         artefact = {"weight": weight.float(), "left": spectrum.left.float(), "energies": spectrum.energies}
         artefact["roots"] = roots
         outputs = self._output_gram(statistics)
@@ -132,7 +133,7 @@ class Cospadi(Method):
         scale = 1.0
         if self.metric == "trace" and statistics is not None:
             scale = float(statistics.gradient_squares().mean())
-        rows = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        rows = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         if gram is not None and bool((gram.diagonal() > 0).any()):
             rows = damped(gram, INPUT_DAMPING)
         roots = rows.diagonal().sqrt()
@@ -145,7 +146,7 @@ class Cospadi(Method):
         return artefact
 
     def _output_gram(self, statistics: InputStatistics | None) -> Tensor | None:
-        """(out, out) float64: the damped Gram of the gradients; None where it is not asked for, or zero."""
+        """(out, out) wide: the damped Gram of the gradients; None where it is not asked for, or zero."""
         if not self.needs_gradient_gram or statistics is None or not bool((statistics.gradient_squares() > 0).any()):
             return None
         assert statistics.gradients is not None
@@ -156,11 +157,11 @@ class Cospadi(Method):
         return self.options.keeps_gram
 
     def _output_roots(self, weight: Tensor, statistics: InputStatistics | None) -> Tensor:
-        """(out,) float64: the diagonal of R, all ones where the metric has no gradients, or these are zero."""
-        ones = torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+        """(out,) wide: the diagonal of R, all ones where the metric has no gradients, or these are zero."""
+        ones = torch.ones(len(weight), dtype=wide(weight.device), device=weight.device)
         if not self.needs_gradients or statistics is None:
             return ones
-        squares = statistics.gradient_squares().double()
+        squares = widened(statistics.gradient_squares())
         mean = squares.mean()
         if not bool(torch.isfinite(mean)):
             raise ArithmeticError("the gradients have non-finite entries")

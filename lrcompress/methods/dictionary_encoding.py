@@ -10,12 +10,13 @@ from lrcompress.formats.sparse_dictionary import SparseDictionary, dequantised, 
 from lrcompress.formats.transposed_dictionary import TransposedDictionary
 from lrcompress.kernels.pursuit import pursuit_for
 from lrcompress.linalg.coupled import coupled_htp
-from lrcompress.linalg.dictionary import SparseCode, least_squares_dictionary, refitted_codes
+from lrcompress.linalg.dictionary import SparseCode, fitted_dictionary, refitted_codes
 from lrcompress.linalg.joint import FINAL_STEPS, SharedDictionary, joint_htp
 from lrcompress.linalg.pursuit import Alternation
 from lrcompress.linalg.sparse_coding import SOLVERS
 from lrcompress.linalg.whitening import upper_root
 from lrcompress.methods.dictionary_options import CospadiOptions
+from lrcompress.precision import exact, widened
 from lrcompress.protocols import Spec
 
 Artefact = dict[str, Tensor]
@@ -27,21 +28,21 @@ def encoded(options: CospadiOptions, spec: Spec, artefact: Artefact, bias: Tenso
 
     What is stored of one weight, see formats; ArithmeticError where it is not finite.
     """
-    target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().float()
+    target = artefact["left"] * artefact.get("diagonal", artefact["energies"]).sqrt().to(artefact["left"])
     atoms, nonzeros = spec.parameters["atoms"], spec.parameters["rank"]
     code = SOLVERS[options.solver](target, atoms, nonzeros, _turns(options))
     if "rows" in artefact:
         return _coupled(options, spec, artefact, target, code, bias)
-    roots, weight = artefact["roots"][:, None], artefact["weight"].double()
-    codes = code.codes.double()
-    dictionary = least_squares_dictionary(roots * weight, codes)
+    roots, weight = artefact["roots"][:, None], widened(artefact["weight"])
+    codes = widened(code.codes)
+    dictionary = fitted_dictionary(roots * weight, codes)
     codes = codes / roots
     scale = _balance(dictionary, codes)
     dictionary, codes = dictionary * scale, codes / scale
     if options.dictionary_bits == 8:
         codes = _refitted_codes(artefact, _rounded(dictionary, 8), codes, code.support)
     elif options.coefficient_bits == 8:
-        dictionary = least_squares_dictionary(roots * weight, roots * _rounded(codes, 8))
+        dictionary = fitted_dictionary(roots * weight, roots * _rounded(codes, 8))
     return _stored(options, spec, artefact, dictionary, codes, code.support, bias)
 
 
@@ -54,8 +55,8 @@ def _coupled(
     start = SparseCode(code.dictionary, code.codes / roots, code.support)
     code = coupled_htp(target / roots, rows / unit, start, spec.parameters["rank"], options.full_gram_rounds)
     root = upper_root(rows)
-    codes = code.codes.double()
-    dictionary = least_squares_dictionary(root @ artefact["weight"].double(), root @ codes)
+    codes = widened(code.codes)
+    dictionary = fitted_dictionary(root @ widened(artefact["weight"]), root @ codes)
     scale = _balance(dictionary, codes)
     return _stored(options, spec, artefact, dictionary * scale, codes / scale, code.support, bias)
 
@@ -65,16 +66,16 @@ def encoded_together(
 ) -> list[dict[str, Tensor]]:
     """One dictionary for all, by `joint_htp`; then as in `encoded`. ArithmeticError where it is not finite."""
     roots = [a["roots"][:, None] for a in artefacts]
-    weights = [r * a["weight"].double() for r, a in zip(roots, artefacts, strict=True)]
+    weights = [r * widened(a["weight"]) for r, a in zip(roots, artefacts, strict=True)]
     grams = [a["gram"] if "gram" in a else None for a in artefacts]
     # One factor for all weights, so that sums in float32 begin near 1.
     unit = torch.stack([w.square().mean() for w in weights]).mean().sqrt().clamp_min(1e-30)
     scaled = [(w / unit).float() for w in weights]
     atoms, nonzeros = specs[0].parameters["atoms"], specs[0].parameters["rank"]
     code = joint_htp(scaled, grams, atoms, nonzeros, _turns(options))
-    exact = SharedDictionary(weights, [g if g is None else g.double() for g in grams])
-    codes = [c.double() for c in code.codes]
-    dictionary = exact.solve(codes, code.dictionary.double() * unit, FINAL_STEPS)
+    shared = SharedDictionary(weights, [g if g is None else widened(g) for g in grams])
+    codes = [widened(c) for c in code.codes]
+    dictionary = shared.solve(codes, widened(code.dictionary) * unit, FINAL_STEPS)
     scale = _balance(dictionary, torch.cat(codes))
     dictionary = dictionary * scale
     codes = [c / r / scale for c, r in zip(codes, roots, strict=True)]
@@ -83,7 +84,7 @@ def encoded_together(
         codes = [_refitted_codes(a, changed, c, s) for a, c, s in zip(artefacts, codes, code.supports, strict=True)]
     elif options.coefficient_bits == 8:
         few = [r * _rounded(c, 8) for r, c in zip(roots, codes, strict=True)]
-        dictionary = exact.solve(few, dictionary, FINAL_STEPS)
+        dictionary = shared.solve(few, dictionary, FINAL_STEPS)
     return [
         _stored(options, spec, artefact, dictionary, c, support, bias)
         for spec, artefact, c, support, bias in zip(specs, artefacts, codes, code.supports, biases, strict=True)
@@ -96,8 +97,8 @@ def _turns(options: CospadiOptions) -> Alternation:
 
 def _refitted_codes(artefact: Artefact, dictionary: Tensor, codes: Tensor, support: Tensor) -> Tensor:
     """Codes (out, k) that are the best in the metric for a dictionary (k, in) that has been changed."""
-    seen = dictionary if "gram" not in artefact else dictionary @ artefact["gram"].double()
-    return refitted_codes(seen @ dictionary.T, artefact["weight"].double() @ seen.T, codes, support)
+    seen = dictionary if "gram" not in artefact else dictionary @ widened(artefact["gram"])
+    return refitted_codes(seen @ dictionary.T, widened(artefact["weight"]) @ seen.T, codes, support)
 
 
 def _stored(
@@ -114,18 +115,18 @@ def _stored(
     if "mean" in artefact:
         left = _rounded(codes, options.coefficient_bits)
         right = _rounded(dictionary, options.dictionary_bits)
-        weight, mean = artefact["weight"].double(), artefact["mean"]
+        weight, left, right = (exact(part) for part in (artefact["weight"], left, right))
         if options.by_input:
             weight, left, right = weight.T, right.T, left.T
-        moved = weight @ mean - left @ (right @ mean)
-        bias = (moved if bias is None else bias.double() + moved).float()
+        moved = weight @ artefact["mean"] - left @ (right @ artefact["mean"])
+        bias = (moved if bias is None else bias.to(moved) + moved).float()
     form = TransposedDictionary if options.by_input else SparseDictionary
     return form.encode(spec, dictionary.float(), codes.float(), support, bias)
 
 
 def _rounded(values: Tensor, bits: int) -> Tensor:
-    """Float64 rows of `values` as they are stored with `bits` bits; zeros stay zeros."""
-    return dequantised(quantised(values.float(), bits)).double()
+    """Wide rows of `values` as they are stored with `bits` bits; zeros stay zeros."""
+    return widened(dequantised(quantised(values.float(), bits)))
 
 
 def _balance(dictionary: Tensor, codes: Tensor) -> Tensor:

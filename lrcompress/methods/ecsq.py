@@ -17,6 +17,7 @@ from lrcompress.linalg.two_sided import expected_sizes, in_steps, offsets, round
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
 from lrcompress.methods.tokens import decompose_tokens, energy_by_row, round_tokens, token_parts
+from lrcompress.precision import wide, widened
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 BITS = [*(0.05 * k for k in range(1, 40)), *(2 + k / 16 for k in range(168))]
@@ -80,8 +81,8 @@ class Ecsq(Method):
         left, row = unit_factor(gradients, self._gradient_damping, by_row)
         right, column = unit_factor(inputs, self._damping, by_column)
         scales = Scales.nearest(row.rsqrt(), column.rsqrt())
-        row, column = scales.rows.double(), scales.columns.double()
-        target = weight.double()[by_row][:, by_column] / row[:, None] / column
+        row, column = widened(scales.rows), widened(scales.columns)
+        target = widened(weight)[by_row][:, by_column] / row[:, None] / column
         target = target.float()
         left, right = in_steps(left, row), in_steps(right, column)
         return {
@@ -105,11 +106,12 @@ class Ecsq(Method):
         return self.options.gradient_damping if self.needs_gradient_gram else 0.0
 
     def _grams(self, weight: Tensor, statistics: InputStatistics | None) -> tuple[Tensor, Tensor]:
-        """(in, in) and (out, out) float64: what an error of the inputs, and of the outputs, is weighed by."""
+        """(in, in) and (out, out) wide: what an error of the inputs, and of the outputs, is weighed by."""
         m, n = weight.shape
-        own = torch.eye(m, dtype=torch.float64, device=weight.device)
+        dtype = wide(weight.device)
+        own = torch.eye(m, dtype=dtype, device=weight.device)
         if statistics is None or not self.needs_statistics:
-            return torch.eye(n, dtype=torch.float64, device=weight.device), own
+            return torch.eye(n, dtype=dtype, device=weight.device), own
         inputs = statistics.gram(centred=self.metric == "centred")
         if self.metric == "two_sided":
             assert statistics.gradients is not None
@@ -179,7 +181,7 @@ def relative_error_of(artefact: dict[str, Tensor], weight: Tensor, inputs: Tenso
 
     inputs (in, in): a second moment in the place of the metric's own; of tokens there is none.
     """
-    error = weight.double() - weight_of(artefact)
+    error = widened(weight) - weight_of(artefact)
     if artefact["size"] <= 0:
         return 0.0
     if "group" in artefact:
@@ -190,7 +192,7 @@ def relative_error_of(artefact: dict[str, Tensor], weight: Tensor, inputs: Tenso
         error = (error[:, artefact["by_column"]] / artefact["column"]).float()
         return float(energy_between(artefact["left"], error, artefact["right"]) / artefact["size"])
     carried = artefact["left"].T @ error.float()
-    return float(((carried @ inputs.float()) * carried).sum(dtype=torch.float64) / artefact["size"])
+    return float(widened((carried @ inputs.float()) * carried).sum() / artefact["size"])
 
 
 def _unsorted(values: Tensor, order: Tensor) -> Tensor:

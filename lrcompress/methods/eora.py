@@ -13,6 +13,7 @@ from lrcompress.grams import energy
 from lrcompress.linalg.truncation import Spectrum
 from lrcompress.methods.base import METHODS, MethodOptions
 from lrcompress.methods.spectral import Metric, SpectralMethod, SpectralOptions
+from lrcompress.precision import exact, widened
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 
@@ -91,7 +92,7 @@ class Eora(SpectralMethod):
             return {"energies": torch.zeros(min(site.shape), dtype=torch.float64), "size": torch.zeros(())}
         gram = None if statistics is None else statistics.gram()
         base = self._base.compress(weight, gram if self._base.needs_gram else None, site.name)
-        error = weight.double() - base.dense
+        error = widened(weight) - base.dense
         outputs, scale = self.output_gram(statistics), self.output_scale(statistics)
         metric = None if self.metric == "plain" else gram
         if metric is not None and statistics is not None and self.centres(site):
@@ -137,8 +138,8 @@ class Eora(SpectralMethod):
         left, right = artefact["left"][:, :rank], artefact["right"][:rank]
         if "mean" in artefact:
             stored_left, stored_right = rounded_factors(left, right, self.options.factor_bits)
-            moved = artefact["mean_output"] - stored_left @ (stored_right @ artefact["mean"])
-            bias = (moved if bias is None else bias.double() + moved).float()
+            moved = artefact["mean_output"] - exact(stored_left) @ (exact(stored_right) @ artefact["mean"])
+            bias = (moved if bias is None else bias.to(moved) + moved).float()
         if rank:
             return Sum.encode(weights, left, right, self.options.factor_bits, bias)
         return weights if bias is None else weights | restored(bare, weights, torch.float32).bias_tensors(bias)
@@ -147,7 +148,7 @@ class Eora(SpectralMethod):
 def coded_errors(
     spectrum: Spectrum, error: Tensor, gram: Tensor | None, bits: int, output_gram: Tensor | None = None
 ) -> Tensor:
-    """(k + 1,) float64: squared error in the metric of the first 0..k components, rounded to `bits` bits.
+    """(k + 1,) `exact`: squared error in the metric of the first 0..k components, rounded to `bits` bits.
 
     ‖E - Σ_i<r b_i a_iᵀ‖² for every r from the components' inner products with E (m, n) and with each other.
     """
@@ -157,13 +158,13 @@ def coded_errors(
     with_error = ((outputs.T @ error) * weighted).sum(1)
     mutual = (outputs.T @ left) * (weighted @ right.T)
     own = 2 * mutual.tril(-1).sum(1) + mutual.diagonal()
-    steps = own - 2 * with_error
+    steps = exact(own - 2 * with_error)
     whole = _inner(error, error, gram, output_gram)
     return torch.cat([whole[None], whole + steps.cumsum(0)]).clamp_min(0)
 
 
 def _inner(left: Tensor, right: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> Tensor:
-    """tr(B left G rightᵀ) of two matrices (m, n), float64, the identity where there is no gram."""
-    left, right = left.double(), right.double()
+    """tr(B left G rightᵀ) of two matrices (m, n), `exact`, the identity where there is no gram."""
+    left, right = widened(left), widened(right)
     left = left if gram is None else left @ gram
-    return ((left if output_gram is None else output_gram @ left) * right).sum()
+    return exact(((left if output_gram is None else output_gram @ left) * right).sum())

@@ -14,6 +14,7 @@ from lrcompress.ggml.types import BLOCK_TYPES, BlockType
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import METHODS, Method, MethodOptions
 from lrcompress.methods.spectral import Metric
+from lrcompress.precision import widened
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 MIXED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0")
@@ -97,16 +98,16 @@ class GgmlBlocks(Method):
                 kind, weight, inputs, outputs, damping=self.options.damping, output_damping=0.0, rounds=rounds
             )
             found[f"blocks.{kind.name}"] = blocks
-            errors.append(self._loss(kind.dense(blocks).double() - weight.double(), inputs, outputs))
-        size = self._loss(weight.double(), inputs, outputs)
+            errors.append(self._loss(widened(kind.dense(blocks)) - widened(weight), inputs, outputs))
+        size = self._loss(widened(weight), inputs, outputs)
         return {**found, "error": torch.stack([*errors, torch.zeros_like(size)]), "size": size}
 
     def _grams(
         self, site: Site, weight: Tensor, statistics: InputStatistics | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(in, in) and (out, out) float64: what errors of inputs and outputs are weighed by, None where all alike."""
+        """(in, in) and (out, out) wide: what errors of inputs and outputs are weighed by, None where all alike."""
         if site.name in self.importance:
-            return torch.diag(self.importance[site.name].double().to(weight.device)), None
+            return torch.diag(widened(self.importance[site.name].to(weight.device))), None
         if statistics is None or not self.needs_statistics:
             return None, None
         inputs = statistics.gram(centred=self.metric == "centred")

@@ -11,6 +11,7 @@ from lrcompress.formats import restored
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.linalg.concatenation import Joint, joint
 from lrcompress.linalg.pivoting import pivot_rows
+from lrcompress.precision import exact, widened
 from lrcompress.protocols import Spec
 
 Artefacts = Sequence[dict[str, Tensor]]
@@ -22,8 +23,8 @@ def joined(artefacts: Artefacts) -> Joint:
 
 
 def weighed(artefacts: Artefacts) -> list[Tensor]:
-    """Right factors (k, in), float64, whose squared lengths in the metric of the inputs are the energies."""
-    return [artefact["right"].double() * scale for artefact, scale in zip(artefacts, _scales(artefacts), strict=True)]
+    """Right factors (k, in), wide, whose squared lengths in the metric of the inputs are the energies."""
+    return [widened(artefact["right"]) * scale for artefact, scale in zip(artefacts, _scales(artefacts), strict=True)]
 
 
 def encode_joined(
@@ -38,11 +39,11 @@ def encode_joined(
     count = min(rank, found.spanned(0) if pivoted else len(found.right))
     right = found.right[:count]
     lefts = [
-        artefact["left"].double() @ found.left(b, count) / scale
+        widened(artefact["left"]) @ found.left(b, count) / scale
         for b, (artefact, scale) in enumerate(zip(artefacts, _scales(artefacts), strict=True))
     ]
     moved = [
-        with_mean(bias, artefact, left @ (right @ artefact["mean"])) if "mean" in artefact else bias
+        with_mean(bias, artefact, exact(left) @ (exact(right) @ artefact["mean"])) if "mean" in artefact else bias
         for artefact, left, bias in zip(artefacts, lefts, biases, strict=True)
     ]
     missing = rank - count  # no component is left for these
@@ -62,12 +63,12 @@ def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, found: Joint, dty
     lent = encoded[0]["pivot.weight" if specs[0].format == Pivoted.name else "A.weight"]
     exact = stored = anyway = 0.0
     for spec, tensors, artefact, scale in zip(specs, encoded, artefacts, _scales(artefacts), strict=True):
-        weight, gram = artefact["left"].double() @ artefact["right"].double(), artefact.get("gram")
+        weight, gram = widened(artefact["left"]) @ widened(artefact["right"]), artefact.get("gram")
         own = tensors if spec.owner is None else {**tensors, "A.weight": lent}
         rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in own.items()}
-        errors = [weight - restored(spec, held, torch.float64).dense() for held in (own, rounded)]
-        errors.append(weight - weight.to(dtype).double())
-        sizes = [float(scale**2 * (e * (e if gram is None else e @ gram.double())).sum()) for e in errors]
+        errors = [weight - restored(spec, held, weight.dtype).dense() for held in (own, rounded)]
+        errors.append(weight - widened(weight.to(dtype)))
+        sizes = [float(scale**2 * (e * (e if gram is None else e @ widened(gram))).sum()) for e in errors]
         exact, stored, anyway = exact + sizes[0], stored + sizes[1], anyway + sizes[2]
     added = max(0.0, stored - exact - 4 * anyway)
     if exact <= 0:
@@ -78,7 +79,7 @@ def rounding_loss(specs: Sequence[Spec], artefacts: Artefacts, found: Joint, dty
 def with_mean(bias: Tensor | None, artefact: dict[str, Tensor], given: Tensor) -> Tensor:
     """The bias that also carries what the mean input gives, less what the factors make of it, `given` (out,)."""
     missing = artefact["mean_output"] - given
-    return (missing if bias is None else bias.double() + missing).float()
+    return (missing if bias is None else bias.to(missing) + missing).float()
 
 
 def _by_factors(
@@ -121,8 +122,8 @@ def _scales(artefacts: Artefacts) -> list[Tensor]:
     """By what a weight's errors are multiplied to be compared with others' (metric trace), its root."""
     found = []
     for artefact in artefacts:
-        right, gram = artefact["right"].double(), artefact.get("gram")
-        size = (right * (right if gram is None else right @ gram.double())).sum()
+        right, gram = widened(artefact["right"]), artefact.get("gram")
+        size = (right * (right if gram is None else right @ widened(gram))).sum()
         ratio = artefact["energies"].sum() / size
         found.append(ratio.sqrt() if bool(size > 0) and bool(ratio > 0) else torch.ones_like(size))
     return found

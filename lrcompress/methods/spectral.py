@@ -16,6 +16,7 @@ from lrcompress.linalg.truncation import FEW, OVERSAMPLING, Spectrum, decompose,
 from lrcompress.linalg.whitening import damped
 from lrcompress.methods.base import Method, MethodOptions
 from lrcompress.methods.joining import encode_joined, joined, with_mean
+from lrcompress.precision import exact
 from lrcompress.protocols import Curve, InputStatistics, Site, Spec
 
 Metric = Literal["plain", "input", "centred", "trace", "two_sided"]
@@ -118,8 +119,8 @@ class SpectralMethod(Method):
             mean = statistics.mean()
             if self.joins(site):
                 artefact["mean"] = mean
-            artefact["mean_output"] = weight.double() @ mean
-            artefact["mean_latent"] = spectrum.right.double() @ mean
+            artefact["mean_output"] = exact(weight) @ mean
+            artefact["mean_latent"] = exact(spectrum.right) @ mean
         return artefact
 
     def outputs_suffice(self, site: Site) -> bool:
@@ -192,7 +193,7 @@ class SpectralMethod(Method):
         rank = spec.parameters["rank"]
         left, right = artefact["left"][:, :rank], artefact["right"][:rank]
         if "mean_output" in artefact:
-            bias = with_mean(bias, artefact, left.double() @ artefact["mean_latent"][:rank])
+            bias = with_mean(bias, artefact, exact(left) @ artefact["mean_latent"][:rank])
         return FORMATS.get(spec.format).encode(left, right, bias)  # type: ignore[attr-defined]
 
 

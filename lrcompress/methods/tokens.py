@@ -7,6 +7,7 @@ from lrcompress.formats.coded import Scales
 from lrcompress.linalg.by_row import balanced_scales, round_by_row, row_metric
 from lrcompress.linalg.rates import rates_by_row
 from lrcompress.linalg.two_sided import expected_sizes, in_steps, offsets
+from lrcompress.precision import wide, widened
 from lrcompress.protocols import InputStatistics, Lookups, Site
 
 SEEN_AT_LEAST = 3.0
@@ -19,7 +20,7 @@ ROWS = 2**12
 def token_parts(
     site: Site, weight: Tensor, statistics: InputStatistics | None, metric: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shares (out,) and Gram (in, in) float64 of what the head, and of what the lookup, makes of a row's error.
+    """Shares (out,) and Gram (in, in) wide of what the head, and of what the lookup, makes of a row's error.
 
     A head's row gives one logit: the mean square of the loss's gradient at it, and the inputs' second moment. A looked
     up row is a hidden state: how often it is looked up, and the second moment of the gradients there. Both are per
@@ -27,8 +28,9 @@ def token_parts(
     two are in different units, and the lookup's is scaled to be worth as much for the whole matrix.
     """
     m, n = weight.shape
-    ones = torch.ones(m, dtype=torch.float64, device=weight.device)
-    identity = torch.eye(n, dtype=torch.float64, device=weight.device)
+    dtype = wide(weight.device)
+    ones = torch.ones(m, dtype=dtype, device=weight.device)
+    identity = torch.eye(n, dtype=dtype, device=weight.device)
     if statistics is None or metric == "plain":
         return [(ones, identity)]
     parts = []
@@ -52,14 +54,15 @@ def _looked_up(
     if metric == "two_sided":
         assert lookups.gradients is not None
         return shares, lookups.gradients
-    scale = torch.ones((), dtype=torch.float64, device=weight.device)
+    dtype = wide(weight.device)
+    scale = torch.ones((), dtype=dtype, device=weight.device)
     if metric == "trace":
         assert lookups.gradients is not None
         scale = lookups.gradients.diagonal().mean()
     elif head:
         logits, inputs = head[0]
-        scale = ((weight.double() @ inputs) * weight).sum(1) @ logits / (weight.double().square().sum(1) @ shares)
-    return scale * shares, torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
+        scale = ((widened(weight) @ inputs) * weight).sum(1) @ logits / (widened(weight).square().sum(1) @ shares)
+    return scale * shares, torch.eye(weight.shape[1], dtype=dtype, device=weight.device)
 
 
 def decompose_tokens(weight: Tensor, parts: list[tuple[Tensor, Tensor]], damping: float) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ def decompose_tokens(weight: Tensor, parts: list[tuple[Tensor, Tensor]], damping
 def energy_by_row(target: Tensor, right: Tensor, group: Tensor) -> float:
     """Sum over the rows v of target (m, n) of |target[v] right[group[v]]|², of right (groups, n, n)."""
     carried = (target[rows] @ right[index] for index, rows in _rows(group))
-    return sum(float(part.square_().sum(dtype=torch.float64)) for part in carried)
+    return sum(float(part.square_().sum(dtype=wide(part.device))) for part in carried)
 
 
 def round_tokens(artefact: dict[str, Tensor], step: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lrcompress.errors import InputError, ResourceError
+from lrcompress.precision import has_float64, wide
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,28 +47,20 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
 
 
 def statistics_device(name: str) -> torch.device:
-    """As `resolve_device`, of a device with float64, in which statistics are summed: `auto` is the CPU where the
-    accelerator has none, that by its name an InputError."""
+    """As `resolve_device`; `auto` is the CPU where the accelerator has no float64, for nothing was measured on such.
+
+    InputError too where the environment asks for a wide dtype that the device has not.
+    """
     device = resolve_device(name)
-    if _has_float64(device):
-        return device
-    if name == "auto":
-        return torch.device("cpu")
-    raise InputError(f"--device {name} has no float64, in which statistics are summed: compress with --device cpu")
+    if name == "auto" and not has_float64(device):
+        device = torch.device("cpu")
+    wide(device)
+    return device
 
 
 def double_device(device: torch.device) -> torch.device:
     """Where float64 numbers go: on the device unless it has none."""
-    return device if _has_float64(device) else torch.device("cpu")
-
-
-@cache
-def _has_float64(device: torch.device) -> bool:
-    try:
-        torch.ones(1, dtype=torch.float64, device=device).item()
-    except (TypeError, RuntimeError):
-        return False
-    return True
+    return device if has_float64(device) else torch.device("cpu")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lrcompress.model.limits import check_tokens, length_warning, reads_images
 from lrcompress.model.probing import check_look, probe
 from lrcompress.model.skeleton import library_errors
 from lrcompress.model.targets import group_sites, towers
+from lrcompress.precision import wide
 from lrcompress.protocols import Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.opened import Opened
@@ -114,8 +115,9 @@ def _by_outputs(sites: list[Site], opened: Opened) -> list[Site]:
     """The sites, marked where statistics are of outputs: of weights alone in their groups, of no expert.
 
     None where blocks compute in half precision: its outputs are rounded, its inputs are what the layer really reads.
+    Nor where the wide dtype is float32, for then decompositions need a factor of the inputs' Gram.
     """
-    if opened.walker.dtype != torch.float32:
+    if opened.walker.dtype != torch.float32 or wide(opened.walker.device) != torch.float64:
         return sites
     sizes = Counter(site.group for site in sites)
     method = opened.request.method

@@ -18,6 +18,7 @@ from lrcompress.methods import Method
 from lrcompress.model.device import release_freed
 from lrcompress.parallel.processes import processes
 from lrcompress.parallel.side_by_side import AT_ONCE, side_by_side
+from lrcompress.precision import split
 from lrcompress.protocols import InputStatistics, Site
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.opened import Opened
@@ -83,7 +84,7 @@ def decompose_site(opened: Opened, site: Site, statistics: InputStatistics | Non
             weight = aimed(weight, statistics.gram(), drift, share, AIM_DAMPING)
         if site.stored is not None:
             assert isinstance(opened.reader, Multiplied)
-            left, right = (factor.to(weight.device) for factor in opened.reader.factors(site.name))
+            left, right = (split(factor, weight.device)[0] for factor in opened.reader.factors(site.name))
             artefact = method.decompose_product(site, left, right, statistics)
         else:
             artefact = method.decompose(site, weight, statistics)

@@ -13,6 +13,7 @@ from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.finite import all_finite
 from lrcompress.formats import DENSE, possible_places, stored_tensors
 from lrcompress.parallel.side_by_side import side_by_side
+from lrcompress.precision import placed
 from lrcompress.protocols import Site, Spec
 from lrcompress.stages.allocate import Plan
 from lrcompress.stages.decompose import double_bytes
@@ -110,7 +111,7 @@ class Encoder:
 
     def _artefact(self, name: str) -> dict[str, Tensor]:
         device = self._opened.request.device
-        return {key: tensor.to(device) for key, tensor in self._artefacts.load(self._sites[name]).items()}
+        return {key: placed(tensor, device) for key, tensor in self._artefacts.load(self._sites[name]).items()}
 
     def _shared(self, name: str, family: list[str]) -> dict[str, Tensor]:
         path = self._scratch / f"shared-{family[0]}.safetensors"

@@ -16,6 +16,7 @@ from lrcompress.evaluation.tokens import standard_error
 from lrcompress.formats import DENSE, restored
 from lrcompress.model.samples import UNSCORED, Sample
 from lrcompress.model.surgery import put
+from lrcompress.precision import exact
 from lrcompress.protocols import Spec
 from lrcompress.report.held_out import times_dense, windows_in_words
 from lrcompress.report.progress import Reporter
@@ -135,7 +136,7 @@ class HeldOutCheck:
             for read, part, wanted in zip(inputs, hidden[:, :-1].split(CHUNK, dim=1), following, strict=True):
                 logits = walker.logits(read, part.to(walker.device, walker.dtype))[0].float()
                 found.append(nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu())
-            losses.append(torch.cat(found).double())
+            losses.append(exact(torch.cat(found)))
         return losses
 
     def _perplexity(self, losses: list[Tensor], tokens: int) -> float:

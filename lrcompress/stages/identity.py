@@ -8,6 +8,7 @@ from lrcompress.errors import InputError
 from lrcompress.evaluation.tasks import parse_tasks
 from lrcompress.foreign.opening import check_model
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import wide
 from lrcompress.report.summary import computing_versions, load_report
 from lrcompress.stages.opened import Opened
 from lrcompress.stages.request import Request
@@ -24,7 +25,7 @@ def identity(opened: Opened) -> dict[str, Any]:
         **made_from(opened),
         "calibration text": opened.calibration.digest() if opened.calibration is not None else None,
         "number of processes": processes().size,
-        "kind of device": [opened.request.device.type, str(opened.walker.dtype)],
+        "kind of device": [opened.request.device.type, str(opened.walker.dtype), str(wide(opened.walker.device))],
         "versions": computing_versions(),
     }
 

@@ -14,6 +14,7 @@ from lrcompress.checkpoint.cache import LABEL, content_digest, statistics_folder
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.errors import ResourceError
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import exact, placed, split
 from lrcompress.protocols import InputStatistics, Lookups
 from lrcompress.report.summary import computing_versions
 from lrcompress.stages.opened import Opened
@@ -26,8 +27,8 @@ LOOKUPS, LOOKUP_GRADIENTS = "|lookups", "|lookup gradients"
 class KeptStatistics:
     """A file per block under the named cache folder; the key is everything that the statistics depend on.
 
-    They are many: a second moment per input and, for metrics with gradients, per output, in float64. So without a
-    folder that the user named nothing is kept.
+    They are many: a second moment per input and, for metrics with gradients, per output, in float64 whatever the
+    device sums in, so that all can read them. So without a folder that the user named nothing is kept.
     """
 
     def __init__(self, opened: Opened) -> None:
@@ -50,24 +51,28 @@ class KeptStatistics:
         return self._folder is not None and all(_is_readable(self._path(self._folder, block)) for block in blocks)
 
     def load(self, block: int) -> dict[str, InputStatistics]:
-        """One block's, as they were saved."""
+        """One block's, in the dtypes that this device has them in."""
         assert self._folder is not None
         with safe_open(self._path(self._folder, block), framework="pt") as file:
-            found = {name: file.get_tensor(name).to(self._device) for name in file.keys()}
+            found = {name: file.get_tensor(name) for name in file.keys()}
         parts, gradients = {}, {}
         for name, tensor in found.items():
             stem, bar, kind = name.rpartition("|")
             if bar + kind == SECOND:
-                count, rows = found[stem + COUNTS].tolist()
-                parts[stem] = InputStatistics(
-                    count, found[stem + TOTAL], tensor, rows=int(rows), of_outputs=stem in self._by_outputs
-                )
+                (count, rows), (second, rest) = found[stem + COUNTS].tolist(), split(tensor, self._device)
+                total, by_outputs = placed(found[stem + TOTAL], self._device), stem in self._by_outputs
+                parts[stem] = InputStatistics(count, total, second, rest=rest, rows=int(rows), of_outputs=by_outputs)
                 if stem + LOOKUPS in found:
-                    parts[stem].gradients = found.get(stem + GRADIENTS)
-                    parts[stem].lookups = Lookups(found[stem + LOOKUPS], found.get(stem + LOOKUP_GRADIENTS))
+                    parts[stem].gradients = self._loaded(found.get(stem + GRADIENTS))
+                    counts, moment = (self._loaded(found.get(stem + key)) for key in (LOOKUPS, LOOKUP_GRADIENTS))
+                    assert counts is not None
+                    parts[stem].lookups = Lookups(counts, moment)
             elif bar + kind == GRADIENTS and stem + LOOKUPS not in found:
-                gradients[stem] = tensor
+                gradients[stem] = split(tensor, self._device)[0]
         return with_gradients(parts, gradients, self._sites) if gradients else parts
+
+    def _loaded(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else split(tensor, self._device)[0]
 
     def save(self, block: int, statistics: dict[str, InputStatistics]) -> None:
         """Keep one block's; a folder that cannot be written costs time later, nothing now."""
@@ -78,14 +83,14 @@ class KeptStatistics:
             found = statistics.get(site.name, statistics.get(site.group)) if site.block == block else None
             if found is not None:  # sites of a group have the same sums of their one input
                 counts = found.total.new_tensor([found.count, found.rows])
-                sums = {COUNTS: counts, TOTAL: found.total, SECOND: found.second}
+                sums = {COUNTS: counts, TOTAL: found.total, SECOND: exact(found.second, found.rest)}
                 tensors |= {site.group + key: tensor for key, tensor in sums.items()}
                 if found.gradients is not None:
-                    tensors[site.name + GRADIENTS] = found.gradients
+                    tensors[site.name + GRADIENTS] = exact(found.gradients)
                 if found.lookups is not None:
-                    tensors[site.name + LOOKUPS] = found.lookups.counts
+                    tensors[site.name + LOOKUPS] = exact(found.lookups.counts)
                     if found.lookups.gradients is not None:
-                        tensors[site.name + LOOKUP_GRADIENTS] = found.lookups.gradients
+                        tensors[site.name + LOOKUP_GRADIENTS] = exact(found.lookups.gradients)
         with contextlib.suppress(OSError, ResourceError):
             if not (self._folder / LABEL).exists():
                 self._folder.mkdir(parents=True, exist_ok=True)

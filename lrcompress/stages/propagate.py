@@ -10,6 +10,7 @@ from lrcompress.calibration.collect import collect_beside_dense, collect_outside
 from lrcompress.calibration.gradients import with_gradients
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import split
 from lrcompress.protocols import InputStatistics, Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.allocate import Plan
@@ -56,7 +57,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
                         dense.step(block, module, [], lambda: None)
                     beside = dense.calibration(block) if paired else None
                     inputs = collect_beside_dense(opened.walker, block, module, before, beside, sites, own.weights)
-                found = decompose_block(opened, block, _with_gradients(inputs, first, sites), reporter, ranks)
+                found = decompose_block(opened, block, _with_gradients(opened, inputs, first, sites), reporter, ranks)
                 encoded = lengths.encode(found, block)
                 with reporter.timed("calibrate"):
                     _run_compressed(opened, plan, block, module, encoded, own, tick)
@@ -67,7 +68,7 @@ def propagate(opened: Opened, plan: Plan, first: Artefacts | None, scratch: Path
     outside = opened.sites_of(blocks)
     if outside and not artefacts.done(blocks):
         inputs = collect_outside(opened.walker, own.samples, own.calibration(blocks), outside, own.weights)
-        found = decompose_block(opened, blocks, _with_gradients(inputs, first, outside), reporter, ranks)
+        found = decompose_block(opened, blocks, _with_gradients(opened, inputs, first, outside), reporter, ranks)
         artefacts.save(blocks, _kept(found, lengths.encode(found, blocks)))
     elif outside:
         lengths.recall(artefacts, blocks)
@@ -96,11 +97,12 @@ def _embed(
 
 
 def _with_gradients(
-    inputs: dict[str, InputStatistics], first: Artefacts | None, sites: list[Site]
+    opened: Opened, inputs: dict[str, InputStatistics], first: Artefacts | None, sites: list[Site]
 ) -> dict[str, InputStatistics]:
     """Statistics per site, where the first pass kept gradients: those of its group's inputs with these."""
     kept = {} if first is None else {site.name: first.load(site, ("gradients",)) for site in sites}
-    gradients = {name: tensors["gradients"].double() for name, tensors in kept.items() if tensors}
+    device = opened.walker.device
+    gradients = {name: split(tensors["gradients"].double(), device)[0] for name, tensors in kept.items() if tensors}
     return with_gradients(inputs, gradients, sites) if gradients else inputs
 
 

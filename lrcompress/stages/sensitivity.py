@@ -15,6 +15,7 @@ from lrcompress.finite import all_finite
 from lrcompress.methods import Method
 from lrcompress.model.samples import UNSCORED, Sample
 from lrcompress.parallel.processes import processes
+from lrcompress.precision import wide
 from lrcompress.protocols import Curve, Site, Spec
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.encode import as_encoded, encode_site
@@ -163,7 +164,7 @@ def _divergences(
 
 def _kl(dense: Tensor, other: Tensor) -> float:
     """Sum over the rows of KL(dense || other), both log probabilities; never below zero."""
-    found = float(nn.functional.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=torch.float64))
+    found = float(nn.functional.kl_div(other, dense, reduction="none", log_target=True).sum(dtype=wide(dense.device)))
     if not math.isfinite(found):
         raise InputError(
             "the divergence of a cut weight's predictions is not finite: use metric=input or another --dtype"

@@ -3,16 +3,15 @@
 Constants are those of blocks of hidden 1024 and 2048, whose steps were timed (docs/speed.md).
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from lrcompress.calibration.drawing import MOST_HELD_OUT, windows_for
 from lrcompress.formats.pivoted import Pivoted
 from lrcompress.parallel.processes import Processes
+from lrcompress.precision import rate, wide
 from lrcompress.protocols import Site
 from lrcompress.stages.allocate import needs_profile
 from lrcompress.stages.decompose import decomposition_cost
@@ -48,13 +47,10 @@ CODING_ROUNDS = 40.0
 CANDIDATES = 4
 """Checkpoints that a search for a loss writes and measures, the result among them."""
 
-TRIES = 20
-"""Products of which the fastest is believed: others wait for other programs."""
-
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds, by the precision that they are done in."""
+    """Multiply-adds, by the precision that they are done in; float64 stands for the device's wide dtype."""
 
     float32: float = 0.0
     float64: float = 0.0
@@ -67,7 +63,7 @@ class Work:
 
     def seconds(self, device: torch.device) -> float:
         """At the rates of products here."""
-        return self.float32 / _rate(torch.float32, device) + self.float64 / _rate(torch.float64, device)
+        return self.float32 / rate(torch.float32, device) + self.float64 / rate(wide(device), device)
 
 
 def seconds_need(opened: Opened, size: int = 1) -> float:
@@ -175,14 +171,3 @@ def _largest_share(opened: Opened, size: int) -> float:
     """The part of all samples that the first process has."""
     samples = sum(samples for _, samples, _ in opened.request.sources)
     return len(Processes(0, size).samples(samples)) / samples if samples else 1.0
-
-
-@cache
-def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiply-adds a second of a product of 768 x 768 here, the fastest of some."""
-    a, best = torch.ones(768, 768, dtype=dtype, device=device), float("inf")
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 768**3 / best

@@ -12,6 +12,7 @@ from lrcompress.calibration.hidden import HiddenStates
 from lrcompress.checkpoint.writer import write_tensors
 from lrcompress.model.lookups import row_scale
 from lrcompress.model.samples import Sample
+from lrcompress.precision import exact, placed, split, wide
 from lrcompress.protocols import InputStatistics, Lookups, Site
 from lrcompress.stages.opened import Opened
 
@@ -31,7 +32,8 @@ def keep_heads(folder: Path, statistics: dict[str, InputStatistics], heads: Sequ
         found = statistics[head.name]
         assert found.gradients is not None
         counts = found.total.new_tensor([found.count, found.rows])
-        tensors = {COUNTS: counts, TOTAL: found.total, SECOND: found.second, GRADIENTS: found.gradients}
+        second = exact(found.second, found.rest)
+        tensors = {COUNTS: counts, TOTAL: found.total, SECOND: second, GRADIENTS: found.gradients}
         write_tensors(_path(folder, head), {key: tensor.cpu() for key, tensor in tensors.items()})
 
 
@@ -40,11 +42,10 @@ def kept_heads(folder: Path, heads: Sequence[Site], device: torch.device) -> dic
     found = {}
     for head in heads:
         with safe_open(_path(folder, head), framework="pt") as file:
-            counts, total, second, gradients = (
-                file.get_tensor(key).to(device) for key in (COUNTS, TOTAL, SECOND, GRADIENTS)
-            )
-        count, rows = counts.tolist()
-        found[head.name] = InputStatistics(count, total, second, gradients, rows=int(rows))
+            counts, total, second, gradients = (file.get_tensor(key) for key in (COUNTS, TOTAL, SECOND, GRADIENTS))
+        (count, rows), (second, rest) = counts.tolist(), split(second, device)
+        total, gradients = placed(total, device), gradients.to(device)
+        found[head.name] = InputStatistics(count, total, second, gradients, rest, rows=int(rows))
     return found
 
 
@@ -65,7 +66,7 @@ def embedding_statistics(
     every = torch.cat([sample.written for sample in opened.calibration.samples])
     for site in opened.embeddings:
         if entering is None:
-            lookups = Lookups(torch.bincount(every, minlength=site.shape[0]).double().to(device))
+            lookups = Lookups(torch.bincount(every, minlength=site.shape[0]).to(wide(device)).to(device))
         else:
             lookups = _lookups(opened, site, samples, entering)
         if site.head is None:

@@ -13,9 +13,11 @@ from lrcompress.formats.coded import CodedWeight
 from lrcompress.formats.low_rank import LowRank
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.sum import Sum
+from lrcompress.linalg.eigen import eigh
 from lrcompress.linalg.truncation import retruncate
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
+from lrcompress.precision import widened
 from lrcompress.training.parametrised import Entries, Fractions, SingularValues, Stored
 from lrcompress.training.trainable import Grids, Made, Pair, Plain, Trainable, parametrise
 
@@ -110,8 +112,8 @@ def _principal(found: Trainable, reader: CheckpointReader) -> None:
 
 def _rank_reduced(weight: Tensor, rank: int) -> Tensor:
     """The nearest matrix of that rank."""
-    tall = weight.double() if weight.shape[0] >= weight.shape[1] else weight.double().T
-    basis = torch.linalg.eigh(tall.T @ tall).eigenvectors[:, -rank:]
+    tall = widened(weight if weight.shape[0] >= weight.shape[1] else weight.T)
+    basis = eigh(tall.T @ tall)[1][:, -rank:]
     reduced = (tall @ basis) @ basis.T
     return reduced if weight.shape[0] >= weight.shape[1] else reduced.T
 

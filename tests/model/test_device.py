@@ -32,13 +32,15 @@ def test_the_setting_comes_back_after_an_error():
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_statistics_need_a_device_with_float64(monkeypatch, llama):
-    """Apple's has none: what is left to us is compressed on the CPU, what names the device is told so."""
+def test_a_device_without_float64_sums_in_float32(monkeypatch, llama):
+    """Apple's has none: where it is named it compresses all the same; what compares logits goes to the CPU."""
+    other = torch.device("meta")  # raises as a device without float64 does
     assert device.statistics_device("cpu") == torch.device("cpu") == device.double_device(torch.device("cpu"))
-    assert not device._has_float64(torch.device("meta"))  # raises as a device without float64 does
-    other = torch.device("meta")
     monkeypatch.setattr(device, "resolve_device", lambda name: other)
+    assert device.statistics_device("mps") == other
     assert device.statistics_device("auto") == device.double_device(other) == torch.device("cpu")
     asked = make_recipe({"model": str(llama), "method": "lord", "ratio": 0.2, "device": "meta"})
-    with pytest.raises(InputError, match="--device meta has no float64.*--device cpu"):
+    assert check_request(asked).device == other
+    monkeypatch.setenv("LRCOMPRESS_WIDE", "float64")
+    with pytest.raises(InputError, match="LRCOMPRESS_WIDE=float64 cannot be had, device meta has none"):
         check_request(asked)
