@@ -30,7 +30,8 @@ def bench(
     quiet: o.Quiet = False,
 ) -> None:
     """Measure tokens per second, load time, memory and bytes of a model, alone or by turns with the dense one."""
-    from lrcompress.cli.show import quiet_libraries, show_bench
+    from lrcompress.cli.show import quiet_libraries
+    from lrcompress.cli.show_bench import show_bench
 
     batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
     o.check_result(json_file)

@@ -6,10 +6,15 @@ import typer
 
 from lrcompress.cli import options as o
 
+LENGTH, DEFAULT_BLOCKS = 512, 32
+DEFAULT_TASK = f"tokens:python-docs@{LENGTH}"
+"""What is measured where nothing was asked for, and how much of it."""
+
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
-        help="tokens:SPEC@LENGTH, text:SPEC, tasks:FOLDER_OR_YAML, or an lm-eval task; comma-separated or repeated.",
+        help="tokens:SPEC@LENGTH, text:SPEC, tasks:FOLDER_OR_YAML, or an lm-eval task; comma-separated or repeated "
+        f"[default: at most {DEFAULT_BLOCKS} blocks of {DEFAULT_TASK}].",
     ),
 ]
 
@@ -45,7 +50,8 @@ def evaluate(
     from lrcompress.evaluation.tasks import parse_tasks
     from lrcompress.recipe import EvaluateSpec, validated
 
-    split = [name for text in tasks or ["tokens:python-docs@512"] for name in text.split(",") if name]
+    split = [name for text in tasks or [DEFAULT_TASK] for name in text.split(",") if name]
+    limit = limit or (None if tasks else DEFAULT_BLOCKS)
     if not batch_size.isdigit() and batch_size != "auto":
         raise InputError(f"--batch-size {batch_size!r}: a number or auto")
     spec = validated(
@@ -65,9 +71,17 @@ def evaluate(
 
     quiet_libraries()
     o.check_result(json_file)
-    result = measure(
-        model, spec, expect or [], device=device, trust_remote_code=trust_remote_code, reporter=Reporter(quiet=quiet)
-    )
+    reporter = Reporter(quiet=quiet)
+    if not tasks:
+        from lrcompress.report.progress import duration
+        from lrcompress.stages.time_need import reading_seconds
+
+        seconds = reading_seconds(model, (limit or 0) * LENGTH, device, trust_remote_code=trust_remote_code)
+        reporter.say(
+            f"no --tasks: measuring at most {limit} blocks of {DEFAULT_TASK}, Python's documentation, roughly "
+            f"{duration(seconds)} a model; for general text give your own: --tasks YOUR.txt"
+        )
+    result = measure(model, spec, expect or [], device=device, trust_remote_code=trust_remote_code, reporter=reporter)
     show_evaluation(result, quiet=quiet)
     o.write_result(json_file, result)
     o.exit_unless_met(result["expectations"])

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from lrcompress.report.held_out import times_dense, windows_in_words
 from lrcompress.report.inspection import removed_by_block, sparkline
+from lrcompress.report.measured import measurements
 from lrcompress.report.summary import (
     answer,
     block_kinds,
     change,
     dense_parts_in_words,
     kinds_table,
-    measurements,
     narrow_table,
     removed_in_words,
 )
@@ -62,8 +62,8 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=120, soft_wrap=True)
 
 
-def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
-    """The final table and where the checkpoint lies."""
+def show_report(report: dict[str, Any], folder: Path, *, quiet: bool, written: bool = True) -> None:
+    """The final table, and where the checkpoint was written."""
     if quiet:
         return
     from lrcompress.evaluation.in_use import stored_in_use
@@ -81,8 +81,18 @@ def show_report(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
     show_joined(report, out)
     if in_use := stored_in_use(report, folder):
         out.print(str(in_use))
-    out.print(f"wrote {folder}")
+    if written:
+        out.print(f"wrote {folder}")
     out.print(in_one_line(report, folder))
+
+
+def show_finished(report: dict[str, Any], folder: Path, *, quiet: bool) -> None:
+    """What a checkpoint is and what was measured of it, from its report."""
+    show_report(report, folder, quiet=quiet, written=False)
+    if report.get("evaluation") is not None:
+        show_evaluation(report["evaluation"], quiet=quiet)
+    if not quiet:
+        console().print(f"a page about it: lrcompress report {folder} --html FILE.html")
 
 
 def in_one_line(report: dict[str, Any], folder: Path) -> str:
@@ -117,10 +127,11 @@ def show_evaluation(result: dict[str, Any], *, quiet: bool) -> None:
     out = console()
     if not quiet:
         out.print(evaluation_table(result))
-    _show_expectations(result["expectations"], quiet=quiet)
+    show_expectations(result["expectations"], quiet=quiet)
 
 
-def _show_expectations(judged: list[dict[str, Any]], *, quiet: bool) -> None:
+def show_expectations(judged: list[dict[str, Any]], *, quiet: bool) -> None:
+    """Which were met; only those that were not, when quiet."""
     out = console()
     for entry in judged:
         mark = "[green]met[/]" if entry["met"] else "[red]MISSED[/]"
@@ -143,7 +154,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     for row in measurements(result):
         if row.task != task:
             task = row.task
-            table.add_row(task)
+            table.add_row(row.measured)
         cells = [f" {row.metric}", row.shown]
         if against:
             cells += [row.other_shown or "-", "-" if row.other is None else change(row.metric, row.value, row.other)]
@@ -151,66 +162,6 @@ def evaluation_table(result: dict[str, Any]) -> Table:
             cells.append(f"[dim]{row.differs}[/]" if dim else row.differs)
         table.add_row(*cells)
     return table
-
-
-def show_bench(result: dict[str, Any], *, quiet: bool) -> None:
-    """Tokens per second with what bounds the gain, then load time, memory and bytes, then the expectations."""
-    if not quiet:
-        out = console()
-        out.print(_bench_table(result))
-        both = result["against"] is not None
-        for key, name, shown in (
-            ("load_seconds", "load", lambda value: f"{value:.2f} s"),
-            ("rss_bytes", "growth of resident memory", lambda value: f"{value / 1e6:.1f} MB"),
-            ("bytes", "checkpoint", lambda value: f"{value / 1e6:.1f} MB"),
-        ):
-            dense, own = result[key]["dense"], result[key]["compressed"]
-            out.print(f"{name}: {shown(own)}" + (f", dense {shown(dense)}" if both else ""))
-        if both:
-            out.print("bound: dense over compressed in linear layers, of")
-        for phase, bound in result["bounds"].items():
-            sides = ["compressed", *(["dense"] if both else [])]
-            out.print(f"  {phase}: {', '.join(_bound(bound, side) for side in sides)}")
-        for phase, kernels in result["kernels"].items():
-            taken = ", ".join(f"{count} of {kernel}" for kernel, count in sorted(kernels.items()))
-            if taken:
-                out.print(f"kernels in {phase}: {taken}")
-    _show_expectations(result["expectations"], quiet=quiet)
-
-
-def _bound(bound: dict[str, Any], side: str) -> str:
-    """What bounds one side, with its unit."""
-    value, own = bound[side], "dense " if side == "dense" else ""
-    if bound["unit"] == "weight_bytes_per_step":
-        return f"{own}{value / 1e6:.1f} MB of weights in memory read a step"
-    return f"{own}{value / 1e6:.1f} M multiply-adds a token"
-
-
-def _bench_table(result: dict[str, Any]) -> Table:
-    both = result["against"] is not None
-    settings = result["settings"]
-    table = narrow_table(f"{result['model']}" + (f" against {result['against']}" if both else ""))
-    table.caption = (
-        f"{settings['device']}, {settings['dtype']}, {settings['threads']} threads, "
-        f"{'compiled, ' if settings['compile'] else ''}median of {settings['repeats']}"
-    )
-    pair = ["dense\ntokens/s", "tokens/s", "speedup", "bound"] if both else ["tokens/s"]
-    for column in ("phase", "batch", "context", *pair, "spread", "first\ntoken, ms"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for row in result["rows"]:
-        keys = ["dense", "compressed"] if both else ["compressed"]
-        speeds = [f"{row[f'{key}_tokens_per_s']:.1f}" for key in keys]
-        gains = [_times(row["speedup"]), _times(row["bound"])] if both else []
-        waits = [row[f"{key}_first_token_seconds"] for key in keys]
-        first = "/".join(f"{1000 * wait:.0f}" for wait in waits if wait is not None)
-        table.add_row(
-            row["phase"], str(row["batch"]), str(row["context"]), *speeds, *gains, f"{row['spread']:.1%}", first
-        )
-    return table
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 def show_inspection(result: dict[str, Any], *, quiet: bool) -> None:

@@ -43,7 +43,7 @@ def sweep_tables(result: dict[str, Any]) -> list[Any]:
     """A table per metric: methods by ratios, times the dense model's where it is a perplexity, and the paired test."""
     from rich.table import Table
 
-    from lrcompress.report.summary import is_error
+    from lrcompress.report.measured import is_error
     from lrcompress.report.table import metrics_of
 
     tables = []

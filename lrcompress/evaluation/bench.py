@@ -91,7 +91,10 @@ def bench(
         "bytes": _sides({side: CheckpointReader(r.folder).bytes for side, r in runners.items()}),
         "bounds": bounds,
         "kernels": kernels,
-        "settings": _settings(runners[COMPRESSED].model, spec),
+        "settings": {
+            **_settings(runners[COMPRESSED].model, spec),
+            "stored_dtype": _sides({side: _stored_dtype(r.folder) for side, r in runners.items()}),
+        },
     }
     own, other = (_metrics(result, side) for side in (COMPRESSED, DENSE))
     result["expectations"] = [judge(e, {"bench": own}, {}, {"bench": other}) for e in expectations]
@@ -256,6 +259,10 @@ def spread(values: Sequence[float]) -> float:
     """(p90 - p10) / median."""
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return (deciles[-1] - deciles[0]) / statistics.median(values)
+
+
+def _stored_dtype(folder: Path) -> str:
+    return str(CheckpointReader(folder).dtype).removeprefix("torch.")
 
 
 def _settings(model: nn.Module, spec: BenchSpec) -> dict[str, Any]:

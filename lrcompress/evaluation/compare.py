@@ -57,6 +57,10 @@ def evaluate(
             seconds["against"] = _timed(both.compare)
             against = {"model": spec.against, "results": _flat(tasks, both.theirs), "tests": both.tests}
     results = _flat(tasks, both.ours)
+    for measured in both.items.values():
+        for name, items in measured.items.items():
+            if items:  # groups of tasks have none
+                results[name]["samples"] = max(map(len, items.values()))
     judged = [judge(expectation, results, facts, against and against["results"]) for expectation in expectations]
     return {
         "schema": 1,

@@ -8,8 +8,9 @@ from lrcompress.checkpoint.manifest import Manifest, read_manifest
 from lrcompress.checkpoint.writer import disk_errors
 from lrcompress.recipe import Recipe, dump_recipe
 from lrcompress.report.held_out import windows_in_words
+from lrcompress.report.measured import metric_rows
 from lrcompress.report.serving import serving
-from lrcompress.report.summary import answer, bits_stored, dense_parts_in_words, metric_rows, targets_share
+from lrcompress.report.summary import answer, bits_stored, dense_parts_in_words, targets_share
 
 
 def write_card(folder: Path, report: dict[str, Any], recipe: Recipe) -> None:

@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 from lrcompress.recipe import Recipe
-from lrcompress.report.summary import answer, metric_rows, table_cell
+from lrcompress.report.measured import metric_rows, table_cell
+from lrcompress.report.summary import answer
 
 NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that no XML 1.0 document may hold."""

@@ -16,9 +16,10 @@ from lrcompress.errors import InputError
 from lrcompress.formats import DENSE
 from lrcompress.recipe import dump_recipe, make_recipe
 from lrcompress.report.finished import Evaluation, Finished, Target
+from lrcompress.report.measured import measurements
 from lrcompress.report.pictures import bar, rate_plot, spectrum_plot
 from lrcompress.report.spectra import Spectrum
-from lrcompress.report.summary import block_and_kind, caution, change, measurements
+from lrcompress.report.summary import block_and_kind, caution, change
 
 WORST = 20
 
@@ -184,7 +185,7 @@ def metric_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Task, metric, value with its error, the other model's, the change, the paired test."""
     return [
         (
-            row.task, row.metric, row.shown, row.other_shown or "–",
+            row.measured, row.metric, row.shown, row.other_shown or "–",
             "–" if row.other is None else change(row.metric, row.value, row.other), row.test_shown or "–",
         )
         for row in measurements(evaluation.model_dump())

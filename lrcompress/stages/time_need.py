@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from lrcompress.calibration.drawing import MOST_HELD_OUT, windows_for
+from lrcompress.checkpoint.folder import read_sound_config
+from lrcompress.foreign.opening import open_model
 from lrcompress.formats.pivoted import Pivoted
+from lrcompress.model.device import resolve_device
+from lrcompress.model.skeleton import empty_model
 from lrcompress.parallel.processes import Processes
 from lrcompress.precision import rate, wide
 from lrcompress.protocols import Site
@@ -105,6 +109,15 @@ def phase_seconds(opened: Opened, size: int = 1) -> dict[str, float]:
     if recipe.refine is not None:
         written[REFINE] = 60 * recipe.refine
     return found | written
+
+
+def reading_seconds(model: str, tokens: int, device: str, *, trust_remote_code: bool) -> float:
+    """Rough, of a MODEL to read so many tokens once: a multiply-add for each of its parameters."""
+    where = resolve_device(device)
+    config = read_sound_config(open_model(model).folder, trust_remote_code=trust_remote_code)
+    network = empty_model(config, trust_remote_code=trust_remote_code)
+    numbers = sum(parameter.numel() for parameter in network.parameters())
+    return Work(float32=float(numbers * tokens)).seconds(where)
 
 
 def calibration_tokens(opened: Opened) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrcompress.cli.show import _bench_table
+from lrcompress.cli.show_bench import _bench_table
 from lrcompress.methods import METHODS
 from lrcompress.recipe import load_recipe, shipped_recipes
 from lrcompress.report.summary import block_kinds, kinds_table
@@ -636,6 +636,28 @@ def test_a_table_with_ranks_takes_80_columns_and_loses_nothing(compressed):
     last = 99 + len(report["targets"])
     for part in (f"100-{last}", "4095-4096", "low_rank", "dictionary", "self_attn.q_proj", "removed", "error", "bpw"):
         assert part in text.replace("sparse_", ""), part
+
+
+def test_columns_that_hold_nothing_are_left_out(llama, compressed):
+    shown = run_cli("inspect", llama).stdout
+    assert "bpw" in shown
+    assert not any(name in shown for name in ("rank", "removed", "error"))
+    coded = run_cli("inspect", compressed(method="ecsq", ratio=None, bpw=4)).stdout
+    assert "removed" in coded
+    assert not any(name in coded for name in ("rank", "error"))
+
+
+def test_an_evaluation_of_nothing_named_says_what_it_takes_and_is_bounded(llama, tmp_path):
+    done = run_cli("eval", llama, "--json", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    said = "measuring at most 32 blocks of tokens:python-docs@512, Python's documentation, roughly 0 s a model"
+    assert said in done.stderr
+    assert "--tasks YOUR.txt" in done.stderr
+    (found,) = json.loads((tmp_path / "e.json").read_text())["results"].values()
+    assert found["blocks"] == 32
+    few = run_cli("eval", llama, "--limit", 2)
+    assert "at most 2 blocks" in few.stderr
+    assert "(2 blocks)" in " ".join(few.stdout.split())
 
 
 @pytest.mark.parametrize("both", [True, False])

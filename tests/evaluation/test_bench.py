@@ -254,3 +254,15 @@ def test_bad_input_is_one_line(llama, flags, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_what_is_computed_in_another_dtype_says_so(light, llama, tmp_path):
+    """A table in float32 of a checkpoint in bfloat16 compares other bytes than those of the files."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(half)
+    for dtype, said in (("float32", True), ("bfloat16", False)):
+        done = CliRunner().invoke(app, ["bench", str(half), *FLAGS, "--compute-dtype", dtype])
+        assert done.exit_code == 0, done.output
+        assert f"{half}, in {dtype}" in done.stdout.replace("\n", "")
+        assert f"memory in {dtype}" in done.stdout
+        assert ("--compute-dtype bfloat16 compares" in " ".join(done.stdout.split())) == said

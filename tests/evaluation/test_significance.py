@@ -20,7 +20,7 @@ from lrcompress.evaluation.loading import load_model
 from lrcompress.evaluation.significance import mcnemar, mcnemar_tests, paired_t
 from lrcompress.evaluation.tokens import score
 from lrcompress.recipe import EvaluateSpec
-from lrcompress.report.summary import metric_rows
+from lrcompress.report.measured import metric_rows
 from tests.conftest import compress_tiny
 
 
@@ -124,7 +124,7 @@ def check_tables(found):
     columns = {str(column.header): list(column.cells) for column in table.columns}
     names = ["acc", "acc_norm", "token_perplexity", "kl", "kl_median", "kl_p90", "kl_floor", "top1"]
     assert columns["task, metric"] == [
-        "times", *(f" {name}" for name in names[:2]), "tokens:a.txt@64", *(f" {name}" for name in names[2:])
+        "times (30 samples)", *(f" {name}" for name in names[:2]), "tokens:a.txt@64 (30 blocks)", *(f" {name}" for name in names[2:])
     ]  # fmt: skip
     rows = {name.strip(): place for place, name in enumerate(columns["task, metric"])}
     error = found["results"]["times"]["acc_stderr"]

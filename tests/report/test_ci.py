@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 from lrcompress.recipe import make_recipe
 from lrcompress.report.ci import failed_junit_xml, failed_summary, junit_xml, markdown_summary
-from lrcompress.report.summary import metric_rows
+from lrcompress.report.measured import metric_rows
 
 TASK = "tokens:a|b\x07\ud800\nc.txt@8"
 REPORT = {
@@ -31,6 +31,16 @@ def test_cells_of_a_table_stay_cells():
     assert [columns(row) for row in metric_rows(REPORT["evaluation"])] == [5, 5, 5]
     gates = markdown_summary(REPORT).split("| expectation |")[1].splitlines()
     assert [columns(row) for row in gates[1:] if row] == [4, 4]
+
+
+def test_how_much_was_measured_stands_beside_the_task():
+    evaluation = {
+        "results": {"tokens:a.txt@8": {"token_perplexity": 3.0, "blocks": 4}, "quiz": {"acc": 0.5, "samples": 1}, "open": {"acc": 0.5}},
+        "against": None,
+    }  # fmt: skip
+    assert [row.split("|")[1].strip() for row in metric_rows(evaluation)[2:]] == [
+        "tokens:a.txt@8 (4 blocks)", "quiz (1 sample)", "open"
+    ]  # fmt: skip
 
 
 def test_a_failure_in_words():

@@ -1,5 +1,6 @@
 """lrcompress report through real processes."""
 
+import json
 import os
 
 import pytest
@@ -27,11 +28,25 @@ def test_report_writes_one_page(measured, llama, tmp_path):
     assert "No text was generated" in (tmp_path / "p.html").read_text()
 
 
+def test_without_a_page_a_short_report_is_printed(measured, tmp_path):
+    done = run_cli("report", measured, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((measured / "report.json").read_text())
+    found, *_ = report["evaluation"]["results"].values()
+    assert f"checkpoint {report['bytes']['checkpoint'] / 1e6:.1f} MB" in done.stdout
+    assert f"{found['token_perplexity']:.4f}" in done.stdout
+    assert f"({found['blocks']}" in done.stdout
+    assert "wrote" not in done.stdout
+    assert done.stdout.splitlines()[-1] == f"a page about it: lrcompress report {measured} --html FILE.html"
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("culprit", "arguments"),
     [
         ("no report.json", ["DENSE", "--html", "p.html"]),
         ("is no folder", ["nowhere/at-all", "--html", "p.html"]),
+        ("--html FILE", ["DONE", "--prompt", "x"]),
         ("no such folder", ["DONE", "--html", "none/p.html"]),
         ("it is a folder", ["DONE", "--html", "."]),
         ("--no-generate", ["DONE", "--html", "p.html", "--no-generate", "--prompt", "x"]),
