@@ -1,8 +1,8 @@
 """Matrices of integer codes, each tile of 16 × 32 in as many bits as it needs, and products with them.
 
-The layout is described in tiles.c, which packs, multiplies and unpacks; `codes` here is the plain way, on any device.
-A weight is codes ∘ row scale ∘ column scale. `indices` (out + in) uint8 are the scales' places in `levels` (2, 256),
-those of rows and of columns: float32, held as int32 so that a model's `.to(dtype)` leaves them alone.
+The layout is described in tiles_layout.h; tiles.c packs, multiplies and unpacks; `codes` here is the plain way, on any
+device. A weight is codes ∘ row scale ∘ column scale. `indices` (out + in) uint8 are the scales' places in `levels`
+(2, 256), those of rows and of columns: float32, held as int32 so that a model's `.to(dtype)` leaves them alone.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ ROWS, COLUMNS = 16, 32
 BLOCK = 1024
 """Rows that are sorted among themselves, and unpacked together where many rows of an input are multiplied."""
 FEW = 8
-"""Up to so many rows of an input are multiplied without unpacking: as many as MOST in tiles.c."""
+"""Up to so many rows of an input are multiplied without unpacking: as many as MOST in tiles_multiply.h."""
 MOST_COLUMNS = 1 << 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _WIDEST, _MOST_FAR = 32, 255
 
 
 class Tiles(NamedTuple):
-    """Tensors of a matrix (out, in), see tiles.c: tiles (vectors, 16) int32, head (strips, tiles, 2) uint8,
+    """Tensors of a matrix (out, in), see tiles_layout.h: tiles (vectors, 16) int32, head (strips, tiles, 2) uint8,
     far (count,) int16, start (strips, 2) int32; row_order (out,) and column_order (in,) are unsigned, in int16."""
 
     tiles: Tensor
@@ -44,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 class _Held(ctypes.Structure):
-    """As in tiles.c."""
+    """As in tiles_layout.h."""
 
     _fields_: Sequence[tuple[str, Any]] = [  # type: ignore[misc]
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
