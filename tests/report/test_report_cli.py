@@ -28,6 +28,21 @@ def test_report_writes_one_page(measured, llama, tmp_path):
     assert "No text was generated" in (tmp_path / "p.html").read_text()
 
 
+def test_a_checkpoint_alone_says_what_it_is_worth(measured, tmp_path):
+    done = run_cli(measured, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((measured / "report.json").read_text())
+    held_out, evaluation = report["held_out"], report["evaluation"]
+    task = "tokens:python-docs@32"
+    sides = (evaluation["results"][task], evaluation["against"]["results"][task])
+    own, other = (side["token_perplexity"] for side in sides)
+    lines = done.stdout.splitlines()
+    assert lines[1:3] == [
+        f"perplexity × {held_out['perplexity'] / held_out['before']:.2f} on 1 window of held-out calibration text",
+        f"perplexity × {own / other:.3f} on {task} ({sides[0]['blocks']} blocks)",
+    ]
+
+
 def test_without_a_page_a_short_report_is_printed(measured, tmp_path):
     done = run_cli("report", measured, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
