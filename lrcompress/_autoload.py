@@ -1,15 +1,21 @@
 """Registers our formats with transformers, and with PEFT, when, and only when, these are imported.
 
-Importing transformers takes seconds; `lrcompress --help` must not. So a finder waits for the import.
+Importing transformers takes seconds; `lrcompress --help` must not. So a finder waits for the import. The wheel's
+lrcompress.pth has every Python of the environment import this, so that a program that knows nothing of us loads our
+checkpoints: nothing is imported here that Python has not loaded itself.
 """
 
+from __future__ import annotations
+
 import importlib
-import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _WATCHED = {
     "transformers.quantizers": "lrcompress.checkpoint.integration",
@@ -27,7 +33,7 @@ def register_with_transformers() -> None:
             sys.meta_path.insert(0, _Finder(name))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds nothing itself: wraps the loader of the watched module so that registration follows its execution."""
 
     def __init__(self, name: str) -> None:
@@ -38,14 +44,16 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, _WATCHED[fullname])
+            spec.loader = _Loader(spec.loader, _WATCHED[fullname])  # type: ignore[assignment]
         return spec
 
 
-class _Loader(Loader):
+class _Loader:
     def __init__(self, inner: Loader, ours: str) -> None:
         self._inner, self._ours = inner, ours
 

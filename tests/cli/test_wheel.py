@@ -53,10 +53,11 @@ def test_a_wheel_has_what_runs_and_nothing_else(installed):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "lrcompress").rglob("*") if path.is_file()}
     sources = {name for name in sources if "__pycache__" not in name}
+    sources = {name.removeprefix("lrcompress/") if name.endswith(".pth") else name for name in sources}
     sources |= {f"lrcompress/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     own = {name for name in names if ".dist-info/" not in name}
     assert sources <= own
-    assert {name.split("/")[0] for name in own} == {"lrcompress"}
+    assert {name.split("/")[0] for name in own} == {"lrcompress", "lrcompress.pth"}
 
 
 def without_the_tree(python, folder, **changes):
@@ -67,6 +68,16 @@ def without_the_tree(python, folder, **changes):
     where = run(python, "-c", "import lrcompress; print(lrcompress.__file__)", **how).strip()
     assert Path(where).is_relative_to(python.parent.parent)
     return how
+
+
+def test_a_program_that_knows_nothing_of_us_loads_our_checkpoints(installed, compressed, tmp_path):
+    python, _ = installed
+    how = without_the_tree(python, tmp_path)
+    code = "import sys; from transformers import AutoModelForCausalLM as auto; " \
+           "print(type(auto.from_pretrained(sys.argv[1]).model.layers[0].self_attn.q_proj).__module__)"  # fmt: skip
+    assert run(python, "-c", code, compressed(), **how).split() == ["lrcompress.formats.pivoted"]
+    loaded = run(python, "-c", "import sys; print({'torch', 'transformers', 'importlib.util'} & {*sys.modules})", **how)
+    assert loaded.strip() == "set()", "every Python would take that long to begin"
 
 
 @pytest.mark.parametrize(("limit", "code"), [pytest.param("1e9", 0, marks=pytest.mark.slow), ("1.0", 1)])
