@@ -150,3 +150,16 @@ def test_a_sweep_walks_once_for_methods_of_the_same_statistics(llama, tmp_path, 
     sweep(validated(Sweep, both, "test"))
     assert walks["forward"] == once
     assert not (tmp_path / "both/scratch").exists()
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("float64", "float32"), ("float32", "float64")])
+def test_sums_of_one_precision_are_read_by_the_other(llama, tmp_path, monkeypatch, cache, walks, writer, reader):
+    asked = {"method": {"name": "lord", "metric": "two_sided", "join": "auto"}, "ratio": 0.3}
+    monkeypatch.setenv("LRCOMPRESS_WIDE", writer)
+    first = compress_tiny(llama, tmp_path / "first", **asked)
+    walks.update(forward=0, backward=0)
+    monkeypatch.setenv("LRCOMPRESS_WIDE", reader)
+    second = compress_tiny(llama, tmp_path / "second", **asked)
+    assert walks == {"forward": 0, "backward": 0}
+    errors = [[target["relative_error"] for target in run.report["targets"]] for run in (first, second)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)

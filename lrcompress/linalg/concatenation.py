@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompress.linalg.truncation import decompose, tail_energies
-from lrcompress.precision import exact, widened
+from lrcompress.linalg.truncation import decompose, factored, tail_energies
+from lrcompress.precision import exact, squares, widened
 
 NEGLIGIBLE = 1e-9
 """Components of less than this share of the largest energy are left out: Grams are summed and kept in float32."""
@@ -60,17 +60,16 @@ def joint(rights: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Joint:
     real = spectrum.energies > NEGLIGIBLE * spectrum.energies[:1]
     sizes = spectrum.energies[real].sqrt()
     right = spectrum.right[real] / sizes.to(spectrum.right)[:, None]
-    errors, products, squares = [], [], []
+    errors, products, definite = [], [], []
     for own, gram in zip(rights, grams, strict=True):
-        seen = right if gram is None else right @ widened(gram)
-        square, factor = _definite(seen @ right.T)
-        squares.append(square)
-        products.append(widened(own) @ seen.T)
+        square, product, total = _products(widened(own), right, gram)
+        square, factor = _definite(square)
+        definite.append(square)
+        products.append(product)
         # The Cholesky factor is nested, so its columns give what every further row of R adds.
         gains = exact(torch.linalg.solve_triangular(factor, products[-1].T, upper=False).square().sum(1))
-        total = exact(_energy(own, gram))
         errors.append(torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0))
-    return Joint(right, errors, products, squares)
+    return Joint(right, errors, products, definite)
 
 
 def bounds(energies: Sequence[Tensor], ranks: int) -> tuple[Tensor, Tensor]:
@@ -99,9 +98,13 @@ def estimate(
     return lower, lower + sum(float(values[keep:].sum()) for values in energies)
 
 
-def _energy(right: Tensor, gram: Tensor | None) -> Tensor:
-    right = widened(right)
-    return (right * (right if gram is None else right @ widened(gram))).sum()
+def _products(own: Tensor, right: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """R G Rᵀ, X G Rᵀ and tr(X G Xᵀ) of wide X and R; in float32 from a factor of G, so that weak rows do not drown."""
+    if own.dtype != torch.float64:
+        own, right = factored(own, gram), factored(right, gram)
+        return right @ right.T, own @ right.T, squares(own)
+    seen = right if gram is None else right @ gram.double()
+    return seen @ right.T, own @ seen.T, (own * (own if gram is None else own @ gram.double())).sum()
 
 
 def _padded(errors: Tensor, ranks: int) -> Tensor:
@@ -113,7 +116,7 @@ def _definite(square: Tensor) -> tuple[Tensor, Tensor]:
     """`square` with the smallest of the ridges that makes it positive definite, and its Cholesky factor."""
     square = (square + square.T) / 2
     size = square.diagonal().mean().clamp_min(torch.finfo(square.dtype).tiny)
-    for ridge in (ridge for ridge in RIDGES if ridge > torch.finfo(square.dtype).eps):
+    for ridge in (ridge for ridge in RIDGES if ridge > torch.finfo(square.dtype).eps / 2):
         found = square + ridge * size * torch.eye(len(square), dtype=square.dtype, device=square.device)
         factor, failed = torch.linalg.cholesky_ex(found)
         if not int(failed):

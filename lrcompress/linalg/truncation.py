@@ -107,7 +107,7 @@ def leading(weight: Tensor, rank: int, input_gram: Tensor | None = None, output_
     generator = torch.Generator().manual_seed(SEED)
     basis = torch.randn(m, width, dtype=torch.float64, generator=generator).to(scaled)
     rooted = scaled.dtype != torch.float64  # then no product is of the Gram itself: see `_principal`
-    factor, gram = (_factored(scaled, input_gram), None) if rooted else (scaled, input_gram)
+    factor, gram = (factored(scaled, input_gram), None) if rooted else (scaled, input_gram)
     for _ in range(SWEEPS):
         rows = factor.T @ torch.linalg.qr(basis).Q
         rows = torch.linalg.qr(rows).Q if rooted else rows
@@ -167,7 +167,7 @@ def _principal(matrix: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tens
     """
     if matrix.dtype == torch.float64:
         return _leading(quadratic(matrix, None if gram is None else gram.double()))
-    factor = _factored(matrix, gram)
+    factor = factored(matrix, gram)
     vectors = _leading(quadratic(factor))[0]
     rows = vectors.T @ factor
     sizes = rows.square().sum(1)
@@ -180,7 +180,7 @@ def _principal(matrix: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tens
     return vectors[:, order], exact(sizes)
 
 
-def _factored(matrix: Tensor, gram: Tensor | None) -> Tensor:
+def factored(matrix: Tensor, gram: Tensor | None) -> Tensor:
     """F (m, n) with F Fᵀ = A G Aᵀ, the identity if None."""
     return matrix if gram is None else matrix @ upper_root(gram).T
 
