@@ -139,7 +139,7 @@ def test_what_is_refused(make_adapter, llama, tmp_path):
         ([first, second], Room(), "give one of"),
         ([first, second], Room(basis=1, error=0.1), "give one of"),
         ([first, second], Room(error=2.0), "outside"),
-        ([first, second], Room(size="10"), "ask for more"),
+        ([first, second], Room(size="0.01KB"), "ask for more"),
         ([first, second], Room(error=0.001), "too little in common"),
         ([first, other], Room(basis=1), "too little in common"),
         ([first, str(llama)], Room(basis=1), "adapter_config.json"),
