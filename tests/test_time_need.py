@@ -50,6 +50,26 @@ def test_what_costs_more_is_predicted_to_take_longer(llama, only_operations):
     assert 1.2 < searched / seconds(method="auto", bpw=3, ratio=None) < time_need.CANDIDATES
 
 
+def test_block_types_are_looked_for_one_by_one(llama, only_operations):
+    def seconds(**changes):
+        return seconds_need(opened(llama, ratio=None, **changes))
+
+    shapes = [site.shape for site in opened(llama, method="lord").sites]
+    several, one = seconds(method="ggml", bpw=5), seconds(method="ggml", type="Q8_0")
+    assert several - one > sum(28 * m * n * (3 * n + m) for m, n in shapes) / RATES[torch.float32]
+    one_side = seconds(method={"name": "ggml", "metric": "input"}, type="Q8_0")
+    assert one - one_side > sum(28 * m * m * n for m, n in shapes) / RATES[torch.float32]
+
+
+@needs_demo
+@pytest.mark.demo
+@pytest.mark.slow
+def test_a_gguf_whose_time_was_measured():
+    """Seconds of the processor for Q4_K_M of 48 x 1024 tokens, on two threads (docs/gguf.md)."""
+    asked = opened("demo", samples=48, seqlen=1024, method="ggml", type="Q4_K_M", ratio=None)
+    assert seconds_need(asked) == pytest.approx(1018, rel=0.3)
+
+
 @needs_demo
 @pytest.mark.demo
 @pytest.mark.slow

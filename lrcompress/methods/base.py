@@ -96,6 +96,10 @@ class Method(ABC):
     def metric(self) -> str:
         """What must be preserved: plain, input, centred, trace or two_sided."""
 
+    def search_work(self, site: Site) -> float:
+        """Multiply-adds whose time the search for a weight's codes takes, of each level, in decomposing it; 0: none."""
+        return 0.0
+
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration text is read at all."""

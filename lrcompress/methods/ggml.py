@@ -21,6 +21,10 @@ MIXED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0
 """What a weight may get where a size is asked for, or falls back to: each errs far less than the one before."""
 
 
+STEP = 28.0
+"""Multiply-adds whose time a step of choosing codes takes: 6.7 s of a core for a block of SmolLM2 (docs/gguf.md)."""
+
+
 class GgmlOptions(MethodOptions):
     """Options of ggml."""
 
@@ -83,6 +87,10 @@ class GgmlBlocks(Method):
     @property
     def needs_gradient_gram(self) -> bool:
         return self.metric == "two_sided"
+
+    def search_work(self, site: Site) -> float:
+        m, n = site.shape
+        return STEP * m * n * (3 * n + (m if self.metric == "two_sided" else 0))
 
     def curve(self, site: Site, element_size: int) -> Curve:
         dense = site.dense_bytes(element_size)

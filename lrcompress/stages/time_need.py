@@ -161,7 +161,9 @@ def _decomposing(opened: Opened, site: Site) -> Work:
     """Of a site's factors, and of its base where there is one."""
     method, (m, n), k = opened.request.method, site.shape, min(site.shape)
     if method.rounds:  # Cholesky factors of both Grams and their inverses, with what is a triangle of them
-        return Work(float32=compared(opened, site) ** 3 + n**3)
+        levels = len(method.curve_of(site, opened.dtype.itemsize).ranks) - 1
+        searched = (1 if opened.request.recipe.type is not None else levels) * method.search_work(site)
+        return Work(float32=compared(opened, site) ** 3 + n**3 + searched)
     work = EIGENPROBLEM * (k**3 + compared(opened, site) ** 3) + PROJECTION * m * n * k
     if opened.request.allocator.needs_spectrum:
         work += VALUES * k**3 + m * n * k
@@ -173,6 +175,8 @@ def _decomposing(opened: Opened, site: Site) -> Work:
 def _encoding(opened: Opened, site: Site) -> Work:
     """Of what is stored of a site."""
     method, (m, n), k = opened.request.method, site.shape, min(site.shape)
+    if method.search_work(site):
+        return Work()
     if method.rounds:
         return Work(float32=ROUNDING_ROWS * m * n * sum(site.shape[site.of_tokens :]))
     if not method.errors_are_exact:
