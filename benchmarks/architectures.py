@@ -355,6 +355,8 @@ def table(found: list[Verdict], seconds: float) -> str:
         f"(at most {TOLERANCE:g} of the largest logit); every tensor that was not compressed is compared bit for bit. "
         f"Vocabulary {VOCABULARY}, float32, CPU, torch {torch.__version__}, {seconds / 60:.0f} minutes on "
         f"{os.cpu_count()} cores.", "",
+        "What is refused because its blocks cannot be run one by one is compressed by its weights alone, without text: "
+        "`--method ecsq --set metric=plain`. The script does that too, and compares it in the same way.", "",
         "Targets: share of the parameters of a model of the type's default config that is compressed by default.", "",
         "| mapping | method | right | wrong | refused | not built |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
