@@ -52,6 +52,8 @@ def product(
     assert block <= MOST_IN_ORDER
     x = x.contiguous()
     y = x.new_empty(len(x), shape[0])
+    if not y.numel():
+        return y
     source = weight.data_ptr() if isinstance(weight, Tensor) else ctypes.addressof(weight)
     function = None if numbers is None else ctypes.cast(numbers, ctypes.c_void_p)
     places = None if order is None else order.data_ptr()
