@@ -35,12 +35,7 @@ def card(report: dict[str, Any], recipe: Recipe, manifest: Manifest) -> str:
     if dense := dense_parts_in_words(report.get("left_dense", [])):
         few += f"| left dense beside the blocks | {dense} |\n"
     calibration, held_out = report["calibration"], report.get("held_out")
-    if held_out is not None:
-        for place, context in enumerate(held_out["contexts"]):
-            times, error = context["perplexity"] / context["before"], held_out.get("ratio_stderr")
-            shown = f"{times:.3f}" if error is None or place else f"{times:.3f} ± {error:.3f}"
-            what = f"perplexity on held-out calibration text, {context['tokens']} tokens of context"
-            few += f"| {what} | {shown} times, {windows_in_words(held_out)} |\n"
+    few += _held_out_rows(held_out) if held_out is not None else ""
     warnings = "".join(f"**Warning**: {text}\n\n" for text in report["warnings"])
     trained = "".join(f"| {key} | {said} |\n" for key in ("refined", "healed") if (said := training(report.get(key))))
     text = (
@@ -82,6 +77,17 @@ Without `import lrcompress` the load stops with a size mismatch. `model.dequanti
 {dump_recipe(recipe)}```
 
 {serving(manifest)}"""
+
+
+def _held_out_rows(held_out: dict[str, Any]) -> str:
+    """Lines of a table, one a length of context; the standard error is that of the first."""
+    rows = ""
+    for place, context in enumerate(held_out["contexts"]):
+        times, error = context["perplexity"] / context["before"], held_out.get("ratio_stderr")
+        shown = f"{times:.3f}" if error is None or place else f"{times:.3f} ± {error:.3f}"
+        what = f"perplexity on held-out calibration text, {context['tokens']} tokens of context"
+        rows += f"| {what} | {shown} times, {windows_in_words(held_out)} |\n"
+    return rows
 
 
 def training(found: dict[str, Any] | None) -> str | None:
