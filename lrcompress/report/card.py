@@ -60,8 +60,7 @@ model = {auto}.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 
-Where lrcompress is not installed, and in an editable install without that import, the load stops with a size
-mismatch. `model.dequantize()` gives the ordinary dense model.
+Where lrcompress is not installed, the load stops with a size mismatch. `model.dequantize()` gives the ordinary dense model.
 
 | | |
 |---|---|
