@@ -71,6 +71,14 @@ def heal(
         bool,
         typer.Option("--load-4bit", help="Frozen dense weights in 4 bits while training.", rich_help_panel=HOW),
     ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Keep less for the way back and compute it again: less memory, a third slower.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
     compute_dtype: Annotated[
         str, typer.Option(help="auto is float32 on CPU, bfloat16 elsewhere.", rich_help_panel=HOW)
     ] = "auto",
@@ -97,6 +105,7 @@ def heal(
     settings = Settings(
         train=train, optimizer=optimizer, distill=distill, lr=lr, steps=steps, tokens=tokens, minutes=minutes,
         batch=batch_size, accumulate=accumulate, seed=seed, device=device, dtype=compute_dtype, load_4bit=load_4bit,
+        gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     spec = HealSpec(
         checkpoint, tuple(data or ["python-docs"]), samples, seqlen, dense, output, settings, trust_remote_code

@@ -11,9 +11,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrcompress.kernels import panels
 from lrcompress.kernels.native import library
 
 ROWS, COLUMNS = 16, 32
@@ -24,6 +23,11 @@ FEW = 8
 MOST_COLUMNS = 1 << 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _WIDEST, _MOST_FAR = 32, 255
+
+
+Gains = tuple[Tensor | None, Tensor | None]
+"""What multiplies the scales of rows (out,) and of columns (in,), in float32, where they are trained."""
+NO_GAINS: Gains = (None, None)
 
 
 class Tiles(NamedTuple):
@@ -43,14 +47,17 @@ class Tiles(NamedTuple):
         return self.row_order.shape[0], self.column_order.shape[0]
 
 
-class _Held(ctypes.Structure):
+class Held(ctypes.Structure):
     """As in tiles_layout.h."""
 
     _fields_: Sequence[tuple[str, Any]] = [  # type: ignore[misc]
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block")),
         *(
             (name, ctypes.c_void_p)
-            for name in (*Tiles._fields, "row_index", "column_index", "row_scale", "column_scale")
+            for name in (
+                *Tiles._fields,
+                *("row_index", "column_index", "row_scale", "column_scale", "row_gain", "column_gain"),
+            )
         ),
     ]
 
@@ -61,7 +68,7 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
     energies (out,) and (in,): what grows with the size of the codes in a row and in a column. None where tiles cannot
     be: without a compiler, for rows longer than MOST_COLUMNS.
     """
-    native = _native()
+    native = compiled()
     if native is None or shape[1] > MOST_COLUMNS:
         return None
     columns = energies[1].argsort(stable=True).to(torch.int32).to(torch.int16)
@@ -88,7 +95,7 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
 
 def codes(held: Tiles) -> Tensor:
     """The codes (out, in), int32; in C where that can be, which is what the plain way here is compared with."""
-    native = _native() if held.tiles.device.type == "cpu" else None
+    native = compiled() if held.tiles.device.type == "cpu" else None
     return _plain_codes(held) if native is None else _unpacked(native, held, None).to(torch.int32)
 
 
@@ -136,16 +143,18 @@ def scales(levels: Tensor, indices: Tensor, shape: Sequence[int]) -> tuple[Tenso
     return levels[0].view(torch.float32)[rows], levels[1].view(torch.float32)[columns]
 
 
-def _held(held: Tiles, levels: Tensor, indices: Tensor) -> _Held:
+def described(held: Tiles, levels: Tensor, indices: Tensor, gains: Gains = NO_GAINS) -> Held:
+    """What compiled code reads; the tensors are to live on."""
     pointers = [t.data_ptr() for t in held]
     (rows, columns), places, grid = held.shape, indices.data_ptr(), levels.data_ptr()
-    return _Held(rows, columns, BLOCK, *pointers, places, places + rows, grid, grid + 4 * levels.shape[1])
+    own = [None if gain is None else gain.data_ptr() for gain in gains]
+    return Held(rows, columns, BLOCK, *pointers, places, places + rows, grid, grid + 4 * levels.shape[1], *own)
 
 
 def _unpacked(native: ctypes.CDLL, held: Tiles, scaled: tuple[Tensor, Tensor] | None) -> Tensor:
     """The codes (out, in), or levels and indices given the weight, in float32."""
     rows, columns = held.shape
-    own = _held(held, *scaled) if scaled else _held(held, held.start, held.start)
+    own = described(held, *scaled) if scaled else described(held, held.start, held.start)
     panel = torch.empty(rows, held.head.shape[1] * COLUMNS)
     native.tiles_unpack(own, 0, rows, panel.data_ptr(), 0, scaled is not None, torch.get_num_threads())
     out = torch.empty(rows, columns)
@@ -155,32 +164,29 @@ def _unpacked(native: ctypes.CDLL, held: Tiles, scaled: tuple[Tensor, Tensor] | 
 
 @cache
 def _typed(native: ctypes.CDLL) -> ctypes.CDLL:
-    held, pointer, long, integer = ctypes.POINTER(_Held), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    held, pointer, long, integer = ctypes.POINTER(Held), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     native.tiles_pack.argtypes = [pointer, integer, long, long, *[pointer] * 7]
     native.tiles_multiply.argtypes = [held, pointer, long, pointer, integer]
     native.tiles_unpack.argtypes = [held, long, long, pointer, integer, integer, integer]
     native.tiles_rows.argtypes = [held, pointer, long, pointer, integer]
-    native.tiles_sort.argtypes = [held, pointer, long, pointer, integer, integer]
-    for function in (native.tiles_pack, native.tiles_unpack, native.tiles_rows):
+    native.tiles_sort.argtypes = native.tiles_unsort.argtypes = [held, pointer, long, pointer, integer, integer]
+    native.tiles_paired.argtypes = [pointer, pointer, long, long, pointer, integer, integer]
+    nothing = ("pack", "unpack", "rows", "unsort", "paired")
+    for function in (getattr(native, f"tiles_{name}") for name in nothing):
         function.restype = None
     native.tiles_multiply.restype = native.tiles_sort.restype = integer
     return native
 
 
-def _native() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
+    """The compiled code, with its arguments' types; None where it cannot be had."""
     found = library("tiles")
     return None if found is None else _typed(found)
 
 
-_TENSORS = ", ".join(f"Tensor {name}" for name in (*Tiles._fields, "levels", "indices"))
-torch.library.define("lrcompress::tiles_linear", f"(Tensor x, {_TENSORS}) -> Tensor")
-torch.library.define("lrcompress::tiles_dense", f"({_TENSORS}, ScalarType dtype) -> Tensor")
-torch.library.define("lrcompress::tiles_rows", f"(Tensor rows, {_TENSORS}, ScalarType dtype) -> Tensor")
-
-
-def linear(x: Tensor, held: Tiles, levels: Tensor, indices: Tensor) -> Tensor:
-    """x (..., in) times the transposed weight: (..., out) of x's dtype. It has gradients with respect to x."""
-    return torch.ops.lrcompress.tiles_linear(x, *held, levels, indices)  # type: ignore[no-any-return]
+TENSORS = ", ".join(f"Tensor {name}" for name in (*Tiles._fields, "levels", "indices"))
+torch.library.define("lrcompress::tiles_dense", f"({TENSORS}, ScalarType dtype) -> Tensor")
+torch.library.define("lrcompress::tiles_rows", f"(Tensor rows, {TENSORS}, ScalarType dtype) -> Tensor")
 
 
 def dense(held: Tiles, levels: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,55 +199,10 @@ def rows_of(rows: Tensor, held: Tiles, levels: Tensor, indices: Tensor, dtype: t
     return torch.ops.lrcompress.tiles_rows(rows, *held, levels, indices, dtype)  # type: ignore[no-any-return]
 
 
-def _plain_linear(x: Tensor, *tensors: Tensor) -> Tensor:
-    held, levels, indices = Tiles(*tensors[:-2]), *tensors[-2:]
-    rows, columns = (scale.to(x.dtype) for scale in scales(levels, indices, held.shape))
-    return nn.functional.linear(x * columns, codes(held).to(x.dtype)) * rows
-
-
-def _linear(x: Tensor, *tensors: Tensor) -> Tensor:
-    native = _native()
-    if native is None or x.dtype not in (*KINDS, torch.float16):
-        return _plain_linear(x, *tensors)
-    held, levels, indices = Tiles(*tensors[:-2]), *tensors[-2:]
-    own = _held(held, levels, indices)
-    flat = x.reshape(-1, own.columns)
-    count = flat.shape[0]
-    few = count <= FEW
-    if few or x.dtype not in KINDS:
-        flat = flat.float()
-    flat = flat.contiguous()
-    if not few:
-        return _by_panels(native, held, own, flat).to(x.dtype).reshape(*x.shape[:-1], own.rows)
-    y = flat.new_empty(count, own.rows)
-    _check(native.tiles_multiply(own, flat.data_ptr(), count, y.data_ptr(), torch.get_num_threads()))
-    return y.to(x.dtype).reshape(*x.shape[:-1], own.rows)
-
-
-def _check(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory left to multiply by coded weights")
-
-
-def _by_panels(native: ctypes.CDLL, held: Tiles, own: _Held, x: Tensor) -> Tensor:
-    """x (n, in) times the weight, (n, out), of which at most BLOCK rows are there unpacked at any time."""
-    threads, kind, width = torch.get_num_threads(), KINDS[x.dtype], held.head.shape[1] * COLUMNS
-    ordered = x.new_empty(len(x), width)
-    _check(native.tiles_sort(own, x.data_ptr(), len(x), ordered.data_ptr(), kind, threads))
-    if x.dtype == torch.bfloat16 and panels.fast():
-        return panels.product(ordered, (own.rows, width), own, native.tiles_numbers, held.row_order, BLOCK)
-    y, panel = x.new_empty(len(x), own.rows), x.new_empty(min(BLOCK, own.rows), width)
-    for first in range(0, own.rows, BLOCK):
-        count = min(BLOCK, own.rows - first)
-        native.tiles_unpack(own, first, count, panel.data_ptr(), kind, 1, threads)
-        torch.mm(ordered, panel[:count].T, out=y[:, first : first + count])
-    return y
-
-
 def _dense(*arguments: Any) -> Tensor:
     *tensors, dtype = arguments
     held, levels, indices = Tiles(*tensors[:-2]), *tensors[-2:]
-    native = _native() if held.tiles.device.type == "cpu" and dtype != torch.float64 else None
+    native = compiled() if held.tiles.device.type == "cpu" and dtype != torch.float64 else None
     if native is not None:
         return _unpacked(native, held, (levels, indices)).to(dtype)
     rows, columns = (scale.to(dtype) for scale in scales(levels, indices, held.shape))
@@ -251,20 +212,16 @@ def _dense(*arguments: Any) -> Tensor:
 def _rows_of(rows: Tensor, *arguments: Any) -> Tensor:
     *tensors, dtype = arguments
     held, levels, indices = Tiles(*tensors[:-2]), *tensors[-2:]
-    native = _native() if held.tiles.device.type == "cpu" and dtype != torch.float64 else None
+    native = compiled() if held.tiles.device.type == "cpu" and dtype != torch.float64 else None
     if native is None:
         return _dense(*arguments)[rows]
     if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < held.shape[0]):
         raise IndexError(f"a row beyond the {held.shape[0]} of the table")
     wanted = rows.long().contiguous()
     out = torch.empty(*rows.shape, held.shape[1])
-    own = _held(held, levels, indices)
+    own = described(held, levels, indices)
     native.tiles_rows(own, wanted.data_ptr(), wanted.numel(), out.data_ptr(), torch.get_num_threads())
     return out.to(dtype)
-
-
-def _fake_linear(x: Tensor, *tensors: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(tensors[Tiles._fields.index("row_order")]))
 
 
 def _fake_dense(*arguments: Any) -> Tensor:
@@ -277,20 +234,7 @@ def _fake_rows(rows: Tensor, *arguments: Any) -> Tensor:
     return held.tiles.new_empty(*rows.shape, held.shape[1], dtype=arguments[-1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    weight = torch.ops.lrcompress.tiles_dense(*ctx.saved_tensors, gradient.dtype)
-    return gradient @ weight, *[None] * len(ctx.saved_tensors)
-
-
-torch.library.register_autograd("lrcompress::tiles_linear", _backward, setup_context=_keep)
-torch.library.impl("lrcompress::tiles_linear", "CompositeExplicitAutograd", _plain_linear)
-torch.library.impl("lrcompress::tiles_linear", "CPU", _linear)
 torch.library.impl("lrcompress::tiles_dense", "CompositeExplicitAutograd", _dense)
 torch.library.impl("lrcompress::tiles_rows", "CompositeExplicitAutograd", _rows_of)
-torch.library.register_fake("lrcompress::tiles_linear", _fake_linear)
 torch.library.register_fake("lrcompress::tiles_dense", _fake_dense)
 torch.library.register_fake("lrcompress::tiles_rows", _fake_rows)

@@ -25,7 +25,8 @@ typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 static const uint8_t WIDTHS[] = {0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 32};
 
 /* How a weight (rows, columns) is held: row_order (rows) is the row, less the first of its `block`, at every place;
-   column_order (columns) likewise; row_index, column_index its scales' places in row_scale, column_scale (256 each). */
+   column_order (columns) likewise; row_index, column_index its scales' places in row_scale, column_scale (256 each);
+   row_gain (rows), column_gain (columns) multiply these, but for single rows (tiles_rows), or are NULL. */
 typedef struct {
     int64_t rows, columns, block;
     const Words *tiles;
@@ -34,10 +35,20 @@ typedef struct {
     const int32_t *start;
     const uint16_t *row_order, *column_order;
     const uint8_t *row_index, *column_index;
-    const float *row_scale, *column_scale;
+    const float *row_scale, *column_scale, *row_gain, *column_gain;
 } Held;
 
 static inline int64_t tiles_of(const Held *held) { return (held->columns + COLUMNS - 1) / COLUMNS; }
+
+static inline float row_factor(const Held *held, int64_t row) {
+    const float scale = held->row_scale[held->row_index[row]];
+    return held->row_gain ? scale * held->row_gain[row] : scale;
+}
+
+static inline float column_factor(const Held *held, int64_t column) {
+    const float scale = held->column_scale[held->column_index[column]];
+    return held->column_gain ? scale * held->column_gain[column] : scale;
+}
 
 static inline int64_t row_at(const Held *held, int64_t place) {
     return place / held->block * held->block + held->row_order[place];

@@ -98,7 +98,7 @@ int tiles_multiply(const Held *held, const float *x, int64_t n, float *y, int th
 #pragma GCC unroll 8
         for (int64_t j = 0; j < held->columns; j++) {
             const int64_t column = held->column_order[j];
-            to[j] = from[column] * held->column_scale[held->column_index[column]];
+            to[j] = from[column] * column_factor(held, column);
         }
         memset(to + held->columns, 0, sizeof(float) * (size_t)(width - held->columns));
     }
@@ -114,7 +114,7 @@ int tiles_multiply(const Held *held, const float *x, int64_t n, float *y, int th
             strip_products(tiles, head, tile, far, sorted, n, width, made);
         for (int r = 0; r < ROWS && ROWS * strip + r < held->rows; r++) {
             int64_t row = row_at(held, ROWS * strip + r);
-            float scale = held->row_scale[held->row_index[row]];
+            float scale = row_factor(held, row);
             for (int64_t i = 0; i < n; i++) y[i * held->rows + row] = made[i * ROWS + r] * scale;
         }
     }

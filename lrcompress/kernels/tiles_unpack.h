@@ -22,7 +22,7 @@ static inline void unpack_strip(const Held *held, int64_t strip, const int64_t *
     const Words *tile = held->tiles + held->start[2 * strip];
     const int16_t *far = held->far + held->start[2 * strip + 1];
     for (int r = 0; r < ROWS && r < left; r++)
-        scale[r] = scaled ? held->row_scale[held->row_index[row_at(held, ROWS * strip + r)]] : 1;
+        scale[r] = scaled ? row_factor(held, row_at(held, ROWS * strip + r)) : 1;
     for (int64_t t = 0; t < tiles; t++, head += 2) {
         numbers(head, tile, far, made);
         for (int r = 0; r < ROWS && r < left; r++)
@@ -96,7 +96,7 @@ int tiles_sort(const Held *held, const void *x, int64_t n, void *out, int kind, 
     const int64_t width = tiles_of(held) * COLUMNS, columns = held->columns;
     float *scale = calloc((size_t)width, sizeof(float));
     int failed = !scale;
-    for (int64_t j = 0; scale && j < columns; j++) scale[j] = held->column_scale[held->column_index[held->column_order[j]]];
+    for (int64_t j = 0; scale && j < columns; j++) scale[j] = column_factor(held, held->column_order[j]);
 #pragma omp parallel num_threads(threads)
     {
         void *own = calloc((size_t)width, sizeof(float));
@@ -122,4 +122,47 @@ int tiles_sort(const Held *held, const void *x, int64_t n, void *out, int kind, 
     }
     free(scale);
     return failed;
+}
+
+/* What tiles_sort does, the other way round: x (n, tiles 32), its columns in their order, to out (n, columns), scaled */
+void tiles_unsort(const Held *held, const void *x, int64_t n, void *out, int kind, int threads) {
+    const int64_t width = tiles_of(held) * COLUMNS, columns = held->columns;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < columns; j++) {
+            const int64_t column = held->column_order[j];
+            const float scale = column_factor(held, column);
+            if (kind == FLOAT32)
+                ((float *)out)[i * columns + column] = ((const float *)x)[i * width + j] * scale;
+            else
+                ((uint16_t *)out)[i * columns + column] =
+                    to_bfloat16(from_bfloat16(((const uint16_t *)x)[i * width + j]) * scale);
+        }
+}
+
+static inline __attribute__((always_inline)) Floats sixteen(const void *from, int64_t at, int kind) {
+    if (kind == FLOAT32) return *(const Floats *)((const float *)from + at);
+    return (Floats)(__builtin_convertvector(*(const Halves *)((const uint16_t *)from + at), Words) << 16);
+}
+
+/* out (columns) = sums over the n rows of a times b, each (n, columns) of a kind; every thread has columns of its own */
+void tiles_paired(const void *a, const void *b, int64_t n, int64_t columns, float *out, int kind, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < columns; first += 64) {
+        const int64_t vectors = columns - first < 64 ? (columns - first) / 16 : 4, rest = columns - first - 16 * vectors;
+        Floats sums[4] = {{0}, {0}, {0}, {0}};
+        float beside[16] = {0};
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at = i * columns + first;
+            for (int64_t v = 0; v < vectors; v++) sums[v] += sixteen(a, at + 16 * v, kind) * sixteen(b, at + 16 * v, kind);
+            if (vectors == 4) continue;
+            for (int64_t j = 0, k = at + 16 * vectors; j < rest; j++, k++)
+                beside[j] += kind == FLOAT32
+                                 ? ((const float *)a)[k] * ((const float *)b)[k]
+                                 : from_bfloat16(((const uint16_t *)a)[k]) * from_bfloat16(((const uint16_t *)b)[k]);
+        }
+        for (int64_t v = 0; v < vectors; v++) *(Floats *)(out + first + 16 * v) = sums[v];
+        if (vectors < 4)
+            for (int64_t j = 0; j < rest; j++) out[first + 16 * vectors + j] = beside[j];
+    }
 }

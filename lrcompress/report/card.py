@@ -60,7 +60,8 @@ model = {auto}.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 
-Where lrcompress is not installed, the load stops with a size mismatch. `model.dequantize()` gives the ordinary dense model.
+Where lrcompress is not installed, the load stops with a size mismatch. `model.dequantize()` gives the ordinary dense
+model.
 
 | | |
 |---|---|

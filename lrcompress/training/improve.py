@@ -12,6 +12,7 @@ from torch import nn
 
 from lrcompress.checkpoint.reader import CheckpointReader
 from lrcompress.checkpoint.writer import replace_tensors, write_tensors
+from lrcompress.errors import InputError
 from lrcompress.evaluation.loading import load_network
 from lrcompress.model.device import compute_dtype, resolve_device
 from lrcompress.model.limits import check_tokens, known_tokens, length_warning
@@ -66,6 +67,8 @@ def _train(
     model = _load(folder, settings, trust_remote_code)
     for ids in (rows.ids, held_out.ids):
         check_tokens(ids, known_tokens(model), "the checkpoint")
+    if settings.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(f"--gradient-checkpointing: {type(model).__name__} cannot do it: leave it out")
     warning = length_warning(model, rows.ids.shape[1])
     if warning and not any(said.endswith(warning) for said in reporter.warnings):
         reporter.warn(f"--seqlen: {warning}")

@@ -267,6 +267,8 @@ def training_arguments(settings: Settings, folder: Path, dtype: torch.dtype) -> 
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.rate,
         bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         use_cpu=resolve_device(settings.device).type == "cpu",
         train_sampling_strategy="sequential",  # the rows lie in the order that they are trained in

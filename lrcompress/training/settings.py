@@ -36,7 +36,8 @@ class Settings:
 
     lr: the highest learning rate, None for the default of what is trained. batch: rows of one process's forward pass;
     accumulate: forward passes per step. train and distill: `settled` replaces auto. dtype: of computations; auto is
-    float32 on a CPU and bfloat16 elsewhere.
+    float32 on a CPU and bfloat16 elsewhere. gradient_checkpointing: keep what enters a block, and compute the rest
+    again on the way back.
     """
 
     train: str = AUTO
@@ -52,6 +53,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     load_4bit: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for option, name, known in (

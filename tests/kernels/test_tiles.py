@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrcompress.kernels import panels, tiles
+from lrcompress.kernels import panels, tiled_products, tiles
 from lrcompress.kernels.native import FLAGS, library
 from tests.commands import run_code
 
@@ -61,7 +61,7 @@ def test_every_code_comes_back_both_ways(shape, dtype, monkeypatch):
     torch.testing.assert_close(tiles.dense(held, levels, indices, torch.float32), weight.float())
     some = torch.tensor([[0, shape[0] - 1], [shape[0] // 2, 0]])
     torch.testing.assert_close(tiles.rows_of(some, held, levels, indices, torch.float32), weight[some].float())
-    monkeypatch.setattr(tiles, "_native", lambda: None)
+    monkeypatch.setattr(tiles, "library", lambda name: None)
     torch.testing.assert_close(tiles.dense(held, levels, indices, torch.float32), weight.float())
     torch.testing.assert_close(tiles.rows_of(some, held, levels, indices, torch.float64), weight[some])
 
@@ -89,7 +89,7 @@ def test_products_are_those_of_the_weight(shape, rows, dtype, fast, monkeypatch)
     codes, levels, indices, weight = example(shape, dtype=torch.int8)
     held = packed(codes)
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = tiles.linear(x[None], held, levels, indices)
+    found = tiled_products.linear(x[None], held, levels, indices)
     assert (found.dtype, found.shape) == (dtype, (1, rows, shape[0]))
     if rows:
         assert_product(found[0], x, weight)
@@ -113,8 +113,8 @@ def test_other_processors_multiply_alike(processor, tmp_path, monkeypatch):
     assert torch.equal(tiles.codes(held), codes.int())
     for rows in (1, 3, 40):
         x = torch.randn(rows, 70, generator=torch.Generator().manual_seed(0))
-        assert_product(tiles.linear(x, held, levels, indices), x, weight)
-        assert_product(tiles.linear(x.bfloat16(), held, levels, indices), x.bfloat16(), weight)
+        assert_product(tiled_products.linear(x, held, levels, indices), x, weight)
+        assert_product(tiled_products.linear(x.bfloat16(), held, levels, indices), x.bfloat16(), weight)
 
 
 @needs_compiler
@@ -124,26 +124,43 @@ def test_panels_multiply_alike_whatever_torch_computes_with(capability):
     code = """
 import torch
 from tests.kernels.test_tiles import assert_product, example, packed
-from lrcompress.kernels import tiles
+from lrcompress.kernels import tiled_products, tiles
 codes, levels, indices, weight = example((100, 70), dtype=torch.int8)
 held = packed(codes)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for rows in (1, 40):
         x = torch.randn(rows, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
-        assert_product(tiles.linear(x, held, levels, indices), x, weight)
+        assert_product(tiled_products.linear(x, held, levels, indices), x, weight)
 """
     done = run_code(code, environment={"ATEN_CPU_CAPABILITY": capability})
     assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rows", [2, 40])
-def test_gradients_are_those_of_the_product(rows):
-    codes, levels, indices, weight = example((30, 50), dtype=torch.int8)
+@pytest.mark.parametrize("shape", [(30, 50), (33, 160)])
+def test_gradients_are_those_of_the_product(shape, rows, autocast, native, monkeypatch):
+    """Of the input and of what multiplies the scales, by autograd in float64; autocast computes in bfloat16."""
+    codes, levels, indices, weight = example(shape, dtype=torch.int8)
     held = packed(codes)
-    x, gradient = torch.randn(rows, 50, requires_grad=True), torch.randn(rows, 30)
-    tiles.linear(x, held, levels, indices).backward(gradient)
-    torch.testing.assert_close(x.grad, (gradient.double() @ weight).float(), rtol=1e-4, atol=1e-3)
+    if not native:
+        monkeypatch.setattr(tiles, "library", lambda name: None)
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(2, rows, size, generator=generator) for size in (shape[1], shape[0]))
+    rows_by, columns_by = (0.5 + torch.rand(size, generator=generator) for size in shape)
+    asked = [tensor.clone().requires_grad_(True) for tensor in (x, rows_by, columns_by)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = tiled_products.linear(asked[0], held, levels, indices, (asked[1], asked[2]))
+    assert found.dtype == (torch.bfloat16 if autocast else torch.float32)
+    found.backward(gradient.to(found.dtype))
+    exact = [tensor.double().requires_grad_(True) for tensor in (x, rows_by, columns_by)]
+    wanted = exact[0] @ (exact[1][:, None] * weight * exact[2]).T
+    wanted.backward(gradient.double())
+    for ours, theirs in zip([found, *(t.grad for t in asked)], [wanted, *(t.grad for t in exact)], strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < (0.02 if autocast else 1e-5)  # bfloat16 rounds to 8 bits, four times on the way
 
 
 @needs_compiler
@@ -158,7 +175,9 @@ def test_compiled_and_exported_programs_call_the_kernel():
                 self.register_buffer(name, tensor)
 
         def forward(self, x):
-            return tiles.linear(2 * x, tiles.Tiles(*(getattr(self, n) for n in tiles.Tiles._fields)), levels, indices)
+            return tiled_products.linear(
+                2 * x, tiles.Tiles(*(getattr(self, n) for n in tiles.Tiles._fields)), levels, indices
+            )
 
     x = torch.randn(3, 50)
     exported = torch.export.export(Layer(), (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
@@ -169,7 +188,9 @@ def test_compiled_and_exported_programs_call_the_kernel():
         assert_product(compiled(x), 2 * x, weight)
         assert_product(exported.module()(x), 2 * x, weight)
     arguments = (x, *packed(codes), levels, indices)
-    torch.library.opcheck(torch.ops.lrcompress.tiles_linear.default, arguments)
+    gains = [torch.rand(size, requires_grad=True) for size in (30, 50)]
+    torch.library.opcheck(torch.ops.lrcompress.tiles_linear.default, (*arguments, None, None))
+    torch.library.opcheck(torch.ops.lrcompress.tiles_linear.default, (x.requires_grad_(), *arguments[1:], *gains))
     torch.library.opcheck(torch.ops.lrcompress.tiles_dense.default, (*arguments[1:], torch.float32))
     torch.library.opcheck(torch.ops.lrcompress.tiles_rows.default, (torch.tensor([3]), *arguments[1:], torch.float32))
 

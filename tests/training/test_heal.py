@@ -355,6 +355,32 @@ def test_four_bits_while_training_change_nothing_that_is_stored(checkpoint, tmp_
     )
 
 
+@pytest.mark.parametrize("kind", ["coded", "quantized", "low_rank"])
+def test_gradient_checkpointing_makes_the_same_step_from_less(kind, checkpoint, tmp_path, healed, monkeypatch):
+    """What is kept for the way back is counted where blocks ask for it; the trained tensors are equal."""
+    kept = []
+
+    def step(self, *arguments, **named):
+        seen = {}
+
+        def keep(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = once(self, *arguments, **named)
+        kept.append(sum(seen.values()))
+        return loss
+
+    once = Healer.compute_loss
+    monkeypatch.setattr(Healer, "compute_loss", step)
+    for name, asked in (("plain", False), ("again", True)):
+        healed(checkpoint(kind), tmp_path / name, steps=2, gradient_checkpointing=asked)
+    assert max(kept[2:]) < min(kept[:2])
+    old, new = tensors(tmp_path / "plain"), tensors(tmp_path / "again")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
 def test_bfloat16_and_minutes_and_tokens(checkpoint, tmp_path, healed):
     source = checkpoint("low_rank")
     found = healed(source, tmp_path / "time", steps=None, minutes=0.02, dtype="bfloat16").report["healed"]
