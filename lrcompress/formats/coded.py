@@ -12,7 +12,7 @@ from lrcompress.coding import decode, encode, energies
 from lrcompress.errors import InputError
 from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
 from lrcompress.kernels import tiled_products, tiles
-from lrcompress.kernels.products import DENSE_PRODUCT
+from lrcompress.kernels.products import DENSE_PRODUCT, in_autocast
 from lrcompress.kernels.tiles import Tiles
 from lrcompress.protocols import Spec
 
@@ -227,15 +227,15 @@ class CodedWeight(StoredLinear):
         return rows.to(dtype), columns.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self._laid_out()
+        own, x = self._laid_out(), in_autocast(x)
         if "codes" not in own:
             gains = self.row_gain, self.column_gain
             y = tiled_products.linear(x, _tiles(own), own["levels"], self.scales[GRID_BYTES:], gains)
         elif self.row_gain is None or self.column_gain is None:
             y = self._whole_product(x, own)
         else:
-            y = self._whole_product(x * self.column_gain.to(x.dtype), own)
-            y = y * self.row_gain.to(y.dtype)
+            y = self._whole_product((x * self.column_gain).to(x.dtype), own)
+            y = (y * self.row_gain).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def rows(self, wanted: Tensor) -> Tensor:

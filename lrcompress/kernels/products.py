@@ -120,9 +120,13 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
     return y if bias is None else y + bias
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast multiplies in, where it is enabled."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
 def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], *, transposed: bool) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = in_autocast(x)
     y = operator(x.reshape(-1, x.shape[-1]), *parts, transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

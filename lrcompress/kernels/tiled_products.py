@@ -31,9 +31,7 @@ torch.library.define("lrcompress::tiles_linear_backward", _BACK)
 
 
 def linear(x: Tensor, held: Tiles, levels: Tensor, indices: Tensor, gains: Gains = NO_GAINS) -> Tensor:
-    """x (..., in) times the transposed weight: (..., out) of x's dtype, or autocast's. Gradients of x and the gains."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    """x (..., in) times the transposed weight: (..., out) of x's dtype. It has gradients of x and the gains."""
     return torch.ops.lrcompress.tiles_linear(x, *held, levels, indices, *gains)  # type: ignore[no-any-return]
 
 

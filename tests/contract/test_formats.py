@@ -249,6 +249,26 @@ def test_laying_out_moves_no_number(name, dtype):
     torch.testing.assert_close(module(x), expected, rtol=0, atol=rounding)
 
 
+@pytest.mark.parametrize("laid_out", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_says_what_is_multiplied_in(name, trained, laid_out):
+    """As of nn.Linear: training in bfloat16 would otherwise pay for products in float32."""
+    spec, stored, _, values = example(name, (24, 40), 5, True)
+    module = loaded(spec, stored).requires_grad_(trained)
+    if laid_out:
+        module.lay_out()
+    x = torch.randn(2, 20, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    exact = x.detach() @ module.dense().detach().T + values
+    assert (y.float() - exact).norm() < 0.02 * exact.norm()
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
 def test_pivoted_is_never_larger_than_dense_and_smaller_than_low_rank():
     for rank in range(1, 192):
         pivoted = spec_numbers(Spec("pivoted", (256, 192), parameters={"rank": rank}))
