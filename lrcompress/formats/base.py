@@ -185,7 +185,11 @@ class RowsLinear(LeafLinear):
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """x (..., in) Wᵀ, with gradients of x alone."""
+        """x (..., in) Wᵀ, with gradients of x, and of parameters that are not in `by_torch`."""
+
+    def by_torch(self) -> list[Tensor]:
+        """Parameters of the weight whose gradients only torch's product with the whole weight has."""
+        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
 
     def dense(self) -> Tensor:
         weight = self.stored_rows()
@@ -200,7 +204,7 @@ class RowsLinear(LeafLinear):
         return held(*self.state_dict().values()) + decoded_bytes(weight, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        if trains(*self.parameters()):
+        if trains(*self.by_torch()):
             return nn.functional.linear(x, self.dense(), self.bias)
         y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -4,7 +4,7 @@ Few rows of x are multiplied by compiled code (rows.c) that decodes weights in r
 it reads faster than torch does. For many rows a panel of the weight's rows at a time is decoded into memory that the
 next one uses again, and multiplied by compiled code (panels.c) in bfloat16 where the processor has products of it,
 otherwise by torch. Where nothing can be compiled, on other devices and in other dtypes torch
-alone decodes the panels. Gradients are those of x.
+alone decodes the panels. Gradients are those of x, and of the scales of quantised weights.
 """
 
 import ctypes
@@ -225,8 +225,31 @@ def _functions(weight: Rows, dtype: torch.dtype) -> Functions | None:
     return named, structure
 
 
-def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
-    """Define lrcompress::name(x, the parts of a weight of `kind`, transposed)."""
+def _scale_gradient(gradient: Tensor, x: Tensor, *given: Any) -> Tensor:
+    """(rows, groups): that of the scales of QuantizedRows(*given but the last) in the product, or its transpose."""
+    codes, zeros, scale, bits, columns, group, transposed = given
+    outputs, inputs = (x, gradient) if transposed else (gradient, x)
+    found = torch.empty_like(scale)
+    for start, panel in _panels(QuantizedRows(codes, zeros, torch.ones_like(scale), bits, columns, group), x.dtype):
+        rows = slice(start, start + len(panel))
+        made = outputs[:, rows].T @ inputs * panel
+        made = torch.nn.functional.pad(made, (0, scale.shape[1] * group - columns))
+        found[rows] = made.view(len(panel), -1, group).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return found
+
+
+_PARTS = "Tensor codes, Tensor? zeros, Tensor scale, int bits, int columns, int group"
+_SCALES = f"(Tensor gradient, Tensor x, {_PARTS}, bool transposed) -> Tensor"
+torch.library.define("lrcompress::quantized_scale_gradient", _SCALES)
+torch.library.impl("lrcompress::quantized_scale_gradient", "CompositeExplicitAutograd", _scale_gradient)
+torch.library.register_fake("lrcompress::quantized_scale_gradient", lambda *given: torch.empty_like(given[4]))
+
+
+def _operator(name: str, parts: str, kind: Callable[..., Rows], learnt: int | None = None) -> None:
+    """Define lrcompress::name(x, the parts of a weight of `kind`, transposed); part `learnt` has a gradient.
+
+    That is what lrcompress::name_scale_gradient(gradient, x, the parts, transposed) gives.
+    """
     torch.library.define(f"lrcompress::{name}", f"(Tensor x, {parts}, bool transposed) -> Tensor")
 
     def run(x: Tensor, *given: Any) -> Tensor:
@@ -239,21 +262,28 @@ def _operator(name: str, parts: str, kind: Callable[..., Rows]) -> None:
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.plain = [None if isinstance(part, Tensor) else part for part in inputs[1:]]
         ctx.places = [place for place, part in enumerate(inputs[1:]) if isinstance(part, Tensor)]
-        ctx.save_for_backward(*(part for part in inputs[1:] if isinstance(part, Tensor)))
+        ctx.learns = learnt is not None and ctx.needs_input_grad[1 + learnt]
+        ctx.save_for_backward(
+            *(part for part in inputs[1:] if isinstance(part, Tensor)), inputs[0] if ctx.learns else None
+        )
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, x = ctx.saved_tensors
         given = list(ctx.plain)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        found: list[Tensor | None] = [None] * len(given)
+        for place, tensor in zip(ctx.places, tensors, strict=True):
             given[place] = tensor
+        if learnt is not None and ctx.learns:
+            found[learnt] = getattr(torch.ops.lrcompress, f"{name}_scale_gradient")(gradient, x, *given)
         operator = getattr(torch.ops.lrcompress, name)
-        return operator(gradient, *given[:-1], not given[-1]), *([None] * len(given))
+        return operator(gradient, *given[:-1], not given[-1]), *found
 
     torch.library.impl(f"lrcompress::{name}", "CompositeExplicitAutograd", run)
     torch.library.register_fake(f"lrcompress::{name}", shape)
     torch.library.register_autograd(f"lrcompress::{name}", backward, setup_context=keep)
 
 
-_operator("quantized", "Tensor codes, Tensor? zeros, Tensor scale, int bits, int columns, int group", QuantizedRows)
+_operator("quantized", _PARTS, QuantizedRows, learnt=2)
 _operator("sparse", "Tensor values, Tensor? scale, Tensor positions, int columns", SparseRows)
 _operator("pairs", "Tensor values, Tensor positions, int columns", PairRows)
 _operator("numbers", "Tensor values", NumberRows)

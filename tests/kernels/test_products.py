@@ -1,6 +1,7 @@
 """Products with stored weights: compiled, by panels and in plain torch, against float64 and against each other."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,26 @@ def test_gradients_are_those_of_the_dense_product(count, transposed):
         torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("count", [1, FEW + 1, 100])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_codes_learn_without_a_whole_weight(count, transposed, dtype):
+    """Their gradient by autograd through the plain numbers in float64; x and the product in `dtype`, scales float32."""
+    for _, weight in examples.weights(24, 40, torch.float32):
+        if not isinstance(weight, QuantizedRows):
+            continue
+        x = examples.random(2, count, 24 if transposed else 40)
+        scale = weight.scale.clone().requires_grad_(True)
+        y = products.quantized(x.to(dtype), replace(weight, scale=scale), transposed=transposed)
+        y.backward(gradient := examples.random(*y.shape).to(dtype))
+        exact = weight.scale.double().requires_grad_(True)
+        whole = replace(weight, scale=exact).numbers(0, 24)
+        (x.double() @ (whole if transposed else whole.T)).backward(gradient.double())
+        assert scale.grad.dtype == torch.float32
+        error = (scale.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
+
+
 def test_gradients_of_gradients():
     weight = examples.quantized(5, 16, torch.float64, 4, 16)
     x = examples.random(3, 16).double().requires_grad_(True)
@@ -129,6 +150,8 @@ def test_operators_are_what_torch_expects():
     ))  # fmt: skip
     for x in (examples.random(3, 40), examples.random(3, 40).requires_grad_(True)):
         torch.library.opcheck(own.quantized.default, (x, q.codes, q.zeros, q.scale, 4, 40, 32, False))
+        learnt = q.scale.clone().requires_grad_(True)
+        torch.library.opcheck(own.quantized.default, (x, q.codes, q.zeros, learnt, 4, 40, 32, False))
         torch.library.opcheck(own.sparse.default, (x, s.values, s.scale, s.positions, 40, False))
         torch.library.opcheck(own.pairs.default, (x, p.values, p.positions, 40, False))
         torch.library.opcheck(own.numbers.default, (x, examples.random(24, 40), False))
