@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""llama.cpp itself, through the libraries of llama-cpp-py-sync: quantising with an imatrix, and logits of a file.
+"""llama.cpp itself, through the libraries of llama-cpp-py-sync: quantising with an imatrix, logits and speed of files.
 
 Run by benchmarks/gguf_files.py with the Python of an environment that has `pip install llama-cpp-py-sync gguf numpy`. Where that
 wheel's libraries ask for a newer glibc than there is (only for C23's names of strtol and sscanf), `--fit` changes what
 they ask for, in place, and compiles the four names beside them.
 
-usage: llama_cpp.py --fit | quantize IN OUT TYPE [IMATRIX.npz] | logits FILE TOKENS.npy OUT.npy
+usage: llama_cpp.py --fit | quantize IN OUT TYPE [IMATRIX.npz] | logits FILE TOKENS.npy OUT.npy | speed TOKENS.npy FILE ...
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ FILE_TYPES = {
     "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29,
     "MXFP4_MOE": 38,
 }  # fmt: skip
+FOLLOWING, ROUNDS = 64, 3
 LIBRARIES = ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0", "libllama.so.0")
 SHIM = """
 #include <stdarg.h>
@@ -110,37 +112,74 @@ def quantize(source: str, target: str, kind: str, imatrix: str | None = None) ->
         raise SystemExit(f"llama_model_quantize failed on {source}")
 
 
+class Runner:
+    """A file, loaded by llama.cpp with room for `length` tokens and FOLLOWING more."""
+
+    def __init__(self, file: str, length: int) -> None:
+        library()
+        from llama_cpp_py_sync import _cffi_bindings as bindings
+
+        self.file, self.ffi, self.native = file, bindings.ffi, bindings.get_lib()
+        parameters = self.native.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = length + FOLLOWING
+        parameters.n_threads = parameters.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        self.native.llama_backend_init()
+        model = self.native.llama_model_load_from_file(file.encode(), self.native.llama_model_default_params())
+        if model == self.ffi.NULL:
+            raise SystemExit(f"llama.cpp does not load {file}")
+        self.vocabulary = self.native.llama_vocab_n_tokens(self.native.llama_model_get_vocab(model))
+        self.context: Any = self.native.llama_init_from_model(model, parameters)
+        self.batch = self.native.llama_batch_init(length + FOLLOWING, 0, 1)
+
+    def clear(self) -> None:
+        self.native.llama_memory_clear(self.native.llama_get_memory(self.context), True)
+
+    def decode(self, tokens: list[int], first: int = 0, every: bool = True) -> None:
+        """Tokens that follow `first` others; with the logits of every one, or of the last."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, first + place, 1
+            batch.seq_id[place][0], batch.logits[place] = 0, every or place == len(tokens) - 1
+        if self.native.llama_decode(self.context, batch):
+            raise SystemExit(f"llama.cpp cannot run {self.file}")
+
+    def logits(self, count: int) -> np.ndarray:
+        values = self.native.llama_get_logits(self.context)
+        buffer = self.ffi.buffer(values, 4 * count * self.vocabulary)
+        return np.frombuffer(buffer, np.float32).reshape(count, self.vocabulary)
+
+
 def logits(file: str, tokens: str, output: str) -> None:
     """float32 (windows, length, vocabulary) of tokens (windows, length), a window at a time, into an .npy file."""
-    library()
-    from llama_cpp_py_sync import _cffi_bindings as bindings
-
-    ffi, native = bindings.ffi, bindings.get_lib()
     windows = np.load(tokens).astype(np.int32)
-    parameters = native.llama_context_default_params()
-    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = windows.shape[1]
-    parameters.n_threads = parameters.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    native.llama_backend_init()
-    model = native.llama_model_load_from_file(file.encode(), native.llama_model_default_params())
-    if model == ffi.NULL:
-        raise SystemExit(f"llama.cpp does not load {file}")
-    vocabulary = native.llama_vocab_n_tokens(native.llama_model_get_vocab(model))
-    found = np.lib.format.open_memmap(output, "w+", np.float32, (*windows.shape, vocabulary))
-    context: Any = native.llama_init_from_model(model, parameters)
-    batch = native.llama_batch_init(windows.shape[1], 0, 1)
+    runner = Runner(file, windows.shape[1])
+    found = np.lib.format.open_memmap(output, "w+", np.float32, (*windows.shape, runner.vocabulary))
     for index, window in enumerate(windows):
-        native.llama_memory_clear(native.llama_get_memory(context), True)
-        batch.n_tokens = len(window)
-        for place, token in enumerate(window.tolist()):
-            batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-            batch.seq_id[place][0], batch.logits[place] = 0, 1
-        if native.llama_decode(context, batch):
-            raise SystemExit(f"llama.cpp cannot run {file}")
-        values = native.llama_get_logits(context)
-        found[index] = np.frombuffer(ffi.buffer(values, 4 * len(window) * vocabulary), np.float32).reshape(
-            found[0].shape
-        )
+        runner.clear()
+        runner.decode(window.tolist())
+        found[index] = runner.logits(len(window))
     found.flush()
+    os._exit(0)  # what the bindings free at the end has been freed by then
+
+
+def speed(tokens: str, *files: str) -> None:
+    """Tokens a second of every file, a prompt's and the FOLLOWING ones', the best of ROUNDS in turn."""
+    window = np.load(tokens).astype(np.int32)[0].tolist()
+    runners, best = [Runner(file, len(window)) for file in files], [[0.0, 0.0] for _ in files]
+    for _ in range(ROUNDS):
+        for runner, own in zip(runners, best, strict=True):
+            runner.clear()
+            start = time.perf_counter()
+            runner.decode(window, every=False)
+            middle = time.perf_counter()
+            for place in range(FOLLOWING):
+                runner.decode(window[place : place + 1], len(window) + place)
+            end = time.perf_counter()
+            own[:] = max(own[0], len(window) / (middle - start)), max(own[1], FOLLOWING / (end - middle))
+    for file, (prompt, following) in zip(files, best, strict=True):
+        print(f"| {Path(file).name} | {prompt:.1f} | {following:.1f} |")
+    sys.stdout.flush()
     os._exit(0)  # what the bindings free at the end has been freed by then
 
 
@@ -148,7 +187,7 @@ if __name__ == "__main__":
     task, *arguments = sys.argv[1:] or ["--help"]
     if task == "--fit":
         fit()
-    elif task in ("quantize", "logits"):
-        {"quantize": quantize, "logits": logits}[task](*arguments)
+    elif task in ("quantize", "logits", "speed"):
+        {"quantize": quantize, "logits": logits, "speed": speed}[task](*arguments)
     else:
         raise SystemExit(__doc__)

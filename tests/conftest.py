@@ -198,15 +198,18 @@ def compress_tiny(model: Path, output: Path, **recipe: Any) -> Any:
     return compress(make_recipe(data))
 
 
+WITHOUT_PTH = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("lrcompress")]
+for name in [name for name in sys.modules if name.split(".")[0] == "lrcompress"]:
+    del sys.modules[name]
+"""
+"""Code that undoes what an installed lrcompress.pth has done to a Python."""
+
+
 def run_without_lrcompress(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
-    """Python code where lrcompress is not installed: its .pth file has left nothing, and an import of it fails."""
-    before = (
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith('lrcompress')]\n"
-        "for name in [n for n in sys.modules if n.startswith('lrcompress.')]: del sys.modules[name]\n"
-        "sys.modules['lrcompress'] = None\n"
-    )
-    command = [sys.executable, "-c", before + code, *map(str, arguments)]
+    """Python code where lrcompress is not installed: an import of it fails."""
+    command = [sys.executable, "-c", f"{WITHOUT_PTH}\nsys.modules['lrcompress'] = None\n{code}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -14,7 +14,7 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.base import KernelLinear
 from lrcompress.model.surgery import dense_parts, stored_layers
-from tests.conftest import ARCHITECTURES, compress_tiny
+from tests.conftest import ARCHITECTURES, WITHOUT_PTH, compress_tiny
 
 METHODS = [
     ("lord", "auto"),
@@ -177,7 +177,7 @@ def test_many_shards_in_and_out(make_model, tmp_path):
 def test_the_order_of_imports_does_not_matter(compressed, first):
     """To transformers, which then loads our formats, and to PEFT, whose layers then ask before they merge."""
     second = {"lrcompress": "transformers, peft", "transformers, peft": "lrcompress"}[first]
-    code = f"""
+    code = f"""{WITHOUT_PTH}
 import {first}
 import {second}
 from transformers import AutoModelForCausalLM
