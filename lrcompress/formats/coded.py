@@ -12,8 +12,9 @@ from lrcompress.coding import decode, encode, energies
 from lrcompress.errors import InputError
 from lrcompress.formats.base import FORMATS, LeafLinear, StoredLinear, added_bias_bytes, held
 from lrcompress.kernels import tiled_products, tiles
-from lrcompress.kernels.products import DENSE_PRODUCT, in_autocast
+from lrcompress.kernels.products import DENSE_PRODUCT
 from lrcompress.kernels.tiles import Tiles
+from lrcompress.kernels.tracing import in_autocast
 from lrcompress.protocols import Spec
 
 GRID_BYTES = 16

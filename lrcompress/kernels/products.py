@@ -17,6 +17,7 @@ from torch import Tensor
 from lrcompress.kernels import panels
 from lrcompress.kernels.native import library
 from lrcompress.kernels.rows import KINDS, NumberRows, PairRows, QuantizedRows, Rows, SparseRows
+from lrcompress.kernels.tracing import in_autocast, unseen
 
 FEW = 8
 """Rows of x up to which products on what is stored are faster than panels."""
@@ -88,20 +89,17 @@ def _gathers(weight: Rows, count: int, dtype: torch.dtype) -> bool:
 
 def quantized(x: Tensor, weight: QuantizedRows, *, transposed: bool = False) -> Tensor:
     """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
-    parts = (weight.codes, weight.zeros, weight.scale, weight.bits, weight.columns, weight.group)
-    return _called(torch.ops.lrcompress.quantized, x, parts, transposed=transposed)
+    return _called(torch.ops.lrcompress.quantized, x, weight, transposed=transposed)
 
 
 def sparse(x: Tensor, weight: SparseRows, *, transposed: bool = False) -> Tensor:
     """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
-    parts = (weight.values, weight.scale, weight.positions, weight.columns)
-    return _called(torch.ops.lrcompress.sparse, x, parts, transposed=transposed)
+    return _called(torch.ops.lrcompress.sparse, x, weight, transposed=transposed)
 
 
 def pairs(x: Tensor, weight: PairRows, *, transposed: bool = False) -> Tensor:
     """x (..., columns) Wᵀ; or, transposed, x (..., rows) W."""
-    parts = (weight.values, weight.positions, weight.columns)
-    return _called(torch.ops.lrcompress.pairs, x, parts, transposed=transposed)
+    return _called(torch.ops.lrcompress.pairs, x, weight, transposed=transposed)
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
@@ -109,25 +107,25 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
 
     Gradients of x, W and the bias; where W's are wanted, or x has many rows, it is torch's own product.
     """
-    few, many = (count * x.shape[-1] for count in (few_rows(NumberRows(values)), MANY_OF_NUMBERS))
+    weight, width = NumberRows(values), x.shape[-1]
+    few, many = few_rows(weight) * width, MANY_OF_NUMBERS * width
     own = torch.compiler.is_compiling() or 0 < x.numel() <= few  # a trace is for any number of rows
     own = own or (x.numel() >= many > 0 and not transposed and _by_compiled_panels(x.dtype))
     own = own and x.device.type == "cpu"
     learnt = torch.is_grad_enabled() and values.requires_grad
     if learnt or not own or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
         return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
-    y = _called(torch.ops.lrcompress.numbers, x, (values,), transposed=transposed)
+    y = _called(torch.ops.lrcompress.numbers, x, weight, transposed=transposed)
     return y if bias is None else y + bias
 
 
-def in_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that autocast multiplies in, where it is enabled."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
-
-def _called(operator: Callable[..., Tensor], x: Tensor, parts: tuple[Any, ...], *, transposed: bool) -> Tensor:
+def _called(operator: Callable[..., Tensor], x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
     x = in_autocast(x)
-    y = operator(x.reshape(-1, x.shape[-1]), *parts, transposed)
+    flat = x.reshape(-1, x.shape[-1])
+    if unseen(x):
+        y = multiply(flat, weight, transposed=transposed)
+    else:
+        y = operator(flat, *weight.parts, transposed)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

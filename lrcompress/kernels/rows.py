@@ -3,6 +3,7 @@
 import ctypes
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Rows(ABC):
     """A weight (rows, columns), the numbers of which depend on `tensors`."""
 
     columns: int
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it is made of, in order, as operators are given it."""
+        return tuple(vars(self).values())
 
     @property
     @abstractmethod

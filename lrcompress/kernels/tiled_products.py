@@ -23,6 +23,7 @@ from lrcompress.kernels.tiles import (
     described,
     scales,
 )
+from lrcompress.kernels.tracing import unseen
 
 _GAINS = "Tensor? row_gain, Tensor? column_gain"
 _BACK = f"(Tensor gradient, Tensor? x, Tensor? y, {TENSORS}, {_GAINS}) -> (Tensor, Tensor, Tensor)"
@@ -32,7 +33,10 @@ torch.library.define("lrcompress::tiles_linear_backward", _BACK)
 
 def linear(x: Tensor, held: Tiles, levels: Tensor, indices: Tensor, gains: Gains = NO_GAINS) -> Tensor:
     """x (..., in) times the transposed weight: (..., out) of x's dtype. It has gradients of x and the gains."""
-    return torch.ops.lrcompress.tiles_linear(x, *held, levels, indices, *gains)  # type: ignore[no-any-return]
+    weight = *held, levels, indices, *gains
+    if x.device.type == "cpu" and unseen(x):
+        return _linear(x, *weight)
+    return torch.ops.lrcompress.tiles_linear(x, *weight)  # type: ignore[no-any-return]
 
 
 Parts = tuple[Tiles, Tensor, Tensor, Gains]

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from lrcompress.kernels import panels, products
+from lrcompress.kernels import panels, products, tiled_products
 from lrcompress.kernels.placing import placed
 from lrcompress.kernels.products import (
     COMPILED,
@@ -23,6 +24,8 @@ from lrcompress.kernels.rows import NumberRows, QuantizedRows
 from lrcompress.model.device import resolve_device
 from tests.commands import run_code
 from tests.kernels import weights as examples
+from tests.kernels.test_tiles import example as tile_example
+from tests.kernels.test_tiles import packed
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -160,6 +163,34 @@ def test_operators_are_what_torch_expects():
         own.placed.default, (examples.random(2, 3), examples.random(2, 40), order),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda f, x: torch.jit.trace(f, (x,)),
+        lambda f, x: make_fx(f)(x),
+        lambda f, x: torch.compile(f, backend="aot_eager", fullgraph=True),
+        lambda f, x: lambda x: [y[0] for y in torch.func.vmap(f)(x[None])],
+        lambda f, x: f,
+    ],
+    ids=["jit.trace", "make_fx", "compile", "vmap", "nothing"],
+)
+@torch.no_grad()
+def test_what_watches_operators_sees_them(watch):
+    """What was recorded with one x computes with another, which it would not where a result had become a constant."""
+    weight = examples.quantized(24, 40, torch.float32, 4, 40)
+    codes, levels, indices, _ = tile_example((24, 40), dtype=torch.int8)
+    held = packed(codes)
+
+    def run(x):
+        tiled = tiled_products.linear(x, held, levels, indices)
+        return products.quantized(x, weight), products.linear(x, weight.numbers(0, 24)), tiled
+
+    x = examples.random(3, 40)
+    watched = watch(run, x)
+    for found, wanted in zip(watched(2 * x), run(2 * x), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_any_dimensions():
