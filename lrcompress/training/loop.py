@@ -31,6 +31,9 @@ WARM_UP, LAST_RATE = 0.05, 0.1
 EVALUATIONS, PATIENCE = 8, 3
 """Evaluations over the budget; training ends after so many in a row without a better one."""
 
+TOGETHER = 4
+"""Held-out rows that are read at once."""
+
 FEATURE_WEIGHT = 1.0
 """Of the relative error of hidden states beside the KL of logits, in nats."""
 
@@ -62,8 +65,8 @@ def held_out_loss(tail: Tail, rows: Rows, dtype: torch.dtype, share: slice = sli
     """(2,) float64: the tail's model's summed negative log-likelihood of targets in nats, and how many there are."""
     found, device = torch.zeros(2, dtype=torch.float64), next(tail.model.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for row, asked in zip(rows.ids[share], rows.targets[share], strict=True):
-            ids, targets = row[None].to(device), asked[None].to(device)
+        taken = zip(rows.ids[share].split(TOGETHER), rows.targets[share].split(TOGETHER), strict=True)
+        for ids, targets in ((some.to(device), asked.to(device)) for some, asked in taken):
             hidden = tail.run(tail.model, ids)
             for part in tail.parts(ids, hidden):
                 loss = negative_log_likelihood(tail.logits(ids[:, part], hidden[:, part]), targets[:, part])
