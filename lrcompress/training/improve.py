@@ -22,9 +22,10 @@ from lrcompress.stages.workspace import write_json
 from lrcompress.training.choices import choose
 from lrcompress.training.distill import Teacher
 from lrcompress.training.four_bit import quantise_frozen
-from lrcompress.training.loop import BEST, Healer, Progress, mean_loss
+from lrcompress.training.loop import BEST, Healer, mean_loss
 from lrcompress.training.optimizers import optimizer_bytes
 from lrcompress.training.rows import Rows
+from lrcompress.training.schedule import Progress
 from lrcompress.training.settings import Settings
 
 BEFORE, OUTCOME = "before.safetensors", "outcome.json"
@@ -92,6 +93,7 @@ def _train(
         "optimizer": settings.optimizer,
         "distill": settings.distill,
         "lr": settings.rate,
+        "lr_left": done.rate,
         "minutes": done.seconds / 60,
         "steps": done.steps,
         "tokens": done.tokens,

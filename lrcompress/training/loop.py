@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,16 @@ from lrcompress.model.device import fast_float32, resolve_device
 from lrcompress.report.progress import Reporter
 from lrcompress.stages.workspace import write_json
 from lrcompress.training.distill import Bound, Teacher, captured_outputs, divergence, feature_error
-from lrcompress.training.optimizers import make_optimizer
+from lrcompress.training.optimizers import forget_momentum, make_optimizer
 from lrcompress.training.rows import IGNORED, Rows
+from lrcompress.training.schedule import Progress, evaluations_at, rate_at
 from lrcompress.training.settings import Settings
 from lrcompress.training.tail import Tail
 from lrcompress.training.trainable import Trainable
 
-WARM_UP, LAST_RATE = 0.05, 0.1
-"""Share of the budget that the rate rises in; what is left of it at the end of its half cosine."""
-
-EVALUATIONS, PATIENCE = 8, 3
-"""Evaluations over the budget; training ends after so many in a row without a better one."""
+PATIENCE, CUT = 4, 0.25
+"""Training ends after so many evaluations in a row without a better one; after each of them it goes back to the best
+state, and on from there with so much of the learning rate."""
 
 TOGETHER = 4
 """Held-out rows that are read at once."""
@@ -41,24 +40,8 @@ UNLIMITED = 10**9
 """Steps, where the budget is one of tokens or minutes."""
 
 BEST, STATE, PROGRESS = "best.safetensors", "trained.safetensors", "progress.json"
-
-
-@dataclass
-class Progress:
-    """What a run has done; saved with every checkpoint and read again when it is resumed."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    before: float = math.nan
-    best: float = math.nan
-    best_step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def waiting(self) -> int:
-        """Evaluations since the best one."""
-        return sum(entry["step"] > self.best_step for entry in self.history)
+START = "start.safetensors"
+"""What is trained, as it was at the best evaluation, in float32: BEST is what would be stored."""
 
 
 def held_out_loss(tail: Tail, rows: Rows, dtype: torch.dtype, share: slice = slice(None)) -> Tensor:
@@ -108,7 +91,7 @@ class Healer(Trainer):
         limited = settings.tokens is not None or settings.minutes is not None
         arguments.max_steps = UNLIMITED if limited else self.total_steps
         optimizer = make_optimizer(settings.optimizer, trainable, settings.rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: rate_at(self.fraction))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.progress.rate * rate_at(self.fraction))
         super().__init__(
             trainable.model,  # type: ignore[arg-type]
             arguments,
@@ -162,6 +145,8 @@ class Healer(Trainer):
         if last is not None:
             self.progress = Progress(**json.loads((Path(last) / PROGRESS).read_text()))
             self.reporter.say(f"resuming after step {self.progress.steps}")
+        else:
+            self._keep_start()
         self._resumed, self._started = self.progress.seconds, time.perf_counter()
         self.train(resume_from_checkpoint=last)
 
@@ -176,7 +161,7 @@ class Healer(Trainer):
         self._loss /= max(1.0, asked)
         self._sums.zero_()
         self.progress.tokens += int(read)
-        self.due = math.floor(EVALUATIONS * self.fraction) > math.floor(EVALUATIONS * before) or self.fraction >= 1
+        self.due = evaluations_at(self.fraction) > evaluations_at(before) or self.fraction >= 1
 
     def _added(self, sums: Tensor) -> list[float]:
         """The sums of all processes."""
@@ -194,16 +179,15 @@ class Healer(Trainer):
         total, count = self._added(sums)
         self.control.should_evaluate = False  # not again at the end of the epoch
         loss, progress = total / count, self.progress
-        if not math.isfinite(loss):
-            self.reporter.say(f"  step {progress.steps}: not finite any more, training ends: use a smaller --lr")
-            self.control.should_training_stop = True
-            return {}
         better = loss < progress.best
         if better:
             progress.best, progress.best_step = loss, progress.steps
             if self.args.should_save:
                 write_tensors(self.folder / BEST, self.trainable.values())
-        progress.history.append({"step": progress.steps, "train": self._loss, "held_out": loss})
+            self._keep_start()
+        progress.waiting = 0 if better else progress.waiting + 1
+        if math.isfinite(loss) and math.isfinite(self._loss):
+            progress.history.append({"step": progress.steps, "train": self._loss, "held_out": loss})
         self.reporter.say(
             f"  step {progress.steps}, {min(1.0, self.fraction):.0%}: loss {self._loss:.4f}, held out {loss:.4f}"
             + (" (best)" if better else "") + f", {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
@@ -211,7 +195,21 @@ class Healer(Trainer):
         if progress.waiting >= PATIENCE:
             self.reporter.say(f"  no better for {PATIENCE} evaluations: training ends early")
             self.control.should_training_stop = True
+        elif not better and self.fraction < 1:
+            self._go_back()
         return {"eval_loss": loss}
+
+    def _keep_start(self) -> None:
+        if self.args.should_save:
+            write_tensors(self.folder / START, {name: p.detach().cpu() for name, p in self._trained()})
+        self.accelerator.wait_for_everyone()
+
+    def _go_back(self) -> None:
+        """On from the best state, slower."""
+        self._restore(self.folder / START)
+        forget_momentum(self.optimizer)
+        self.progress.rate *= CUT
+        self.reporter.say(f"  no better: back to the best state, learning rate times {self.progress.rate:g}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -221,10 +219,13 @@ class Healer(Trainer):
             write_json(folder / PROGRESS, asdict(self.progress))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / STATE)
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(saved[name])
+        self._restore(Path(resume_from_checkpoint) / STATE)
+
+    @torch.no_grad()
+    def _restore(self, file: Path) -> None:
+        saved = load_file(file)
+        for name, parameter in self._trained():
+            parameter.copy_(saved[name])
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.trainable.model.named_parameters() if p.requires_grad]
@@ -245,14 +246,6 @@ class _Watch(TrainerCallback):
         control.should_evaluate = control.should_save = self._healer.due
         control.should_training_stop |= self._healer.fraction >= 1
         return control
-
-
-def rate_at(fraction: float) -> float:
-    """Factor of the learning rate when `fraction` of the budget is spent: a short rise, then half a cosine."""
-    if fraction < WARM_UP:
-        return LAST_RATE + (1 - LAST_RATE) * fraction / WARM_UP
-    done = min(1.0, (fraction - WARM_UP) / (1 - WARM_UP))
-    return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,6 +18,9 @@ from lrcompress.training.trainable import Pair, Trainable
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
+MOMENTUM = "exp_avg"
+"""Where an optimiser remembers the mean of gradients: torch's name of it, and ours."""
+
 
 class PairOptimizer(torch.optim.Optimizer):
     """AdamW without decay; the pairs of `trainable` move as `_move_pair` says, everything else one by one."""
@@ -77,14 +80,14 @@ def adam_direction(state: dict[str, Any], gradient: Tensor) -> Tensor:
     """Adam's direction for `gradient`, whose moments `state` keeps: bias-corrected mean over root mean square."""
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32)
-        state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        state[MOMENTUM], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
     state["step"] += 1
     first, second = BETAS
-    state["mean"].lerp_(gradient, 1 - first)
-    state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    state[MOMENTUM].lerp_(gradient, 1 - first)
+    state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
     step = float(state["step"])
-    root = (state["square"] / (1 - second**step)).sqrt_().add_(EPS)
-    return (state["mean"] / (1 - first**step)).div_(root)
+    root = (state["exp_avg_sq"] / (1 - second**step)).sqrt_().add_(EPS)
+    return (state[MOMENTUM] / (1 - first**step)).div_(root)
 
 
 def _gradients(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -113,6 +116,13 @@ def make_optimizer(name: str, trainable: Trainable, lr: float) -> torch.optim.Op
 
 
 OPTIMIZERS: dict[str, type[PairOptimizer] | None] = {"adamw": None, "lora-pro": LoraPro, "scaled": Scaled}
+
+
+def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Begin anew from where the parameters are; how large gradients are is still known."""
+    for state in optimizer.state.values():
+        if MOMENTUM in state:
+            state[MOMENTUM].zero_()
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

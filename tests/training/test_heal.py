@@ -172,6 +172,17 @@ def test_training_that_makes_it_worse_or_breaks_it_leaves_the_weights(checkpoint
         assert "unchanged" in (tmp_path / name / "README.md").read_text()
 
 
+def test_a_learning_rate_that_is_too_high_is_found_and_lowered(checkpoint, tmp_path, healed):
+    """Training goes back to the best state, with a quarter of the rate each time, instead of ending with nothing."""
+    source = checkpoint("low_rank")
+    found = healed(source, tmp_path / "out", lr=1.0, train="all", steps=16).report["healed"]
+    losses = [entry["held_out"] for entry in found["history"]]
+    assert losses[0] > found["held_out"]["before"]
+    assert found["kept"]
+    assert found["lr_left"] in (0.25**1, 0.25**2, 0.25**3)
+    assert found["held_out"]["after"] < found["held_out"]["before"]
+
+
 def cut_short(monkeypatch, healed, step, *arguments, **settings):
     """Heal until Ctrl-C comes at that step."""
     advance = Healer.advance
@@ -187,15 +198,19 @@ def cut_short(monkeypatch, healed, step, *arguments, **settings):
             healed(*arguments, **settings)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lora-pro"])
-def test_an_interrupted_run_resumed_ends_with_the_same_numbers(checkpoint, tmp_path, monkeypatch, optimizer, healed):
-    source, settings = checkpoint("pivoted"), {"steps": 8, "optimizer": optimizer, "accumulate": 2}
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 3e-3), ("adamw", 1.0), ("lora-pro", 3e-3)])
+def test_an_interrupted_run_resumed_ends_with_the_same_numbers(
+    checkpoint, tmp_path, monkeypatch, optimizer, lr, healed
+):
+    """Also where the rate was too high before."""
+    source, settings = checkpoint("pivoted"), {"steps": 8, "optimizer": optimizer, "lr": lr, "accumulate": 2}
     healed(source, tmp_path / "whole", **settings)
     cut_short(monkeypatch, healed, 5, source, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut").exists()
     result = healed(source, tmp_path / "cut", resume=True, **settings)
     assert changed(tmp_path / "whole", tmp_path / "cut") == set()
     assert result.report["healed"]["steps"] == 8
+    assert (result.report["healed"]["lr_left"] < 1) is (lr == 1.0)
     assert [entry["step"] for entry in result.report["healed"]["history"]] == list(range(1, 9))
     assert healed(source, tmp_path / "cut", resume=True, **settings).report == result.report  # done: nothing to do
 
@@ -337,8 +352,9 @@ def test_optimisers_of_pairs_lower_the_loss(kind, optimizer, checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize("distill", ["logits", "features"])
-def test_distilling_comes_nearer_to_the_dense_model(distill, checkpoint, tmp_path, healed):
-    """Whether the held-out loss falls is another matter: this dense model is random."""
+def test_distilling_comes_nearer_to_the_dense_model(distill, checkpoint, tmp_path, healed, monkeypatch):
+    """Whether the held-out loss falls is another matter, which training would go back for: this dense model is random."""
+    monkeypatch.setattr(Healer, "_go_back", lambda self: None)
     found = healed(checkpoint("low_rank"), tmp_path / "out", distill=distill, steps=24, lr=3e-3).report["healed"]
     apart = [entry["train"] for entry in found["history"]]
     assert 0 < apart[-1] < 0.8 * apart[0]

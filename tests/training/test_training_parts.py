@@ -9,9 +9,9 @@ from torch import nn
 from lrcompress.formats import restored
 from lrcompress.training import distill
 from lrcompress.training.distill import Bound, Teacher, divergence, feature_error, open_teacher
-from lrcompress.training.loop import LAST_RATE, rate_at
 from lrcompress.training.optimizers import BETAS, EPS, LoraPro, Scaled, make_optimizer
 from lrcompress.training.rows import Rows
+from lrcompress.training.schedule import LAST_RATE, evaluations_at, rate_at
 from lrcompress.training.trainable import Pair, Trainable
 from tests.checkpoint.test_loading import load
 from tests.contract.test_formats import ALL, example
@@ -103,8 +103,8 @@ def test_the_state_of_an_optimiser_of_pairs_survives_saving():
     optimizer.step()
     again = make_optimizer("lora-pro", trainable, 1e-3)
     again.load_state_dict(optimizer.state_dict())
-    assert torch.equal(again.state[model.left]["square"], optimizer.state[model.left]["square"])
-    assert again.state[model.left]["mean"].shape == (6, 5)
+    assert torch.equal(again.state[model.left]["exp_avg_sq"], optimizer.state[model.left]["exp_avg_sq"])
+    assert again.state[model.left]["exp_avg"].shape == (6, 5)
 
 
 class Layer(nn.Module):
@@ -236,3 +236,9 @@ def test_distillation_losses_by_hand(llama, rows, tmp_path):
     error = float(feature_error(teacher, range(5), states, rows.targets))
     assert error == pytest.approx(5 * 15 * 0.01, rel=1e-3)
     assert math.isfinite(error)
+
+
+def test_a_training_is_measured_ten_times_more_often_at_first():
+    found = [evaluations_at(fraction / 1000) for fraction in range(1001)]
+    times = [place / 1000 for place in range(1, 1001) if found[place] > found[place - 1]]
+    assert times == pytest.approx([1 / 16, 2 / 16, 3 / 16, 4 / 16, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1], abs=1e-3)
