@@ -28,7 +28,7 @@ def register_with_transformers() -> None:
     """Register now what is loaded already, the rest as soon as it is."""
     for name, ours in _WATCHED.items():
         if name in sys.modules:
-            importlib.import_module(ours)
+            _register(ours)
         elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder(name))
 
@@ -37,29 +37,45 @@ class _Finder:
     """Finds nothing itself: wraps the loader of the watched module so that registration follows its execution."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self._looking = name, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self._looking:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, _WATCHED[fullname])  # type: ignore[assignment]
+            spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
         return spec
 
 
 class _Loader:
-    def __init__(self, inner: Loader, ours: str) -> None:
-        self._inner, self._ours = inner, ours
+    def __init__(self, inner: Loader, finder: _Finder) -> None:
+        self._inner, self._finder = inner, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        importlib.import_module(self._ours)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        _register(_WATCHED[self._finder.name])
+
+
+def _register(ours: str) -> None:
+    """Import a module of ours; where theirs is of another version than it needs, programs that do without us go on."""
+    try:
+        importlib.import_module(ours)
+    except (ImportError, AttributeError) as error:
+        import warnings
+
+        said = f"lrcompress cannot load its checkpoints here ({error}): install the versions that it names"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)

@@ -31,7 +31,7 @@ def heal(
             metavar="WHAT",
             help="scales: of integer codes, with corrections and norms; factors: of every weight; lrc: of those that "
             "lost half of their rank or more; singular-values; principal: the largest 5% of the dense weights' "
-            "entries; norms; all: everything [default: scales where there are integer codes, else factors].",
+            "entries; norms; all: everything [default: scales where there are integer codes, else lrc, else factors].",
             show_default=False,
             rich_help_panel=HOW,
         ),
@@ -75,7 +75,7 @@ def heal(
         bool,
         typer.Option(
             "--gradient-checkpointing",
-            help="Keep less for the way back and compute it again: less memory, a third slower.",
+            help="Keep less for the way back and compute it again: a third less memory, a third more time.",
             rich_help_panel=HOW,
         ),
     ] = False,

@@ -100,6 +100,7 @@ class CodedWeight(StoredLinear):
     codes: Tensor | None
     row_gain: nn.Parameter | None
     column_gain: nn.Parameter | None
+    copies_output = False  # so that it may be changed in place while gains are trained, whose gradient reads it
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec, dtype)
@@ -230,13 +231,13 @@ class CodedWeight(StoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         own, x = self._laid_out(), in_autocast(x)
         if "codes" not in own:
-            gains = self.row_gain, self.column_gain
-            y = tiled_products.linear(x, _tiles(own), own["levels"], self.scales[GRID_BYTES:], gains)
+            levels, indices, gains = own["levels"], self.scales[GRID_BYTES:], (self.row_gain, self.column_gain)
+            y = tiled_products.linear(x, _tiles(own), levels, indices, gains)
+            y = y.clone() if self.copies_output else y
         elif self.row_gain is None or self.column_gain is None:
             y = self._whole_product(x, own)
         else:
-            y = self._whole_product((x * self.column_gain).to(x.dtype), own)
-            y = (y * self.row_gain).to(y.dtype)
+            y = (self._whole_product((x * self.column_gain).to(x.dtype), own) * self.row_gain).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def rows(self, wanted: Tensor) -> Tensor:

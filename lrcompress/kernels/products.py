@@ -17,7 +17,7 @@ from torch import Tensor
 from lrcompress.kernels import panels
 from lrcompress.kernels.native import library
 from lrcompress.kernels.rows import KINDS, NumberRows, PairRows, QuantizedRows, Rows, SparseRows
-from lrcompress.kernels.tracing import in_autocast, unseen
+from lrcompress.kernels.tracing import check_devices, check_width, in_autocast, plain, unseen
 
 FEW = 8
 """Rows of x up to which products on what is stored are faster than panels."""
@@ -113,6 +113,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
     own = own or (x.numel() >= many > 0 and not transposed and _by_compiled_panels(x.dtype))
     own = own and x.device.type == "cpu"
     learnt = torch.is_grad_enabled() and values.requires_grad
+    own = own and (torch.compiler.is_compiling() or plain(values))
     if learnt or not own or x.dtype != values.dtype or torch.is_autocast_enabled(x.device.type):
         return x @ values if transposed else torch.nn.functional.linear(x, values, bias)
     y = _called(torch.ops.lrcompress.numbers, x, weight, transposed=transposed)
@@ -120,9 +121,11 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None = None, *, transposed:
 
 
 def _called(operator: Callable[..., Tensor], x: Tensor, weight: Rows, *, transposed: bool) -> Tensor:
+    check_width(x, weight.rows if transposed else weight.columns)
+    check_devices(x, weight.tensors[0])
     x = in_autocast(x)
     flat = x.reshape(-1, x.shape[-1])
-    if unseen(x):
+    if unseen(x, *weight.tensors):
         y = multiply(flat, weight, transposed=transposed)
     else:
         y = operator(flat, *weight.parts, transposed)
@@ -196,7 +199,7 @@ def _panels(weight: Rows, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
             yield start, weight.numbers(start, stop).to(dtype)
             continue
         if scratch is None:
-            scratch = torch.empty(stop - start, weight.columns, dtype=dtype)
+            scratch = torch.empty(stop - start, weight.columns, dtype=dtype, device="cpu")
         named, described = functions
         named("numbers")(ctypes.byref(described), start, stop, scratch.data_ptr(), KINDS[dtype])
         yield start, scratch[: stop - start]

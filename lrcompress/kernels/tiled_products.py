@@ -23,7 +23,7 @@ from lrcompress.kernels.tiles import (
     described,
     scales,
 )
-from lrcompress.kernels.tracing import unseen
+from lrcompress.kernels.tracing import check_devices, check_width, unseen
 
 _GAINS = "Tensor? row_gain, Tensor? column_gain"
 _BACK = f"(Tensor gradient, Tensor? x, Tensor? y, {TENSORS}, {_GAINS}) -> (Tensor, Tensor, Tensor)"
@@ -32,11 +32,17 @@ torch.library.define("lrcompress::tiles_linear_backward", _BACK)
 
 
 def linear(x: Tensor, held: Tiles, levels: Tensor, indices: Tensor, gains: Gains = NO_GAINS) -> Tensor:
-    """x (..., in) times the transposed weight: (..., out) of x's dtype. It has gradients of x and the gains."""
-    weight = *held, levels, indices, *gains
-    if x.device.type == "cpu" and unseen(x):
-        return _linear(x, *weight)
-    return torch.ops.lrcompress.tiles_linear(x, *weight)  # type: ignore[no-any-return]
+    """x (..., in) times the transposed weight: (..., out) of x's dtype; gradients of x and of both gains or none.
+
+    What it returns is not to be changed in place where gains are trained: their gradient reads it.
+    """
+    rows, columns = held.shape
+    check_width(x, columns)
+    check_devices(x, held.tiles)
+    weight = *held, levels, indices, *(None if gain is None else gain.float() for gain in gains)
+    flat = x.reshape(-1, columns)
+    y = _linear(flat, *weight) if unseen(flat, *weight) else torch.ops.lrcompress.tiles_linear(flat, *weight)
+    return y.reshape(*x.shape[:-1], rows)
 
 
 Parts = tuple[Tiles, Tensor, Tensor, Gains]
@@ -65,17 +71,13 @@ def _linear(x: Tensor, *tensors: Any) -> Tensor:
         return _plain_linear(x, *tensors)
     held, levels, indices, gains = _parts(tensors)
     own = described(held, levels, indices, gains)
-    flat = x.reshape(-1, own.columns)
-    count = flat.shape[0]
-    few = count <= FEW
-    if few or x.dtype not in KINDS:
-        flat = flat.float()
-    flat = flat.contiguous()
+    count, few = len(x), len(x) <= FEW
+    given = (x.float() if few or x.dtype not in KINDS else x).contiguous()
     if not few:
-        return _by_panels(native, held, own, flat).to(x.dtype).reshape(*x.shape[:-1], own.rows)
-    y = flat.new_empty(count, own.rows)
-    _check(native.tiles_multiply(own, flat.data_ptr(), count, y.data_ptr(), torch.get_num_threads()))
-    return y.to(x.dtype).reshape(*x.shape[:-1], own.rows)
+        return _by_panels(native, held, own, given).to(x.dtype)
+    y = given.new_empty(count, own.rows)
+    _check(native.tiles_multiply(own, given.data_ptr(), count, y.data_ptr(), torch.get_num_threads()))
+    return y.to(x.dtype)
 
 
 def _check(failed: int) -> None:
@@ -112,15 +114,14 @@ def _linear_backward(gradient: Tensor, x: Tensor | None, y: Tensor | None, *tens
     own, threads, kind = described(held, levels, indices, gains), torch.get_num_threads(), KINDS[gradient.dtype]
     weight = gradient.new_empty(own.rows, held.head.shape[1] * COLUMNS)
     native.tiles_unpack(own, 0, own.rows, weight.data_ptr(), kind, 1, threads)
-    ordered = gradient.reshape(-1, own.rows) @ weight
-    made = gradient.new_empty(*gradient.shape[:-1], own.columns)
+    ordered = gradient @ weight
+    made = gradient.new_empty(len(gradient), own.columns)
     native.tiles_unsort(own, ordered.data_ptr(), len(ordered), made.data_ptr(), kind, threads)
 
     def paired(a: Tensor, b: Tensor) -> Tensor:
         a, b = a.contiguous(), b.contiguous()
-        sums = torch.empty(a.shape[-1])
-        count = a.numel() // max(1, a.shape[-1])
-        native.tiles_paired(a.data_ptr(), b.data_ptr(), count, a.shape[-1], sums.data_ptr(), kind, threads)
+        sums = torch.empty(a.shape[1], device="cpu")
+        native.tiles_paired(a.data_ptr(), b.data_ptr(), *a.shape, sums.data_ptr(), kind, threads)
         return sums
 
     return made, *_gain_gradients((gradient, y), (x, made), gains, paired)
@@ -137,7 +138,7 @@ def _gain_gradients(
 
 def _plain_paired(a: Tensor, b: Tensor) -> Tensor:
     wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) * b.to(wide)).flatten(0, -2).sum(0)
+    return (a.to(wide) * b.to(wide)).sum(0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,12 +153,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _fake_linear(x: Tensor, *tensors: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(tensors[Tiles._fields.index("row_order")]))
+    return x.new_empty(x.shape[0], len(tensors[Tiles._fields.index("row_order")]))
 
 
 def _fake_backward(gradient: Tensor, x: Tensor | None, y: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
     held, *_, gains = _parts(tensors)
-    made = gradient.new_empty(*gradient.shape[:-1], held.shape[1])
+    made = gradient.new_empty(gradient.shape[0], held.shape[1])
     return made, *(gradient.new_empty(0) if gain is None else torch.empty_like(gain) for gain in gains)
 
 

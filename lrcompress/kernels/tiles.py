@@ -75,16 +75,16 @@ def pack(shape: tuple[int, int], energies: tuple[Tensor, Tensor], block: Callabl
     count = -(-shape[1] // COLUMNS)
     orders: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
-    used = torch.zeros(2, dtype=torch.int32)
+    used = torch.zeros(2, dtype=torch.int32, device="cpu")
     for first in range(0, shape[0], BLOCK):
         rows = slice(first, min(first + BLOCK, shape[0]))
         codes = block(rows).contiguous()
         orders.append(energies[0][rows].argsort(stable=True).to(torch.int16))
         strips, before = -(-len(codes) // ROWS), used.tolist()
-        data = torch.empty(strips * count * _WIDEST, 16, dtype=torch.int32)
-        far = torch.empty(strips * count * _MOST_FAR, dtype=torch.int16)
-        head = torch.empty(strips, count, 2, dtype=torch.uint8)
-        start = torch.empty(strips, 2, dtype=torch.int32)
+        data = torch.empty(strips * count * _WIDEST, 16, dtype=torch.int32, device="cpu")
+        far = torch.empty(strips * count * _MOST_FAR, dtype=torch.int16, device="cpu")
+        head = torch.empty(strips, count, 2, dtype=torch.uint8, device="cpu")
+        start = torch.empty(strips, 2, dtype=torch.int32, device="cpu")
         pointers = (t.data_ptr() for t in (orders[-1], columns, data, head, far, start, used))
         native.tiles_pack(codes.data_ptr(), codes.itemsize, *codes.shape, *pointers)
         vectors, beside = (after - old for after, old in zip(used.tolist(), before, strict=True))
@@ -155,9 +155,9 @@ def _unpacked(native: ctypes.CDLL, held: Tiles, scaled: tuple[Tensor, Tensor] | 
     """The codes (out, in), or levels and indices given the weight, in float32."""
     rows, columns = held.shape
     own = described(held, *scaled) if scaled else described(held, held.start, held.start)
-    panel = torch.empty(rows, held.head.shape[1] * COLUMNS)
+    panel = torch.empty(rows, held.head.shape[1] * COLUMNS, device="cpu")
     native.tiles_unpack(own, 0, rows, panel.data_ptr(), 0, scaled is not None, torch.get_num_threads())
-    out = torch.empty(rows, columns)
+    out = torch.empty(rows, columns, device="cpu")
     out[:, _columns(held)] = panel[:, :columns]
     return out * scales(*scaled, held.shape)[1] if scaled else out
 
@@ -218,7 +218,7 @@ def _rows_of(rows: Tensor, *arguments: Any) -> Tensor:
     if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < held.shape[0]):
         raise IndexError(f"a row beyond the {held.shape[0]} of the table")
     wanted = rows.long().contiguous()
-    out = torch.empty(*rows.shape, held.shape[1])
+    out = torch.empty(*rows.shape, held.shape[1], device="cpu")
     own = described(held, levels, indices)
     native.tiles_rows(own, wanted.data_ptr(), wanted.numel(), out.data_ptr(), torch.get_num_threads())
     return out.to(dtype)

@@ -11,6 +11,7 @@ from lrcompress.errors import InputError
 from lrcompress.formats import StoredLinear
 from lrcompress.formats.coded import CodedWeight
 from lrcompress.formats.low_rank import LowRank
+from lrcompress.formats.pivoted import Pivoted
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.sum import Sum
 from lrcompress.linalg.eigen import eigh
@@ -18,6 +19,7 @@ from lrcompress.linalg.truncation import retruncate
 from lrcompress.model.skeleton import find_blocks
 from lrcompress.model.surgery import stored_layers
 from lrcompress.precision import widened
+from lrcompress.protocols import Spec
 from lrcompress.training.parametrised import Entries, Fractions, SingularValues, Stored
 from lrcompress.training.trainable import Grids, Made, Pair, Plain, Trainable, parametrise
 
@@ -59,11 +61,15 @@ def _factors(found: Trainable, reader: CheckpointReader) -> None:
     _train_factors(found, reader, stored_layers(found.model))
 
 
+def is_low_rank_component(spec: Spec) -> bool:
+    """WeLore's rule (arXiv 2407.11239): where half of its rank or more has gone; of factors that are its own."""
+    own = spec.format in (LowRank.name, Pivoted.name) and spec.owner is None
+    return own and 2 * spec.rank <= min(spec.shape)
+
+
 def _low_rank_components(found: Trainable, reader: CheckpointReader) -> None:
-    """WeLore's rule (arXiv 2407.11239): a component is low-rank where half of its rank or more has gone."""
     layers = stored_layers(found.model)
-    low = {n: m for n, m in layers.items() if m.factor_pair() and 2 * m.spec.rank <= min(m.spec.shape)}
-    _train_factors(found, reader, low)
+    _train_factors(found, reader, {name: layer for name, layer in layers.items() if is_low_rank_component(layer.spec)})
 
 
 def _singular_values(found: Trainable, reader: CheckpointReader) -> None:
@@ -157,6 +163,22 @@ def _scales(found: Trainable, reader: CheckpointReader) -> None:
             _train(found, reader, f"{stem}.bias")
     if found.stored:
         _norms(found, reader)
+        _copy_outputs_that_are_changed(found.model)
+
+
+def _copy_outputs_that_are_changed(model: nn.Module) -> None:
+    """Some models clip what a layer gives in place (`clip_qkv`): autograd says so."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.enable_grad():
+            model(input_ids=ids, use_cache=False).logits.sum().backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        for module in model.modules():
+            if isinstance(module, CodedWeight):
+                module.copies_output = True
+    model.zero_grad()
 
 
 def _fractions(found: Trainable, reader: CheckpointReader, name: str) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from accelerate.utils import broadcast, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from lrcompress.checkpoint.writer import write_tensors
@@ -141,7 +144,7 @@ class Healer(Trainer):
     @fast_float32()
     def run(self) -> None:
         """Train to the end of the budget or of the patience, from the last checkpoint where there is one."""
-        last = get_last_checkpoint(str(self.folder))
+        last = last_complete(self.folder)
         if last is not None:
             self.progress = Progress(**json.loads((Path(last) / PROGRESS).read_text()))
             self.reporter.say(f"resuming after step {self.progress.steps}")
@@ -174,7 +177,9 @@ class Healer(Trainer):
         """Held-out loss of what would be stored now; keeps it where it is the best so far."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.trainable.model.eval()
-        with self.trainable.as_stored():
+        sums = torch.tensor([math.nan, 1.0], dtype=torch.float64)
+        # What cannot be stored, such as a scale below zero, is no better than any loss.
+        with suppress(ArithmeticError), self.trainable.as_stored():
             sums = held_out_loss(self.tail, self.held_out, self.dtype, slice(rank, None, world))
         total, count = self._added(sums)
         self.control.should_evaluate = False  # not again at the end of the epoch
@@ -209,6 +214,8 @@ class Healer(Trainer):
         self._restore(self.folder / START)
         forget_momentum(self.optimizer)
         self.progress.rate *= CUT
+        for group in self.optimizer.param_groups:  # the schedule has set the next step's already
+            group["lr"] *= CUT
         self.reporter.say(f"  no better: back to the best state, learning rate times {self.progress.rate:g}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -246,6 +253,15 @@ class _Watch(TrainerCallback):
         control.should_evaluate = control.should_save = self._healer.due
         control.should_training_stop |= self._healer.fraction >= 1
         return control
+
+
+def last_complete(folder: Path) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; those that were not are deleted."""
+    while (last := get_last_checkpoint(str(folder))) is not None:
+        if all((Path(last) / name).exists() for name in (STATE, PROGRESS, TRAINER_STATE_NAME)):
+            return last
+        shutil.rmtree(last)
+    return None
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.errors import InputError
+from lrcompress.finite import all_finite
 from lrcompress.linalg.factor_pairs import (
     closest_pivoted_step,
     closest_step,
@@ -119,10 +120,12 @@ OPTIMIZERS: dict[str, type[PairOptimizer] | None] = {"adamw": None, "lora-pro": 
 
 
 def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Begin anew from where the parameters are; how large gradients are is still known."""
+    """Begin anew from where the parameters are; how large gradients are is still known, where they were finite."""
     for state in optimizer.state.values():
-        if MOMENTUM in state:
+        if MOMENTUM in state and all_finite(state["exp_avg_sq"]):
             state[MOMENTUM].zero_()
+        else:
+            state.clear()
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

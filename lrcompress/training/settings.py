@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lrcompress.errors import InputError, nearest
+from lrcompress.formats.base import spec_numbers
 from lrcompress.formats.coded import Coded
 from lrcompress.formats.quantized import Quantized
 from lrcompress.formats.table import Table
 from lrcompress.protocols import Spec
-from lrcompress.training.choices import CHOICES
+from lrcompress.training.choices import CHOICES, is_low_rank_component
 from lrcompress.training.optimizers import OPTIMIZERS
 
 AUTO = "auto"
@@ -25,6 +26,9 @@ RATES = {
     "all": 1e-4,
 }
 """Learning rates of adamw by what is trained, for models of about 100 M parameters; larger ones take smaller."""
+
+LOW_SHARE = 0.1
+"""Of the stored numbers, in weights that lost half of their rank, from which these alone are trained."""
 
 PAIR_RATES = {"lora-pro": 1e-4, "scaled": 3e-4}
 """Learning rates of the other optimisers: lora-pro's is a step of the weight's entries, not of the factors'."""
@@ -78,11 +82,16 @@ class Settings:
     def settled(self, stored: Mapping[str, Spec]) -> "Settings":
         """With what auto stands for in a checkpoint of such weights.
 
-        That is scales against the dense model's logits where weights have integer codes, else factors on the text.
+        That is scales against the dense model's logits where weights have integer codes; else, on the text, the factors
+        of weights that lost half of their rank, where these hold LOW_SHARE of all numbers, for they move the loss most
+        in a given time (docs/healing.md); else all factors.
         """
         formats = {spec.parameters.get("base", {}).get("format", spec.format) for spec in stored.values()}
         coded = bool(formats & {Coded.name, Table.name, Quantized.name})
-        train = ("scales" if coded else "factors") if self.train == AUTO else self.train
+        low = filter(is_low_rank_component, stored.values())
+        few = sum(map(spec_numbers, low)) < LOW_SHARE * sum(map(spec_numbers, stored.values()))
+        chosen = "scales" if coded else "factors" if few else "lrc"
+        train = chosen if self.train == AUTO else self.train
         distill = ("logits" if train == "scales" else "none") if self.distill == AUTO else self.distill
         return replace(self, train=train, distill=distill)
 

@@ -121,24 +121,32 @@ class Trainable:
         """The changed tensors by name, on the CPU, as they will be stored; a non-finite one is an ArithmeticError."""
         found = {}
         for name, changed in self.stored.items():
-            try:
+            with _in_words(name):
                 found[name] = changed.value().to("cpu", copy=True)
-            except ValueError as error:
-                raise ArithmeticError(f"training made {name} impossible ({error}): use a smaller --lr") from error
             if not all_finite(found[name]):
                 raise ArithmeticError(f"training made {name} non-finite: use a smaller --lr")
         return found
 
     @contextmanager
     def as_stored(self) -> Iterator[None]:
-        """While open, the model computes with the numbers that would be stored."""
+        """While open, the model computes with what would be stored; ArithmeticError where a number cannot be."""
         undone: list[Callable[[], None]] = []
         try:
             with torch.no_grad():
-                undone += [changed.hold() for changed in self.stored.values()]
+                for name, changed in self.stored.items():
+                    with _in_words(name):
+                        undone.append(changed.hold())
             yield
         finally:
             _undo(undone)
+
+
+@contextmanager
+def _in_words(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ArithmeticError(f"training made {name} impossible ({error}): use a smaller --lr") from error
 
 
 def _undo(undone: list[Callable[[], None]]) -> None:

@@ -190,6 +190,25 @@ print(l.Linear.merge.__globals__["__name__"])
     assert done.stdout.split() == ["Pivoted", "lrcompress.checkpoint.peft_integration"]
 
 
+def test_other_versions_of_transformers_load_without_us(tmp_path):
+    """A probe for the module changes nothing; that ours cannot be registered is a warning, for programs without us."""
+    package = tmp_path / "transformers" / "quantizers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    code = f"""{WITHOUT_PTH}
+import importlib.util
+sys.path.insert(0, {str(tmp_path)!r})
+import lrcompress
+assert importlib.util.find_spec("transformers.quantizers") is not None
+import transformers.quantizers
+print(transformers.quantizers.__file__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(package / "__init__.py")]
+    assert "lrcompress cannot load its checkpoints here" in done.stderr
+
+
 def test_the_folder_is_complete(compressed):
     folder = compressed()
     AutoTokenizer.from_pretrained(folder)

@@ -269,6 +269,46 @@ def test_autocast_says_what_is_multiplied_in(name, trained, laid_out):
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", [1, 20, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_an_input_that_does_not_fit_is_refused(name, dtype, rows, grad):
+    """Too wide, too narrow, on another device: compiled code would read what is not there."""
+    spec, stored, _, _ = example(name, (24, 40), 5, True)
+    module = loaded(spec, stored, dtype)
+    module.lay_out()
+    with torch.set_grad_enabled(grad):
+        for width in (0, 32, 39, 41, 100):
+            with pytest.raises(RuntimeError):
+                module(torch.randn(rows, width, dtype=dtype))
+        x = torch.randn(rows, 40, dtype=dtype)
+        with torch.device("meta"):  # where tensors are made, not where these are
+            assert module(x).device.type == "cpu"
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            module.to("meta")(x)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_output_may_be_changed_in_place(name):
+    """As OLMo clips those of its projections."""
+    spec, stored, _, _ = example(name, (24, 40), 5, False)
+    module = loaded(spec, stored).requires_grad_(False)
+    module.lay_out()
+    x = torch.randn(2, 20, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = module(x)
+    y.clamp_(-1, 1)
+    y.sum().backward()
+    inside = (module(x).detach().abs() < 1).float()
+    torch.testing.assert_close(x.grad, inside @ module.dense(), rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_leaves_float64():
+    spec, stored, _, _ = example("quantized", (24, 40), 5, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loaded(spec, stored, torch.float64)(torch.randn(3, 40, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_pivoted_is_never_larger_than_dense_and_smaller_than_low_rank():
     for rank in range(1, 192):
         pivoted = spec_numbers(Spec("pivoted", (256, 192), parameters={"rank": rank}))

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
+from lrcompress.formats.base import KernelLinear
 from lrcompress.kernels import panels, products, tiled_products
 from lrcompress.kernels.placing import placed
 from lrcompress.kernels.products import (
@@ -191,6 +193,17 @@ def test_what_watches_operators_sees_them(watch):
     watched = watch(run, x)
     for found, wanted in zip(watched(2 * x), run(2 * x), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@torch.no_grad()
+def test_weights_that_stand_for_others_are_multiplied_by_torch():
+    """A batch of them under vmap, and a subclass of a tensor, whose numbers lie elsewhere."""
+    layer, weights = KernelLinear(8, 6, bias=False), examples.random(3, 6, 8)
+    x = examples.random(1, 8)
+    found = torch.func.vmap(lambda weight: torch.func.functional_call(layer, {"weight": weight}, (x,)))(weights)
+    torch.testing.assert_close(found, x @ weights.transpose(1, 2))
+    layer.weight = torch.nn.Parameter(TwoTensor(weights[0].clone(), weights[1].clone()))
+    torch.testing.assert_close(layer(x).a, x @ weights[0].T)
 
 
 def test_any_dimensions():

@@ -12,20 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from lrcompress.calibration.corpus import Source
+from lrcompress.checkpoint.manifest import read_manifest
 from lrcompress.errors import InputError, Interrupted
 from lrcompress.evaluation.tasks import parse_tasks, was_calibrated_on
 from lrcompress.formats.table import Table
 from lrcompress.heal import HealSpec, heal
 from lrcompress.model.surgery import stored_layers
 from lrcompress.pipeline import compress
+from lrcompress.protocols import Spec
 from lrcompress.recipe import make_recipe
 from lrcompress.report.summary import load_report
 from lrcompress.stages.workspace import REPLACED
-from lrcompress.training.loop import Healer
+from lrcompress.training.loop import PROGRESS, STATE, Healer, last_complete
 from lrcompress.training.rows import IGNORED, gather
 from lrcompress.training.settings import Settings
 from tests.checkpoint.test_loading import load
 from tests.commands import run_cli
+from tests.conftest import compress_tiny
 
 SEQLEN = 32
 KINDS = {
@@ -162,9 +165,11 @@ def test_where_nothing_is_coded_there_are_no_scales(checkpoint, tmp_path, healed
 
 
 def test_training_that_makes_it_worse_or_breaks_it_leaves_the_weights(checkpoint, tmp_path, healed):
-    source = checkpoint("low_rank")
-    for name, rate in (("worse", 30.0), ("broken", 1e30)):
-        result = healed(source, tmp_path / name, lr=rate, train="all")
+    for name, kind, train, rate in (
+        ("worse", "low_rank", "all", 30.0), ("broken", "low_rank", "all", 1e30), ("below zero", "coded", "scales", 1e30),
+    ):  # fmt: skip
+        source = checkpoint(kind)
+        result = healed(source, tmp_path / name, lr=rate, train=train)
         assert result.report["healed"]["kept"] is False
         assert changed(source, tmp_path / name) == set()
         assert result.report["healed"]["held_out"]["after"] == result.report["healed"]["held_out"]["before"]
@@ -181,6 +186,30 @@ def test_a_learning_rate_that_is_too_high_is_found_and_lowered(checkpoint, tmp_p
     assert found["kept"]
     assert found["lr_left"] in (0.25**1, 0.25**2, 0.25**3)
     assert found["held_out"]["after"] < found["held_out"]["before"]
+
+
+def test_a_model_that_changes_outputs_in_place_is_healed(make_model, tmp_path, corpus, healed):
+    """OLMo clips those of its projections, which the gradient of row scales reads."""
+    model = shutil.copytree(make_model("olmo"), tmp_path / "olmo")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "clip_qkv": 0.5}))
+    recipe = {**KINDS["coded"], "target": ["*_proj"]}
+    source = compress_tiny(
+        model, tmp_path / "small", calibration={"source": str(corpus), "samples": 4, "seqlen": 64}, **recipe
+    )
+    found = healed(source.folder, tmp_path / "out", train="scales", lr=1e-2).report["healed"]
+    assert found["steps"] == 6
+    assert found["kept"]
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_none(tmp_path):
+    for step, files in ((2, (STATE, PROGRESS, "trainer_state.json")), (4, (STATE, PROGRESS)), (6, ())):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in files:
+            (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert last_complete(tmp_path / "checkpoint-2") is None
 
 
 def cut_short(monkeypatch, healed, step, *arguments, **settings):
@@ -268,6 +297,25 @@ def test_resuming_with_other_settings_is_refused(checkpoint, tmp_path, monkeypat
     cut_short(monkeypatch, healed, 1, source, tmp_path / "cut")
     with pytest.raises(InputError, match="cannot resume .* asked changed"):
         healed(source, tmp_path / "cut", resume=True, lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "distill"),
+    [("welore", "lrc", "none"), ("low_rank", "lrc", "none"), ("dictionary", "factors", "none"),
+     ("sum8", "factors", "none"), ("sum of codes", "scales", "logits"), ("coded", "scales", "logits")],
+)  # fmt: skip
+def test_what_is_trained_unless_it_is_said(kind, train, distill, checkpoint):
+    settled = Settings().settled(read_manifest(checkpoint(kind)).modules)
+    assert (settled.train, settled.distill) == (train, distill)
+
+
+def test_few_weights_of_low_rank_are_not_trained_alone():
+    """Nor those whose right factor is another's."""
+    high, low = (Spec("low_rank", (64, 64), parameters={"rank": rank}) for rank in (40, 4))
+    follower = Spec("low_rank", (64, 64), parameters={"rank": 30, "shared": "low"})
+    for others, train in (([], "lrc"), ([high], "factors"), ([follower], "lrc"), ([follower] * 20, "factors")):
+        specs = {"low": low, **{str(place): spec for place, spec in enumerate(others)}}
+        assert Settings().settled(specs).train == train
 
 
 def test_lrc_trains_weights_that_lost_half_of_their_rank_and_no_others(checkpoint, tmp_path, healed):

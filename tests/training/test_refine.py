@@ -68,7 +68,7 @@ def test_a_refined_checkpoint_says_so_and_is_nearer_to_the_dense_model(
     assert found["held_out"]["after"] < found["held_out"]["before"]
     assert found["steps"] > 0
     assert found["minutes"] > 0
-    assert "refined | factors trained for" in (tmp_path / "refined" / "README.md").read_text()
+    assert f"refined | {found['train']} trained for" in (tmp_path / "refined" / "README.md").read_text()
     assert "refine: 0.15" in (tmp_path / "refined" / "recipe.yaml").read_text()
     assert "refined" not in json.loads((tmp_path / "plain" / "report.json").read_text())
     plain, refined = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")

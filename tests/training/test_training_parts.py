@@ -9,7 +9,7 @@ from torch import nn
 from lrcompress.formats import restored
 from lrcompress.training import distill
 from lrcompress.training.distill import Bound, Teacher, divergence, feature_error, open_teacher
-from lrcompress.training.optimizers import BETAS, EPS, LoraPro, Scaled, make_optimizer
+from lrcompress.training.optimizers import BETAS, EPS, LoraPro, Scaled, forget_momentum, make_optimizer
 from lrcompress.training.rows import Rows
 from lrcompress.training.schedule import LAST_RATE, evaluations_at, rate_at
 from lrcompress.training.trainable import Pair, Trainable
@@ -242,3 +242,22 @@ def test_a_training_is_measured_ten_times_more_often_at_first():
     found = [evaluations_at(fraction / 1000) for fraction in range(1001)]
     times = [place / 1000 for place in range(1, 1001) if found[place] > found[place - 1]]
     assert times == pytest.approx([1 / 16, 2 / 16, 3 / 16, 4 / 16, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "scaled"])
+def test_what_was_not_a_number_is_forgotten(name):
+    """Gradients and moments of one bad step do not spoil those after training went back."""
+    model = Factors(6, 5, 2, False)
+    trainable = Trainable(model, pairs=[Pair(model.left, model.right, False)])
+    optimizer, start = make_optimizer(name, trainable, 1e-3), model.left.detach().clone()
+    for bad in (True, False):
+        for parameter in (model.left, model.right):
+            parameter.grad = torch.full_like(parameter, torch.nan if bad else 1.0)
+        optimizer.step()
+        if bad:
+            with torch.no_grad():
+                model.left.copy_(start)
+                model.right.copy_(torch.ones_like(model.right))
+            forget_momentum(optimizer)
+    assert bool(torch.isfinite(model.left).all())
+    assert not torch.equal(model.left, start)
