@@ -24,14 +24,10 @@ from lrcompress.stages.workspace import write_json
 from lrcompress.training.distill import Bound, Teacher, captured_outputs, divergence, feature_error
 from lrcompress.training.optimizers import forget_momentum, make_optimizer
 from lrcompress.training.rows import IGNORED, Rows
-from lrcompress.training.schedule import Progress, evaluations_at, rate_at
+from lrcompress.training.schedule import BACK, NOISE, PATIENCE, SLOWER, Progress, evaluations_at, rate_at
 from lrcompress.training.settings import Settings
 from lrcompress.training.tail import Tail
 from lrcompress.training.trainable import Trainable
-
-PATIENCE, CUT = 4, 0.25
-"""Training ends after so many evaluations in a row without a better one; after each of them it goes back to the best
-state, and on from there with so much of the learning rate."""
 
 TOGETHER = 4
 """Held-out rows that are read at once."""
@@ -184,9 +180,9 @@ class Healer(Trainer):
         total, count = self._added(sums)
         self.control.should_evaluate = False  # not again at the end of the epoch
         loss, progress = total / count, self.progress
-        better = loss < progress.best
+        better = loss < min(progress.best + NOISE, progress.before)
         if better:
-            progress.best, progress.best_step = loss, progress.steps
+            progress.best, progress.best_step = min(loss, progress.best), progress.steps
             if self.args.should_save:
                 write_tensors(self.folder / BEST, self.trainable.values())
             self._keep_start()
@@ -201,7 +197,7 @@ class Healer(Trainer):
             self.reporter.say(f"  no better for {PATIENCE} evaluations: training ends early")
             self.control.should_training_stop = True
         elif not better and self.fraction < 1:
-            self._go_back()
+            self._slow_down(back=not loss < (progress.best + progress.before) / 2)
         return {"eval_loss": loss}
 
     def _keep_start(self) -> None:
@@ -209,14 +205,17 @@ class Healer(Trainer):
             write_tensors(self.folder / START, {name: p.detach().cpu() for name, p in self._trained()})
         self.accelerator.wait_for_everyone()
 
-    def _go_back(self) -> None:
-        """On from the best state, slower."""
-        self._restore(self.folder / START)
-        forget_momentum(self.optimizer)
-        self.progress.rate *= CUT
+    def _slow_down(self, *, back: bool) -> None:
+        """On with less of the learning rate, and from the best state where `back` says so."""
+        left = BACK if back else SLOWER
+        if back:
+            self._restore(self.folder / START)
+            forget_momentum(self.optimizer)
+        self.progress.rate *= left
         for group in self.optimizer.param_groups:  # the schedule has set the next step's already
-            group["lr"] *= CUT
-        self.reporter.say(f"  no better: back to the best state, learning rate times {self.progress.rate:g}")
+            group["lr"] *= left
+        said = "worse: back to the best state" if back else "no better"
+        self.reporter.say(f"  {said}, learning rate times {self.progress.rate:g}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

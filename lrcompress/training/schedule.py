@@ -9,6 +9,16 @@ WARM_UP, LAST_RATE = 0.05, 0.1
 EVALUATIONS, EARLY = 8, 0.25
 """Evaluations over the budget, twice as often in its first part."""
 
+PATIENCE = 4
+"""Training ends after so many evaluations in a row without a better one."""
+
+NOISE = 0.005
+"""Nats that two losses on the held-out rows differ by for nothing: of two such states the later one has read more."""
+
+SLOWER, BACK = 0.5, 0.25
+"""What is left of the learning rate after an evaluation that is no better, and after one that has lost half of what was
+gained, from which training goes back to the best state."""
+
 
 @dataclass
 class Progress:

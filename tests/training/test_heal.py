@@ -184,7 +184,7 @@ def test_a_learning_rate_that_is_too_high_is_found_and_lowered(checkpoint, tmp_p
     losses = [entry["held_out"] for entry in found["history"]]
     assert losses[0] > found["held_out"]["before"]
     assert found["kept"]
-    assert found["lr_left"] in (0.25**1, 0.25**2, 0.25**3)
+    assert found["lr_left"] <= 0.25
     assert found["held_out"]["after"] < found["held_out"]["before"]
 
 
@@ -402,7 +402,7 @@ def test_optimisers_of_pairs_lower_the_loss(kind, optimizer, checkpoint, tmp_pat
 @pytest.mark.parametrize("distill", ["logits", "features"])
 def test_distilling_comes_nearer_to_the_dense_model(distill, checkpoint, tmp_path, healed, monkeypatch):
     """Whether the held-out loss falls is another matter, which training would go back for: this dense model is random."""
-    monkeypatch.setattr(Healer, "_go_back", lambda self: None)
+    monkeypatch.setattr(Healer, "_slow_down", lambda self, *, back: None)
     found = healed(checkpoint("low_rank"), tmp_path / "out", distill=distill, steps=24, lr=3e-3).report["healed"]
     apart = [entry["train"] for entry in found["history"]]
     assert 0 < apart[-1] < 0.8 * apart[0]
