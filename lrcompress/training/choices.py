@@ -170,7 +170,8 @@ def _copy_outputs_that_are_changed(model: nn.Module) -> None:
     """Some models clip what a layer gives in place (`clip_qkv`): autograd says so."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with torch.enable_grad():
+        # What is trained is float32 by now, whatever the rest is.
+        with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16):
             model(input_ids=ids, use_cache=False).logits.sum().backward()
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):

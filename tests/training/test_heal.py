@@ -454,6 +454,13 @@ def test_bfloat16_and_minutes_and_tokens(checkpoint, tmp_path, healed):
     assert 1000 <= found["tokens"] < 1000 + 4 * SEQLEN
 
 
+@pytest.mark.parametrize("kind", ["coded", "quantized", "sum16", "pivoted"])
+def test_every_kind_is_trained_in_bfloat16(kind, checkpoint, tmp_path, healed):
+    found = healed(checkpoint(kind), tmp_path / "out", train="auto", distill="auto", steps=2, dtype="bfloat16")
+    assert found.report["healed"]["steps"] == 2
+    assert found.report["healed"]["history"]
+
+
 def test_answers_alone_are_learnt(checkpoint, tmp_path, healed):
     records = [{"q": f"What is {n}? ", "a": f"It is {n}."} for n in range(30)]
     path = tmp_path / "qa.jsonl"
