@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import fcntl
+import fnmatch
 import gc
 import hashlib
 import importlib.util
@@ -42,6 +43,33 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
+
+
+APART = (
+    *(f"export/test_gguf.py::test_integers_and_corrections_keep_their_numbers[{kind}]"
+      for kind in ("gptq:3:32-Q4_0", "rtn:4:32-Q5_0", "ggml:IQ3_S-IQ4_NL")),
+    *(f"export/test_peft.py::test_base_and_adapter_are_equal_to_the_checkpoint*-{family}]" for family in ("qwen3", "opt")),
+    "kernels/test_products.py::test_products_on_other_processors[cc -mno-avx]",
+    "adapters/test_merge.py::test_models_of_one_base[low_rank]",
+    "test_processes.py::test_two_processes_make_what_one_does[ecsq-more1]",
+    "test_processes.py::test_a_machine_that_dies_ends_the_run_and_what_it_did_is_continued",
+    *(f"test_kept_statistics.py::test_the_second_run_reads_no_text_and_writes_the_same_bytes[target1-method{place}]"
+      for place in (1, 2)),
+    "test_pipeline_existing.py::test_the_base_is_taken_over_and_its_error_falls*-gpt2]",
+    "test_amount.py::test_a_loss_that_is_not_exceeded*cospadi*",
+    "test_ci_example.py::test_a_new_transformers_is_tried_once_a_week",
+    "contract/test_methods.py::TestMethod::test_stored_outputs_err_as_much_as_the_curve_says[False-shape0-eora-sum]",
+)  # fmt: skip
+"""Seconds each, and near to what runs always: with the slow ones, so that the suite stays below eight minutes."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark those that run apart, by their names; in these a bracket that opens stands for itself."""
+    patterns = [f"tests/{name}".replace("[", "[[]") for name in APART]
+    for item in items:
+        if any(fnmatch.fnmatchcase(item.nodeid, pattern) for pattern in patterns):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
