@@ -238,7 +238,7 @@ def test_distillation_losses_by_hand(llama, rows, tmp_path):
     assert math.isfinite(error)
 
 
-def test_a_training_is_measured_ten_times_more_often_at_first():
+def test_a_training_is_measured_ten_times_and_more_often_at_first():
     found = [evaluations_at(fraction / 1000) for fraction in range(1001)]
     times = [place / 1000 for place in range(1, 1001) if found[place] > found[place - 1]]
     assert times == pytest.approx([1 / 16, 2 / 16, 3 / 16, 4 / 16, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1], abs=1e-3)
